@@ -1,0 +1,246 @@
+//! The one door to the outside world.
+//!
+//! ```text
+//!   image, chain, merge, check          sm, gc, tapdisk
+//!            |                                |
+//!         Volume (bytes of one image)      Volumes (names, records)
+//!            |                                |
+//!            +--------- FileVolumes ----------+        <- one code for both
+//!                           |
+//!                          Fs  (open, link, rename, sync)
+//!                        /      \
+//!                   posix.rs    sim.rs (feature "sim": the crash simulator)
+//! ```
+//!
+//! A file repository is written once, over [`Fs`], so that the crash
+//! simulator tears the very code that runs in production. A backend whose
+//! volumes are devices implements [`Volume`] and [`Volumes`] directly.
+//!
+//! Every step whose *order* or *durability* matters carries a name, the
+//! `why` argument. It documents the step, appears in traces, and is the
+//! handle by which the crash simulator leaves out one step at a time to show
+//! that it is needed.
+//!
+//! Absent on purpose: async, caching, retries, knowledge of VHD.
+
+use std::fmt::Debug;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+mod file_volumes;
+mod posix;
+#[cfg(feature = "sim")]
+pub mod sim;
+
+pub use file_volumes::FileVolumes;
+pub use posix::{PosixFs, PosixVolume};
+
+/// Names a step for traces and for the crash simulator, like
+/// `"writeback: data before bitmaps"`.
+pub type Why = &'static str;
+
+/// How [`Volume::copy_from`] moved bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CopyKind {
+    /// The filesystem shares the extents; nothing was read or written.
+    Cloned,
+    /// Bytes were read and written.
+    Copied,
+}
+
+/// The bytes of one image: positioned, blocking, safe to share.
+///
+/// Nothing here is durable before [`Volume::flush`] returns, the length
+/// included. All offsets and lengths are bytes.
+// `len` here is a length that can fail, not a collection's.
+#[allow(clippy::len_without_is_empty)]
+pub trait Volume: Send + Sync + Debug {
+    /// Fills `buf` from `offset`; `UnexpectedEof` where the volume ends before.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
+    /// Writes all of `buf` at `offset`, growing a file where needed.
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
+    /// Makes everything completed before this call durable.
+    fn flush(&self, why: Why) -> io::Result<()>;
+    /// Current length in bytes.
+    fn len(&self) -> io::Result<u64>;
+    /// Cuts or extends; an extension of a file reads as zeros. A device
+    /// answers `Unsupported`: its backend changes its length.
+    fn set_len(&self, len_bytes: u64) -> io::Result<()>;
+    /// Makes a range read as zeros and gives its space back where that is
+    /// possible. Never changes the length: what lies past the end is ignored.
+    fn zero(&self, offset: u64, len_bytes: u64) -> io::Result<()>;
+    /// Copies a range from another volume of the same backend, sharing
+    /// extents where it can.
+    fn copy_from(
+        &self,
+        source: &dyn Volume,
+        source_offset: u64,
+        offset: u64,
+        len_bytes: u64,
+    ) -> io::Result<CopyKind>;
+    /// Bytes of storage in use (for a file: its blocks, holes not counted).
+    fn allocated(&self) -> io::Result<u64>;
+    /// Whether new space reads as zeros and zeroing gives space back (files),
+    /// or the volume is a device with a fixed length and garbage in new space.
+    fn is_device(&self) -> bool;
+    /// The descriptor behind a real volume, for drivers and extent cloning.
+    fn fd(&self) -> Option<BorrowedFd<'_>>;
+    /// For backends that must recognise their own volumes in `copy_from`.
+    fn as_any(&self) -> &dyn std::any::Any;
+}
+
+/// How a file or volume is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Reading only, no lock.
+    Read,
+    /// Reading and writing, under an exclusive lock on this very description
+    /// (invariant 4). `WouldBlock` if somebody else holds it.
+    Write,
+}
+
+/// A flat folder tree as a filesystem offers it. Paths are relative to the
+/// root the `Fs` was made with, `/`-separated, never absolute, never `..`.
+pub trait Fs: Send + Sync + Debug {
+    /// Opens an existing file. With [`Access::Write`] the lock is taken and
+    /// the name is then checked to still lead to the locked inode.
+    fn open(&self, path: &str, access: Access) -> io::Result<Arc<dyn Volume>>;
+    /// Creates a file that must not exist, opened and locked for writing.
+    fn create(&self, path: &str) -> io::Result<Arc<dyn Volume>>;
+    /// A second name for a file; fails with `AlreadyExists`.
+    fn link(&self, from: &str, to: &str) -> io::Result<()>;
+    /// Renames, atomically replacing `to` if it exists.
+    fn rename(&self, from: &str, to: &str) -> io::Result<()>;
+    /// Removes a name.
+    fn unlink(&self, path: &str) -> io::Result<()>;
+    /// Names of plain files directly in `folder` (`""` is the root), sorted.
+    fn list(&self, folder: &str) -> io::Result<Vec<String>>;
+    /// Creates a folder; fine if it is there.
+    fn make_folder(&self, folder: &str) -> io::Result<()>;
+    /// Makes the names in `folder` durable.
+    fn sync_names(&self, folder: &str, why: Why) -> io::Result<()>;
+    /// Whether both names lead to the same file now (false if either is missing).
+    fn same_file(&self, a: &str, b: &str) -> io::Result<bool>;
+    /// Free and total bytes of the filesystem.
+    fn space(&self) -> io::Result<Space>;
+}
+
+/// Room on a repository, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Space {
+    /// Total bytes.
+    pub total: u64,
+    /// Bytes a new file may take.
+    pub free: u64,
+}
+
+/// The name of a volume in its repository: a base name such as
+/// `0b6f….vhd`. Never empty, no `/`, no control characters, not starting
+/// with a dot, at most 255 bytes: a locator can carry it and it cannot leave
+/// the repository (invariant 10).
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VolumeName(String);
+
+impl VolumeName {
+    /// Checks `name`; `None` if it could lead out of the repository.
+    #[must_use]
+    pub fn new(name: &str) -> Option<Self> {
+        let ok = !name.is_empty()
+            && name.len() <= 255
+            && !name.starts_with('.')
+            && !name.contains('/')
+            && !name.chars().any(char::is_control);
+        ok.then(|| Self(name.to_owned()))
+    }
+
+    /// `<uuid>.vhd`: how a VDI's volume is called.
+    #[must_use]
+    pub fn vhd(uuid: uuid::Uuid) -> Self {
+        Self(format!("{uuid}.vhd"))
+    }
+
+    /// A prepared image of an intent, not yet visible: `tmp-<intent>-<n>.vhd`.
+    #[must_use]
+    pub fn temporary(intent: uuid::Uuid, n: u32) -> Self {
+        Self(format!("tmp-{intent}-{n}.vhd"))
+    }
+
+    /// The intent a temporary name belongs to.
+    #[must_use]
+    pub fn temporary_of(&self) -> Option<uuid::Uuid> {
+        let rest = self.0.strip_prefix("tmp-")?;
+        uuid::Uuid::try_parse(rest.get(..36)?).ok()
+    }
+
+    /// The VDI uuid of `<uuid>.vhd` or `<uuid>.raw`.
+    #[must_use]
+    pub fn uuid(&self) -> Option<uuid::Uuid> {
+        let stem = self
+            .0
+            .strip_suffix(".vhd")
+            .or_else(|| self.0.strip_suffix(".raw"))?;
+        if stem.len() != 36 {
+            return None;
+        }
+        uuid::Uuid::try_parse(stem).ok()
+    }
+
+    /// Whether the name says raw. The format of a volume comes from its name,
+    /// never from its bytes (invariant 10).
+    #[must_use]
+    pub fn is_raw(&self) -> bool {
+        self.0.ends_with(".raw")
+    }
+
+    /// The name itself.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Display for VolumeName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The set of volumes of one repository, and its small durable records.
+///
+/// Name changes are atomic each, and durable after [`Volumes::sync`].
+pub trait Volumes: Send + Sync + Debug {
+    /// All image volumes, temporaries included, sorted by name.
+    fn list(&self) -> io::Result<Vec<VolumeName>>;
+    /// A new, empty volume, locked for writing.
+    fn create(&self, name: &VolumeName) -> io::Result<Arc<dyn Volume>>;
+    /// Opens a volume; see [`Access`].
+    fn open(&self, name: &VolumeName, access: Access) -> io::Result<Arc<dyn Volume>>;
+    /// Gives a volume a second name.
+    fn link(&self, from: &VolumeName, to: &VolumeName) -> io::Result<()>;
+    /// `from` becomes `over`, whose former volume loses that name.
+    fn replace(&self, from: &VolumeName, over: &VolumeName) -> io::Result<()>;
+    /// Removes a name; fine if it is gone already.
+    fn delete(&self, name: &VolumeName) -> io::Result<()>;
+    /// Whether both names lead to one volume.
+    fn same(&self, a: &VolumeName, b: &VolumeName) -> io::Result<bool>;
+    /// Makes name changes durable.
+    fn sync(&self, why: Why) -> io::Result<()>;
+    /// Room for more.
+    fn space(&self) -> io::Result<Space>;
+
+    /// Names of all records, sorted.
+    fn records(&self) -> io::Result<Vec<String>>;
+    /// A record's bytes; `None` if it is not there.
+    fn record(&self, name: &str) -> io::Result<Option<Vec<u8>>>;
+    /// Writes a record, replacing it whole; durable when this returns.
+    fn put_record(&self, name: &str, bytes: &[u8], why: Why) -> io::Result<()>;
+    /// Renames a record if it is there; of two racing renames of one record
+    /// just one finds it. Atomic, but durable only after
+    /// [`Volumes::sync_records`]. Returns whether it was there.
+    fn rename_record(&self, from: &str, to: &str) -> io::Result<bool>;
+    /// Removes a record if it is there; durable when this returns.
+    fn delete_record(&self, name: &str, why: Why) -> io::Result<()>;
+    /// Makes renames of records durable.
+    fn sync_records(&self, why: Why) -> io::Result<()>;
+}

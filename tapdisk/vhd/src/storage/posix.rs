@@ -1,0 +1,278 @@
+//! Real files and block devices.
+//!
+//! ```text
+//!   PosixFs (a root folder)          PosixVolume (one open description)
+//!     names: openat, linkat,           bytes: pread, pwrite, fdatasync
+//!     renameat, fsync of folders       space: fallocate, FICLONERANGE
+//! ```
+//!
+//! Every name is looked up from the root folder step by step and no step
+//! follows a symbolic link, so a link planted in a repository leads nowhere
+//! (invariant 10). Locks are `flock`s on the description that does the I/O
+//! (invariant 4): they die with their holder and cross no `fork` unnoticed,
+//! since every descriptor is close-on-exec.
+//!
+//! Absent on purpose: O_DIRECT and asynchronous I/O, which belong to the
+//! data path's driver and use [`Volume::fd`].
+
+use std::fs::{File, TryLockError};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, open, openat, renameat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat};
+use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
+
+use super::{Access, Fs, Space, Volume, Why};
+
+mod copy;
+mod volume;
+
+pub use volume::PosixVolume;
+
+/// How often a name may be replaced under our hands between opening and
+/// locking before we report it as busy.
+const LOCK_TRIES_MAX: u32 = 8;
+
+/// A folder of the host's filesystem, as an [`Fs`].
+#[derive(Debug, Clone)]
+pub struct PosixFs {
+    root: PathBuf,
+}
+
+impl PosixFs {
+    /// Takes `root` as it is; a missing folder shows at the first use.
+    /// Symbolic links on the way *to* the root are followed: they are the
+    /// administrator's.
+    #[must_use]
+    pub fn new(root: PathBuf) -> Self {
+        Self { root }
+    }
+
+    /// The folder this was made with.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Opens a folder below the root without following symbolic links.
+    fn folder(&self, folder: &str) -> io::Result<OwnedFd> {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let mut fd = open(&self.root, flags, Mode::empty())?;
+        for part in parts(folder)? {
+            fd = openat(&fd, part, flags | OFlag::O_NOFOLLOW, Mode::empty())?;
+        }
+        Ok(fd)
+    }
+
+    /// The folder of a path, and the last name in it.
+    fn place<'a>(&self, path: &'a str) -> io::Result<(OwnedFd, &'a str)> {
+        let (folder, name) = path.rsplit_once('/').unwrap_or(("", path));
+        check_part(name)?;
+        Ok((self.folder(folder)?, name))
+    }
+
+    /// Opens once, without lock. Looks at the type first: opening a FIFO
+    /// would block and opening some devices has effects.
+    fn open_once(&self, path: &str, access: Access) -> io::Result<File> {
+        let (folder, name) = self.place(path)?;
+        check_type(&fstatat(&folder, name, AtFlags::AT_SYMLINK_NOFOLLOW)?)?;
+        let mode = match access {
+            Access::Read => OFlag::O_RDONLY,
+            Access::Write => OFlag::O_RDWR,
+        };
+        let flags = mode | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        Ok(File::from(openat(&folder, name, flags, Mode::empty())?))
+    }
+
+    /// Whether `path` leads to the inode behind `file` at this moment.
+    fn leads_to(&self, path: &str, file: &File) -> io::Result<bool> {
+        let (folder, name) = self.place(path)?;
+        let meta = file.metadata()?;
+        match fstatat(&folder, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Ok(stat) => Ok(stat.st_dev == meta.dev() && stat.st_ino == meta.ino()),
+            Err(Errno::ENOENT) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+/// Splits a folder path, refusing anything that could lead out of the root.
+fn parts(folder: &str) -> io::Result<Vec<&str>> {
+    if folder.is_empty() {
+        return Ok(Vec::new());
+    }
+    folder
+        .split('/')
+        .map(|part| check_part(part).map(|()| part))
+        .collect()
+}
+
+fn check_part(part: &str) -> io::Result<()> {
+    if part.is_empty() || part == "." || part == ".." || part.contains(['/', '\0']) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "not a name inside the folder",
+        ));
+    }
+    Ok(())
+}
+
+/// Plain files and block devices only.
+fn check_type(stat: &FileStat) -> io::Result<()> {
+    match SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) {
+        SFlag::S_IFREG | SFlag::S_IFBLK => Ok(()),
+        SFlag::S_IFLNK => Err(Errno::ELOOP.into()),
+        _ => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "neither a file nor a block device",
+        )),
+    }
+}
+
+/// Takes the exclusive lock of this description, or `WouldBlock`.
+fn lock(file: &File) -> io::Result<()> {
+    file.try_lock().map_err(|error| match error {
+        TryLockError::WouldBlock => io::ErrorKind::WouldBlock.into(),
+        TryLockError::Error(error) => error,
+    })
+}
+
+fn busy() -> io::Error {
+    io::Error::new(io::ErrorKind::WouldBlock, "the name kept being replaced")
+}
+
+impl Fs for PosixFs {
+    // Lock, then look again: between our open and our lock the former holder
+    // may have renamed another file over the name, or removed it. Its lock
+    // would then be on the new inode and ours on a file nobody can reach.
+    fn open(&self, path: &str, access: Access) -> io::Result<Arc<dyn Volume>> {
+        if access == Access::Read {
+            return Ok(Arc::new(PosixVolume::from_file(
+                self.open_once(path, access)?,
+            )?));
+        }
+        for _ in 0..LOCK_TRIES_MAX {
+            let file = self.open_once(path, access)?;
+            lock(&file)?;
+            if self.leads_to(path, &file)? {
+                return Ok(Arc::new(PosixVolume::from_file(file)?));
+            }
+        }
+        Err(busy())
+    }
+
+    // The same second look as in `open`: somebody who cleans up leftovers may
+    // lock and remove the new file before we lock it.
+    fn create(&self, path: &str) -> io::Result<Arc<dyn Volume>> {
+        let (folder, name) = self.place(path)?;
+        let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+        for _ in 0..LOCK_TRIES_MAX {
+            let file = File::from(openat(
+                &folder,
+                name,
+                flags,
+                Mode::from_bits_truncate(0o600),
+            )?);
+            lock(&file)?;
+            if self.leads_to(path, &file)? {
+                return Ok(Arc::new(PosixVolume::from_file(file)?));
+            }
+        }
+        Err(busy())
+    }
+
+    fn link(&self, from: &str, to: &str) -> io::Result<()> {
+        let (from_folder, from_name) = self.place(from)?;
+        let (to_folder, to_name) = self.place(to)?;
+        Ok(linkat(
+            &from_folder,
+            from_name,
+            &to_folder,
+            to_name,
+            AtFlags::empty(),
+        )?)
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        let (from_folder, from_name) = self.place(from)?;
+        let (to_folder, to_name) = self.place(to)?;
+        Ok(renameat(&from_folder, from_name, &to_folder, to_name)?)
+    }
+
+    fn unlink(&self, path: &str) -> io::Result<()> {
+        let (folder, name) = self.place(path)?;
+        Ok(unlinkat(&folder, name, UnlinkatFlags::NoRemoveDir)?)
+    }
+
+    fn list(&self, folder: &str) -> io::Result<Vec<String>> {
+        // Opening it first refuses symbolic links on the way.
+        drop(self.folder(folder)?);
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(self.root.join(folder))? {
+            let entry = entry?;
+            let kind = entry.file_type()?;
+            if !(kind.is_file() || kind.is_block_device()) {
+                continue;
+            }
+            // A name that is not UTF-8 is none of ours.
+            if let Ok(name) = entry.file_name().into_string() {
+                names.push(name);
+            }
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    // Each parent is synced even if the folder was there: its maker may have
+    // died between making and syncing it, and records in a folder that a
+    // power cut takes away would not be durable.
+    fn make_folder(&self, folder: &str) -> io::Result<()> {
+        let mut fd = self.folder("")?;
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+        for part in parts(folder)? {
+            match mkdirat(&fd, part, Mode::from_bits_truncate(0o700)) {
+                Ok(()) | Err(Errno::EEXIST) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            nix::unistd::fsync(fd.as_fd())?;
+            fd = openat(&fd, part, flags, Mode::empty())?;
+        }
+        Ok(())
+    }
+
+    fn sync_names(&self, folder: &str, _why: Why) -> io::Result<()> {
+        Ok(nix::unistd::fsync(self.folder(folder)?.as_fd())?)
+    }
+
+    fn same_file(&self, a: &str, b: &str) -> io::Result<bool> {
+        let stat = |path: &str| -> io::Result<Option<FileStat>> {
+            let (folder, name) = self.place(path)?;
+            match fstatat(&folder, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+                Ok(stat) => Ok(Some(stat)),
+                Err(Errno::ENOENT) => Ok(None),
+                Err(errno) => Err(errno.into()),
+            }
+        };
+        Ok(match (stat(a)?, stat(b)?) {
+            (Some(a), Some(b)) => a.st_dev == b.st_dev && a.st_ino == b.st_ino,
+            _ => false,
+        })
+    }
+
+    fn space(&self) -> io::Result<Space> {
+        let stat = nix::sys::statvfs::fstatvfs(self.folder("")?)?;
+        let unit = stat.fragment_size();
+        Ok(Space {
+            total: stat.blocks().saturating_mul(unit),
+            free: stat.blocks_available().saturating_mul(unit),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

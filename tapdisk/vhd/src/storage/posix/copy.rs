@@ -1,0 +1,224 @@
+//! Copying between files without copying, where the filesystem can.
+//!
+//! ```text
+//!   head  |        middle, whole filesystem blocks        | tail
+//!   copy  |  FICLONERANGE, else hole by hole as below     | copy
+//!
+//!   source:  data ------- hole ------- data
+//!   here:    copy_file_range   punch   copy_file_range, else read and write
+//! ```
+//!
+//! Each way falls back to the next when the filesystem or the pair of
+//! filesystems cannot; only real errors are reported.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
+
+use nix::errno::Errno;
+use nix::fcntl::copy_file_range;
+use nix::unistd::{Whence, lseek};
+
+use super::super::{CopyKind, Volume};
+use super::volume::{PosixVolume, offset_of, usize_of};
+
+/// What extents can be shared in, on every filesystem that can at all. Where
+/// blocks are larger the clone is refused and the bytes are copied.
+const CLONE_UNIT: u64 = 4096;
+/// Bytes moved per read and write where nothing better works.
+const COPY_BUFFER_BYTES: u64 = 256 << 10;
+/// Bytes per `copy_file_range`, so that a signal is answered soon.
+const COPY_CALL_BYTES: u64 = 16 << 20;
+
+nix::ioctl_write_ptr!(ficlonerange, 0x94, 13, nix::libc::file_clone_range);
+
+/// Copies `len_bytes`; the ranges must not overlap within one file. Grows
+/// `to` as a write does, also where the source ends in a hole. The answer is
+/// `Cloned` when all but unaligned edges is shared.
+pub(super) fn copy(
+    to: &PosixVolume,
+    source: &dyn Volume,
+    from_at: u64,
+    to_at: u64,
+    len_bytes: u64,
+) -> io::Result<CopyKind> {
+    if len_bytes == 0 {
+        return Ok(CopyKind::Copied);
+    }
+    let Some(from) = source.as_any().downcast_ref::<PosixVolume>() else {
+        copy_buffered(to, source, from_at, to_at, len_bytes)?;
+        return Ok(CopyKind::Copied);
+    };
+    if from_at.saturating_add(len_bytes) > from.len()? {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    if from_at % CLONE_UNIT == to_at % CLONE_UNIT {
+        let head = (CLONE_UNIT - from_at % CLONE_UNIT) % CLONE_UNIT;
+        let middle = len_bytes.saturating_sub(head) / CLONE_UNIT * CLONE_UNIT;
+        if middle > 0 && clone(to, from, from_at + head, to_at + head, middle)? {
+            let tail = head + middle;
+            copy_data(to, from, from_at, to_at, head)?;
+            copy_data(to, from, from_at + tail, to_at + tail, len_bytes - tail)?;
+            return Ok(CopyKind::Cloned);
+        }
+    }
+    copy_sparse(to, from, from_at, to_at, len_bytes)?;
+    Ok(CopyKind::Copied)
+}
+
+/// Shares extents; `false` if this filesystem does not do that here.
+fn clone(
+    to: &PosixVolume,
+    from: &PosixVolume,
+    from_at: u64,
+    to_at: u64,
+    len_bytes: u64,
+) -> io::Result<bool> {
+    if to.is_device() || from.is_device() || to.clone_refused.load(Ordering::Relaxed) {
+        return Ok(false);
+    }
+    let range = nix::libc::file_clone_range {
+        src_fd: i64::from(from.file.as_raw_fd()),
+        src_offset: from_at,
+        src_length: len_bytes,
+        dest_offset: to_at,
+    };
+    // SAFETY: both descriptors are open for as long as the call lasts, since
+    // `to` and `from` are borrowed, and `range` is the struct that this ioctl
+    // reads and does not keep.
+    match unsafe { ficlonerange(to.file.as_raw_fd(), &range) } {
+        Ok(_) => Ok(true),
+        // Says nothing about the next range.
+        Err(Errno::EINVAL | Errno::ETXTBSY) => Ok(false),
+        Err(Errno::EOPNOTSUPP | Errno::ENOTTY | Errno::ENOSYS | Errno::EXDEV | Errno::EPERM) => {
+            to.clone_refused.store(true, Ordering::Relaxed);
+            Ok(false)
+        }
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Copies data runs, and makes holes of holes.
+fn copy_sparse(
+    to: &PosixVolume,
+    from: &PosixVolume,
+    from_at: u64,
+    to_at: u64,
+    len_bytes: u64,
+) -> io::Result<()> {
+    let from_end = from_at + len_bytes;
+    let mut at = from_at;
+    while at < from_end {
+        let data = next_data(from, at)?.min(from_end);
+        to.zero(to_at + (at - from_at), data - at)?;
+        let hole = next_hole(from, data)?.min(from_end);
+        copy_data(to, from, data, to_at + (data - from_at), hole - data)?;
+        at = hole;
+    }
+    grow_to(to, to_at + len_bytes)
+}
+
+/// Makes sure the file reaches to `end`, by a zero in the last byte of our
+/// own range: setting the length could cut what somebody else just appended.
+fn grow_to(to: &PosixVolume, end: u64) -> io::Result<()> {
+    if to.len()? < end {
+        to.file.write_all_at(&[0], end - 1)
+    } else {
+        Ok(())
+    }
+}
+
+/// First byte of data at or after `at`; beyond everything if there is none.
+/// All is data where holes are not reported.
+fn next_data(from: &PosixVolume, at: u64) -> io::Result<u64> {
+    match lseek(&from.file, offset_of(at)?, Whence::SeekData) {
+        Ok(found) => Ok(u64::try_from(found).unwrap_or(at)),
+        Err(Errno::ENXIO) => Ok(u64::MAX),
+        Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(at),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// First hole after `at`, which is data; the end of the file counts as one.
+/// A hole that vanished meanwhile must not make us go back or stand still.
+fn next_hole(from: &PosixVolume, at: u64) -> io::Result<u64> {
+    if at == u64::MAX {
+        return Ok(at);
+    }
+    match lseek(&from.file, offset_of(at)?, Whence::SeekHole) {
+        Ok(found) => match u64::try_from(found) {
+            Ok(found) if found > at => Ok(found),
+            _ => Ok(u64::MAX),
+        },
+        Err(Errno::ENXIO | Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(u64::MAX),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Copies bytes inside the kernel, or through a buffer.
+fn copy_data(
+    to: &PosixVolume,
+    from: &PosixVolume,
+    from_at: u64,
+    to_at: u64,
+    len_bytes: u64,
+) -> io::Result<()> {
+    let (mut from_pos, mut to_pos) = (offset_of(from_at)?, offset_of(to_at)?);
+    let mut left = len_bytes;
+    while left > 0 {
+        let run = usize_of(left.min(COPY_CALL_BYTES));
+        match copy_file_range(
+            &from.file,
+            Some(&mut from_pos),
+            &to.file,
+            Some(&mut to_pos),
+            run,
+        ) {
+            Ok(0) => return copy_rest(to, from, from_pos, to_pos, left),
+            Ok(moved) => left -= moved as u64,
+            Err(Errno::EINTR) => {}
+            Err(
+                Errno::EINVAL
+                | Errno::EXDEV
+                | Errno::ENOSYS
+                | Errno::EOPNOTSUPP
+                | Errno::EBADF
+                | Errno::EPERM,
+            ) => return copy_rest(to, from, from_pos, to_pos, left),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
+fn copy_rest(
+    to: &PosixVolume,
+    from: &PosixVolume,
+    from_at: i64,
+    to_at: i64,
+    len_bytes: u64,
+) -> io::Result<()> {
+    let position = |at: i64| u64::try_from(at).map_err(|_| io::Error::from(Errno::EINVAL));
+    copy_buffered(to, from, position(from_at)?, position(to_at)?, len_bytes)
+}
+
+/// Copies through a buffer of bounded size; the end of the source shows as
+/// `UnexpectedEof` here.
+fn copy_buffered(
+    to: &PosixVolume,
+    source: &dyn Volume,
+    from_at: u64,
+    to_at: u64,
+    len_bytes: u64,
+) -> io::Result<()> {
+    let mut buffer = vec![0u8; usize_of(len_bytes.min(COPY_BUFFER_BYTES))];
+    let mut done = 0;
+    while done < len_bytes {
+        let run = usize_of((len_bytes - done).min(COPY_BUFFER_BYTES));
+        source.read_at(&mut buffer[..run], from_at + done)?;
+        to.file.write_all_at(&buffer[..run], to_at + done)?;
+        done += run as u64;
+    }
+    Ok(())
+}

@@ -1,0 +1,182 @@
+//! One open file or block device, as a [`Volume`].
+
+use std::any::Any;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use super::super::{Access, CopyKind, Volume, Why};
+
+/// Zeros written at a time where the filesystem cannot punch holes.
+const ZERO_BUFFER_BYTES: usize = 256 << 10;
+
+/// A file or block device behind one descriptor. A lock taken on it lives as
+/// long as this does.
+#[derive(Debug)]
+pub struct PosixVolume {
+    pub(super) file: File,
+    device: bool,
+    /// Set once the filesystem refused to share extents, to spare the rest of
+    /// a merge one failing call per run.
+    pub(super) clone_refused: AtomicBool,
+}
+
+impl PosixVolume {
+    /// Wraps an open descriptor; it must be a plain file or a block device.
+    pub fn from_file(file: File) -> io::Result<Self> {
+        let kind = file.metadata()?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            let message = "neither a file nor a block device";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        Ok(Self {
+            file,
+            device: kind.is_block_device(),
+            clone_refused: AtomicBool::new(false),
+        })
+    }
+
+    /// Opens a block device by path (`/dev/<vg>/<lv>`, a symbolic link that
+    /// the system made, so links are followed here). With [`Access::Write`]
+    /// it is locked, or `WouldBlock`. The caller checks that the path still
+    /// leads to this device where it can be renamed.
+    pub fn open_device(path: &Path, access: Access) -> io::Result<Self> {
+        let write = access == Access::Write;
+        let flags = nix::libc::O_CLOEXEC;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(write)
+            .custom_flags(flags)
+            .open(path)?;
+        if write {
+            super::lock(&file)?;
+        }
+        let volume = Self::from_file(file)?;
+        if !volume.device {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "not a block device",
+            ));
+        }
+        Ok(volume)
+    }
+
+    /// The open file.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn write_zeros(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
+        let end = offset.saturating_add(len_bytes);
+        let buffer = vec![0u8; ZERO_BUFFER_BYTES.min(usize_of(len_bytes))];
+        let mut at = offset;
+        while at < end {
+            let run = buffer.len().min(usize_of(end - at));
+            self.file.write_all_at(&buffer[..run], at)?;
+            at += run as u64;
+        }
+        Ok(())
+    }
+}
+
+/// For lengths that are clamped by a buffer afterwards.
+pub(super) fn usize_of(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}
+
+/// For system calls, which count in signed bytes.
+pub(super) fn offset_of(bytes: u64) -> io::Result<i64> {
+    i64::try_from(bytes).map_err(|_| io::Error::from(Errno::EFBIG))
+}
+
+impl Volume for PosixVolume {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(buf, offset)
+    }
+
+    // fdatasync covers the length: metadata needed to read the data back is
+    // part of its promise.
+    fn flush(&self, _why: Why) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        if self.device {
+            // The position of the description is used by nobody.
+            (&self.file).seek(SeekFrom::End(0))
+        } else {
+            Ok(self.file.metadata()?.len())
+        }
+    }
+
+    fn set_len(&self, len_bytes: u64) -> io::Result<()> {
+        if self.device {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        self.file.set_len(len_bytes)
+    }
+
+    fn zero(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
+        let end = offset.saturating_add(len_bytes).min(self.len()?);
+        if offset >= end {
+            return Ok(());
+        }
+        let len_bytes = end - offset;
+        // On a device punching could be answered by a discard that promises
+        // no zeros; zero-out promises them.
+        let flags = if self.device {
+            FallocateFlags::FALLOC_FL_ZERO_RANGE
+        } else {
+            FallocateFlags::FALLOC_FL_PUNCH_HOLE
+        } | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match fallocate(&self.file, flags, offset_of(offset)?, offset_of(len_bytes)?) {
+            Ok(()) => Ok(()),
+            // EINVAL: a device and a range off its blocks.
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => {
+                self.write_zeros(offset, len_bytes)
+            }
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn copy_from(
+        &self,
+        source: &dyn Volume,
+        source_offset: u64,
+        offset: u64,
+        len_bytes: u64,
+    ) -> io::Result<CopyKind> {
+        super::copy::copy(self, source, source_offset, offset, len_bytes)
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        if self.device {
+            return self.len();
+        }
+        // st_blocks counts 512-byte units whatever the block size.
+        Ok(self.file.metadata()?.blocks().saturating_mul(512))
+    }
+
+    fn is_device(&self) -> bool {
+        self.device
+    }
+
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
