@@ -1,0 +1,333 @@
+//! The command line, as data: what may be typed and what it means.
+//!
+//! Nothing here does anything; `commands` does. The verbs and options are
+//! those of the contract and are never renamed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use uuid::Uuid;
+
+use crate::size::Size;
+
+/// Where the state lies when nobody says otherwise.
+pub const STATE_DEFAULT: &str = "/var/lib/coppice";
+/// Where the sockets lie when nobody says otherwise.
+pub const RUN_DEFAULT: &str = "/run/coppice";
+
+/// Virtual disks as chains of VHD images: snapshots, clones, and a garbage
+/// collector that merges chains while the disks are in use.
+#[derive(Debug, Parser)]
+#[command(name = "coppice", version, propagate_version = true)]
+pub struct Cli {
+    /// Options of every command.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// Print one JSON document on standard output, and nothing else there
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Folder of the host's own state [default: /var/lib/coppice]
+    #[arg(long, global = true, env = "COPPICE_STATE", value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// Folder of the sockets, best on a tmpfs [default: /run/coppice]
+    #[arg(long, global = true, env = "COPPICE_RUN", value_name = "DIR")]
+    pub run: Option<PathBuf>,
+}
+
+impl Global {
+    /// The run folder: as given, or the default.
+    pub fn run_dir(&self) -> PathBuf {
+        self.run
+            .clone()
+            .unwrap_or_else(|| PathBuf::from(RUN_DEFAULT))
+    }
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show the main job on this machine, start to end, on real I/O
+    Demo(DemoArgs),
+    /// Run the storage daemon and the garbage collector in the foreground
+    Up(UpArgs),
+    /// Say what runs: daemons, storage repositories, merges
+    Status,
+    /// Storage repositories
+    #[command(subcommand)]
+    Sr(SrCommand),
+    /// Virtual disks
+    #[command(subcommand)]
+    Vdi(VdiCommand),
+    /// The garbage collector
+    #[command(subcommand)]
+    Gc(GcCommand),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages
+    Man {
+        /// Folder to write them to
+        dir: PathBuf,
+    },
+    /// Be one of the daemons; `up` and smd start this program so
+    #[command(hide = true, subcommand)]
+    Daemon(DaemonCommand),
+}
+
+/// Options of `demo`.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Folder for the images [default: a private one, deleted at the end]
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// Leave the storage repository and the logs in place
+    #[arg(long)]
+    pub keep: bool,
+    /// Seed of the random requests [default: a new one, printed]
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
+/// Options of `up`.
+#[derive(Debug, Args)]
+pub struct UpArgs {
+    /// Folder for state and sockets: DIR/state and DIR/run
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// Leave attached disks served when ending
+    #[arg(long)]
+    pub leave_attached: bool,
+}
+
+/// A daemon that is part of this program.
+#[derive(Debug, Subcommand)]
+#[command(disable_help_flag = true, disable_version_flag = true)]
+pub enum DaemonCommand {
+    /// The storage daemon
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Smd(Rest),
+    /// The garbage collector
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Gcd(Rest),
+    /// The data path of one disk
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Tapdisk(Rest),
+}
+
+/// Arguments handed on untouched.
+#[derive(Debug, Args)]
+pub struct Rest {
+    /// The daemon's own arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub args: Vec<std::ffi::OsString>,
+}
+
+/// Kind of a storage repository.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SrType {
+    /// A folder of VHD files
+    File,
+}
+
+impl SrType {
+    /// The word the API uses.
+    pub fn word(self) -> &'static str {
+        match self {
+            SrType::File => "file",
+        }
+    }
+}
+
+/// Verbs of `sr`.
+#[derive(Debug, Subcommand)]
+pub enum SrCommand {
+    /// Make a new storage repository and attach it
+    Create {
+        /// Its name
+        name: String,
+        /// Its kind
+        #[arg(long = "type", value_enum)]
+        kind: SrType,
+        /// The folder it lives in
+        #[arg(long)]
+        path: PathBuf,
+        /// Its uuid [default: a new one]
+        #[arg(long)]
+        uuid: Option<Uuid>,
+    },
+    /// Attach a storage repository that exists already
+    Introduce {
+        /// Its name here
+        name: String,
+        /// Its kind
+        #[arg(long = "type", value_enum)]
+        kind: SrType,
+        /// The folder it lives in
+        #[arg(long)]
+        path: PathBuf,
+        /// Its uuid [default: the one written there, or a new one]
+        #[arg(long)]
+        uuid: Option<Uuid>,
+    },
+    /// List the storage repositories
+    List,
+    /// Show one
+    Show(SrArg),
+    /// Draw its trees of images
+    Tree(SrArg),
+    /// Read all headers anew and bring the catalog up to date
+    Scan(SrArg),
+    /// Take it into use on this host
+    Attach(SrArg),
+    /// Settle everything and give it back
+    Detach(SrArg),
+    /// Drop it from this host; nothing on it changes
+    Forget(SrArg),
+    /// Delete everything of ours on it; refused while it holds disks
+    Destroy(SrArg),
+}
+
+/// One storage repository.
+#[derive(Debug, Args)]
+pub struct SrArg {
+    /// Uuid, or name where that is unique
+    pub sr: String,
+}
+
+/// One disk.
+#[derive(Debug, Args)]
+pub struct VdiArg {
+    /// Uuid, or name where that is unique
+    pub vdi: String,
+}
+
+/// Verbs of `vdi`.
+#[derive(Debug, Subcommand)]
+pub enum VdiCommand {
+    /// Make a new, empty disk
+    Create {
+        /// Storage repository
+        sr: String,
+        /// Its name
+        name: String,
+        /// Virtual size: bytes, or with KiB, MiB, GiB, TiB
+        #[arg(long)]
+        size: Size,
+    },
+    /// List disks
+    List {
+        /// Only those of this storage repository
+        sr: Option<String>,
+    },
+    /// Show one
+    Show(VdiArg),
+    /// Take a snapshot; of several disks, all at one instant
+    Snapshot {
+        /// The disks
+        #[arg(required = true)]
+        vdis: Vec<String>,
+        /// Name of the snapshot
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// Make a writable copy that shares everything
+    Clone {
+        /// The disk or snapshot
+        vdi: String,
+        /// Name of the clone
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// Delete a disk or a snapshot
+    Delete(VdiArg),
+    /// Change its name
+    Rename {
+        /// The disk
+        vdi: String,
+        /// The new name
+        name: String,
+    },
+    /// Serve it over NBD
+    Attach {
+        /// The disk
+        vdi: String,
+        /// Refuse writes
+        #[arg(long)]
+        read_only: bool,
+    },
+    /// Settle it and stop serving it
+    Detach {
+        /// The disk
+        vdi: String,
+        /// Disconnect clients first
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+/// Verbs of `gc`.
+#[derive(Debug, Subcommand)]
+pub enum GcCommand {
+    /// Collect garbage and merge chains now
+    Run {
+        /// Only this storage repository [default: all]
+        sr: Option<String>,
+        /// Say what would be done
+        #[arg(long)]
+        dry_run: bool,
+        /// Return when nothing is left to do
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Say what runs and what waits
+    Status {
+        /// Only this storage repository
+        sr: Option<String>,
+    },
+    /// Start no new work
+    Pause {
+        /// Only this storage repository
+        sr: Option<String>,
+    },
+    /// Go on
+    Resume {
+        /// Only this storage repository
+        sr: Option<String>,
+    },
+    /// Stop running work at the next safe point
+    Abort {
+        /// Only this storage repository
+        sr: Option<String>,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_daemon_gets_its_options_untouched() {
+        let cli =
+            Cli::try_parse_from(["coppice", "daemon", "smd", "--run", "/x", "--help"]).unwrap();
+        let Command::Daemon(DaemonCommand::Smd(rest)) = cli.command else {
+            panic!("not smd: {:?}", cli.command)
+        };
+        assert_eq!(rest.args, ["--run", "/x", "--help"]);
+    }
+}

@@ -1,0 +1,78 @@
+//! `coppice vdi …`.
+
+use serde_json::{Value, json};
+
+use super::Context;
+use crate::cli::VdiCommand;
+use crate::client::escaped;
+use crate::failure::Outcome;
+use crate::render;
+use crate::resolve;
+use crate::view::{self, Vdi};
+
+/// Does what was asked.
+pub fn run(context: &Context, command: VdiCommand) -> Outcome<()> {
+    let smd = &context.smd;
+    match command {
+        VdiCommand::Create { sr, name, size } => {
+            let sr = resolve::sr(smd, &sr)?;
+            let body = json!({"sr": sr, "name": name, "virtual_size": size.0});
+            show(context, &smd.post("/vdis", &body)?);
+        }
+        VdiCommand::List { sr } => list(context, sr.as_deref())?,
+        VdiCommand::Show(arg) => {
+            let vdi = resolve::vdi(smd, &arg.vdi)?;
+            show(context, &smd.get(&format!("/vdis/{vdi}"))?);
+        }
+        VdiCommand::Snapshot { vdis, name } => {
+            let vdis: Vec<String> = vdis
+                .iter()
+                .map(|vdi| resolve::vdi(smd, vdi))
+                .collect::<Outcome<_>>()?;
+            let answer = smd.post("/vdis/snapshot", &json!({"vdis": vdis, "name": name}))?;
+            table(context, &answer)?;
+        }
+        VdiCommand::Clone { vdi, name } => verb(context, &vdi, "clone", &json!({"name": name}))?,
+        VdiCommand::Delete(arg) => {
+            let vdi = resolve::vdi(smd, &arg.vdi)?;
+            show(context, &smd.delete(&format!("/vdis/{vdi}"))?);
+        }
+        VdiCommand::Rename { vdi, name } => {
+            verb(context, &vdi, "rename", &json!({"name": name}))?;
+        }
+        VdiCommand::Attach { vdi, read_only } => {
+            verb(context, &vdi, "attach", &json!({"read_only": read_only}))?;
+        }
+        VdiCommand::Detach { vdi, force } => {
+            verb(context, &vdi, "detach", &json!({"force": force}))?;
+        }
+    }
+    Ok(())
+}
+
+fn list(context: &Context, sr: Option<&str>) -> Outcome<()> {
+    let path = match sr {
+        Some(sr) => format!("/vdis?sr={}", escaped(&resolve::sr(&context.smd, sr)?)),
+        None => "/vdis".to_owned(),
+    };
+    table(context, &context.smd.get(&path)?)
+}
+
+fn verb(context: &Context, vdi: &str, verb: &str, body: &Value) -> Outcome<()> {
+    let vdi = resolve::vdi(&context.smd, vdi)?;
+    show(
+        context,
+        &context.smd.post(&format!("/vdis/{vdi}/{verb}"), body)?,
+    );
+    Ok(())
+}
+
+fn table(context: &Context, answer: &Value) -> Outcome<()> {
+    let list: Vec<Vdi> = view::list_of(answer, "vdis")?;
+    context.output.result(answer, || render::vdis(&list));
+    Ok(())
+}
+
+fn show(context: &Context, answer: &Value) {
+    context.output.result(answer, || render::object(answer));
+}

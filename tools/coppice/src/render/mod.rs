@@ -1,0 +1,137 @@
+//! Documents as text for people: tables, and trees drawn as tables.
+//!
+//! Pure: documents in, strings out. Printing is the commands' business.
+
+pub mod table;
+pub mod tree;
+
+use serde_json::Value;
+
+use crate::size::human;
+use crate::view::{Sr, Vdi};
+
+/// A table of storage repositories.
+pub fn srs(list: &[Sr]) -> String {
+    let mut table = table::Table::new([
+        "NAME", "UUID", "TYPE", "STATE", "USED", "FREE", "DISKS", "LOCATION",
+    ]);
+    for sr in list {
+        table.row([
+            sr.name.clone(),
+            sr.uuid.clone(),
+            sr.kind.clone(),
+            if sr.attached { "attached" } else { "detached" }.to_owned(),
+            sr.used.map_or_else(dash, human),
+            sr.free.map_or_else(dash, human),
+            count(&sr.vdis),
+            plain(&sr.location),
+        ]);
+    }
+    table.to_string()
+}
+
+/// A table of disks.
+pub fn vdis(list: &[Vdi]) -> String {
+    let mut table =
+        table::Table::new(["NAME", "UUID", "KIND", "SIZE", "ON DISK", "DEPTH", "STATE"]);
+    for vdi in list {
+        table.row([
+            vdi.name.clone(),
+            vdi.uuid.clone(),
+            vdi.kind.clone(),
+            human(vdi.virtual_size),
+            human(vdi.physical_size),
+            vdi.depth.to_string(),
+            vdi_state(vdi),
+        ]);
+    }
+    table.to_string()
+}
+
+/// Any object as `name  value` lines, nested ones left out.
+pub fn object(document: &Value) -> String {
+    let Value::Object(map) = document else {
+        return format!("{}\n", plain(document));
+    };
+    let width = map.keys().map(String::len).max().unwrap_or(0);
+    let mut out = String::new();
+    for (key, value) in map {
+        let shown = match value {
+            Value::Number(n) if is_size(key) => n.as_u64().map_or_else(
+                || n.to_string(),
+                |bytes| format!("{} ({bytes})", human(bytes)),
+            ),
+            Value::Object(_) => continue,
+            Value::Array(items) if items.is_empty() => dash(),
+            Value::Array(items) => items.iter().map(plain).collect::<Vec<_>>().join(", "),
+            other => plain(other),
+        };
+        out.push_str(&format!("{key:width$}  {shown}\n"));
+    }
+    out
+}
+
+/// `attached`, `attached read-only`, or nothing.
+pub fn vdi_state(vdi: &Vdi) -> String {
+    match (vdi.attached, vdi.read_only) {
+        (true, true) => "attached read-only".to_owned(),
+        (true, false) => "attached".to_owned(),
+        (false, true) => "read-only".to_owned(),
+        (false, false) => dash(),
+    }
+}
+
+fn is_size(key: &str) -> bool {
+    key.ends_with("_size")
+        || key.starts_with("bytes_")
+        || key.ends_with("_bytes")
+        || ["size", "used", "free", "allocated"].contains(&key)
+}
+
+fn count(value: &Value) -> String {
+    match value {
+        Value::Array(items) => items.len().to_string(),
+        other => plain(other),
+    }
+}
+
+fn plain(value: &Value) -> String {
+    match value {
+        Value::Null => dash(),
+        Value::String(s) if s.is_empty() => dash(),
+        Value::String(s) => s.clone(),
+        other => other.to_string(),
+    }
+}
+
+fn dash() -> String {
+    "-".to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn objects_show_sizes_both_ways() {
+        let text = object(&json!({"name": "a", "virtual_size": 2048, "parent": null}));
+        assert!(text.contains("virtual_size  2 KiB (2048)"), "{text}");
+        assert!(text.contains("parent        -"), "{text}");
+    }
+
+    #[test]
+    fn lists_name_every_disk() {
+        let disk = Vdi {
+            name: "web".into(),
+            attached: true,
+            depth: 3,
+            ..Vdi::default()
+        };
+        let text = vdis(&[disk]);
+        assert!(
+            text.contains("web") && text.contains("attached") && text.contains('3'),
+            "{text}"
+        );
+    }
+}

@@ -1,0 +1,119 @@
+//! What the daemons answer, as far as tables need it.
+//!
+//! With `--json` the daemon's own document is printed untouched; these types
+//! only serve the human views, so every field that may be absent has a
+//! default and unknown ones are ignored.
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::failure::{Failure, Outcome};
+
+/// A virtual disk, snapshot or hidden node. Sizes in bytes.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Vdi {
+    /// Its uuid.
+    pub uuid: String,
+    /// Its name; hidden nodes may have none.
+    pub name: String,
+    /// The storage repository.
+    pub sr: String,
+    /// `leaf`, `snapshot` or `hidden`.
+    pub kind: String,
+    /// The node below.
+    pub parent: Option<String>,
+    /// Of which disk it is a snapshot.
+    pub snapshot_of: Option<String>,
+    /// What the guest sees.
+    pub virtual_size: u64,
+    /// What it takes on disk.
+    pub physical_size: u64,
+    /// Data blocks it names itself.
+    pub allocated: u64,
+    /// Length of its chain, itself included.
+    pub depth: u64,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// Whether it is served now.
+    pub attached: bool,
+    /// When it was made: text or seconds since 1970.
+    pub created: Value,
+}
+
+/// A storage repository. Sizes in bytes.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Sr {
+    /// Its uuid.
+    pub uuid: String,
+    /// Its name.
+    pub name: String,
+    /// `file` and so on.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Folder or devices.
+    pub location: Value,
+    /// Whether this host uses it now.
+    pub attached: bool,
+    /// Size of what it lies on.
+    pub size: Option<u64>,
+    /// Used by images.
+    pub used: Option<u64>,
+    /// Free there.
+    pub free: Option<u64>,
+    /// Number of disks, or the disks.
+    pub vdis: Value,
+}
+
+/// A node of a tree.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Node {
+    /// The node itself.
+    #[serde(flatten)]
+    pub vdi: Vdi,
+    /// What hangs on it.
+    pub children: Vec<Node>,
+    /// What the collector does or waits for here.
+    pub gc: Option<GcState>,
+}
+
+/// What the collector does with a node.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct GcState {
+    /// `waiting`, `merging` or `blocked`.
+    pub state: String,
+    /// Why.
+    pub reason: Option<String>,
+    /// Moved so far.
+    pub bytes_done: Option<u64>,
+    /// To move in all.
+    pub bytes_total: Option<u64>,
+    /// Bytes per second.
+    pub rate: Option<f64>,
+    /// Seconds left.
+    pub eta_s: Option<f64>,
+}
+
+/// The trees of one storage repository.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Forest {
+    /// The storage repository.
+    pub sr: Sr,
+    /// Nodes without a parent.
+    pub roots: Vec<Node>,
+}
+
+/// Reads a document, or the list inside it under `key`.
+pub fn list_of<T: serde::de::DeserializeOwned>(document: &Value, key: &str) -> Outcome<Vec<T>> {
+    read(document.get(key).unwrap_or(document))
+}
+
+/// Reads one object.
+pub fn read<T: serde::de::DeserializeOwned>(document: &Value) -> Outcome<T> {
+    T::deserialize(document)
+        .map_err(|e| Failure::new("IO_ERROR", format!("an answer that cannot be read: {e}")))
+}
