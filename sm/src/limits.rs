@@ -1,0 +1,44 @@
+//! Every limit of this crate (invariant 12).
+
+/// Limits an operator may change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Images in a chain, leaf and root included; more is refused.
+    pub chain_max: u32,
+    /// How long a snapshot may hold a pause, in milliseconds. After that the
+    /// tapdisk voids the snapshot and goes on.
+    pub pause_ms_max: u64,
+    /// Threads that read headers in a scan.
+    pub scan_threads: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { chain_max: 30, pause_ms_max: 10_000, scan_threads: 8 }
+    }
+}
+
+/// VDIs in one snapshot group. All of them are paused at once.
+pub const GROUP_MEMBERS_MAX: usize = 64;
+/// Bytes of a name or description.
+pub const LABEL_BYTES_MAX: usize = 4096;
+/// How long the SR lock is waited for, in milliseconds.
+pub const SR_LOCK_WAIT_MS_MAX: u64 = 30_000;
+/// How long a tapdisk may take to start serving, in milliseconds. A record
+/// of a killed predecessor is replayed in that time.
+pub const TAP_START_MS_MAX: u64 = 60_000;
+/// How long a tapdisk may take to answer a control request, in milliseconds.
+pub const TAP_ANSWER_MS_MAX: u64 = 60_000;
+/// How long a stopped tapdisk may take to be gone, in milliseconds.
+pub const TAP_STOP_MS_MAX: u64 = 10_000;
+/// How long the API retries an operation that found another one under way,
+/// in milliseconds.
+pub const BUSY_RETRY_MS_MAX: u64 = 5_000;
+/// Bytes of an API request body.
+pub const BODY_BYTES_MAX: usize = 1 << 20;
+/// Requests the API works on at once; more wait.
+pub const REQUESTS_AT_ONCE_MAX: usize = 64;
+/// Rows kept in the operation history of an SR.
+pub const HISTORY_ROWS_MAX: u32 = 10_000;
+/// Bytes of the leases, owner files and other small files of the run folder.
+pub const SMALL_FILE_BYTES_MAX: u64 = 1 << 20;
