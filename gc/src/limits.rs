@@ -1,0 +1,44 @@
+//! Every bound of the collector, in one place (invariant 12).
+
+use std::time::Duration;
+
+/// Most images merged in one pass. A chain is not longer than that unless
+/// its limit was raised.
+pub const SOURCES_MAX: usize = 32;
+/// Bytes copied between two looks at the abort flag and the I/O budget.
+pub const WINDOW_BYTES_MAX: u64 = 16 << 20;
+/// Blocks copied between two looks at the abort flag.
+pub const WINDOW_BLOCKS_MAX: u32 = 64;
+/// Bytes of one slice when space is short, or of an offline leaf merge.
+pub const SLICE_BYTES_MAX: u64 = 32 << 20;
+/// Blocks of one slice.
+pub const SLICE_BLOCKS_MAX: u32 = 16;
+/// Free space the collector leaves to the guests, unless a merge needs none.
+pub const RESERVE_BYTES: u64 = 64 << 20;
+/// Chains at least this near their limit are shortened before others.
+pub const NEAR_LIMIT: usize = 6;
+/// Longest chain by default.
+pub const CHAIN_MAX: usize = 30;
+/// Merges at one time in one repository, by default.
+pub const PARALLEL: usize = 2;
+/// Most merges at one time that can be asked for.
+pub const PARALLEL_MAX: usize = 16;
+/// How long a merge waits for readers to leave what it wants to delete,
+/// before it steps aside and is planned again.
+pub const LEAVE_WAIT_MAX: Duration = Duration::from_secs(60);
+/// How often it looks whether they did.
+pub const LEAVE_POLL: Duration = Duration::from_millis(50);
+/// How often a running leaf merge is asked how far it is.
+pub const STATUS_POLL: Duration = Duration::from_millis(100);
+/// A leaf merge that moved nothing for this long has failed.
+pub const STALL_MAX: Duration = Duration::from_secs(120);
+/// Attempts before a node is set aside.
+pub const ATTEMPTS_MAX: u32 = 6;
+/// Wait before the second attempt; doubles with each.
+pub const RETRY_FIRST: Duration = Duration::from_secs(5);
+/// Longest wait between attempts.
+pub const RETRY_MAX: Duration = Duration::from_secs(600);
+/// Between two looks of its own at each repository.
+pub const LOOK_EVERY: Duration = Duration::from_secs(30);
+/// Failures kept for the report.
+pub const FAILURES_KEPT: usize = 256;

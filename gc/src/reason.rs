@@ -1,0 +1,156 @@
+//! Why something waits. Every hidden node that a finished collection would
+//! not leave behind has one of these, or is being worked on.
+
+use uuid::Uuid;
+
+/// Why a node is not collected now.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Reason {
+    /// An image of its tree is broken (invariant 11).
+    #[error("image {node} of its tree is broken: {why}")]
+    BrokenTree {
+        /// Which image.
+        node: Uuid,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Nobody knows whose child an unreadable image is (invariant 11).
+    #[error(
+        "image {node} cannot be read ({why}) and its parents are not known; nothing hidden is touched until it is repaired or removed"
+    )]
+    UnknownParents {
+        /// Which image.
+        node: Uuid,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Its parent is a raw or fixed image.
+    #[error("its parent {parent} is not a dynamic image: nothing can be merged into it")]
+    ParentTakesNothing {
+        /// The parent.
+        parent: Uuid,
+    },
+    /// Blocks of another size.
+    #[error("{node} has blocks of another size than 2 MiB")]
+    OtherBlocks {
+        /// Which image.
+        node: Uuid,
+    },
+    /// The child is smaller: merged, its readers would see the parent's tail.
+    #[error("it is smaller than its parent {parent}")]
+    SmallerThanParent {
+        /// The parent.
+        parent: Uuid,
+    },
+    /// Growing the parent would show an ancestor's data past its old end.
+    #[error("growing {parent} would uncover data of {ancestor}")]
+    Uncovers {
+        /// What would grow.
+        parent: Uuid,
+        /// Whose data would come to the light.
+        ancestor: Uuid,
+    },
+    /// Not enough room for even one slice.
+    #[error("no space: {needed} bytes are needed, {free} are free")]
+    NoSpace {
+        /// Bytes.
+        needed: u64,
+        /// Bytes.
+        free: u64,
+    },
+    /// Its block table could not be read.
+    #[error("its blocks cannot be counted: {why}")]
+    NoCost {
+        /// What reading says.
+        why: String,
+    },
+    /// It failed too often; a person should look.
+    #[error("set aside after {attempts} attempts: {why}")]
+    SetAside {
+        /// How often it was tried.
+        attempts: u32,
+        /// The last failure.
+        why: String,
+    },
+    /// It failed and is tried again.
+    #[error("attempt {attempts} failed: {why}; next in {wait_s} s")]
+    Retry {
+        /// How often it was tried.
+        attempts: u32,
+        /// The last failure.
+        why: String,
+        /// Seconds until the next attempt.
+        wait_s: u64,
+    },
+    /// An image has not been settled yet.
+    #[error("{node} is not settled")]
+    Unsettled {
+        /// Which image.
+        node: Uuid,
+    },
+    /// Somebody reads it in a way that must end first.
+    #[error("{node} is read by {vdi}")]
+    Read {
+        /// What is read.
+        node: Uuid,
+        /// By whose lease.
+        vdi: Uuid,
+    },
+    /// It is attached read-only, so nobody may write it.
+    #[error("it is attached read-only")]
+    AttachedReadOnly,
+    /// Another operation holds it.
+    #[error("operation {id} holds {node}")]
+    Claimed {
+        /// What is held.
+        node: Uuid,
+        /// The intent.
+        id: Uuid,
+    },
+    /// What lies below is merged first: every byte is then copied once.
+    #[error("its parent {parent} is merged first")]
+    ParentFirst {
+        /// The parent.
+        parent: Uuid,
+    },
+    /// Another merge of its tree runs or goes first.
+    #[error("another merge of its tree goes first")]
+    TreeBusy,
+    /// As many merges run as may.
+    #[error("{running} merges run already")]
+    Parallel {
+        /// How many.
+        running: usize,
+    },
+    /// The collector is paused.
+    #[error("the collector is paused")]
+    Paused,
+}
+
+impl Reason {
+    /// Whether it goes away by itself, or needs a person (or a reader, or
+    /// room) to act.
+    #[must_use]
+    pub fn is_blocked(&self) -> bool {
+        match self {
+            Self::BrokenTree { .. }
+            | Self::UnknownParents { .. }
+            | Self::ParentTakesNothing { .. }
+            | Self::OtherBlocks { .. }
+            | Self::SmallerThanParent { .. }
+            | Self::Uncovers { .. }
+            | Self::NoSpace { .. }
+            | Self::NoCost { .. }
+            | Self::SetAside { .. } => true,
+            Self::Retry { .. }
+            | Self::Unsettled { .. }
+            | Self::Read { .. }
+            | Self::AttachedReadOnly
+            | Self::Claimed { .. }
+            | Self::ParentFirst { .. }
+            | Self::TreeBusy
+            | Self::Parallel { .. }
+            | Self::Paused => false,
+        }
+    }
+}
