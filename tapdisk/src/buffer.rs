@@ -1,0 +1,351 @@
+//! Guest buffers: page-aligned, pooled, and lent piece by piece.
+//!
+//! A request's data is received into, or sent from, the one buffer that the
+//! disk operations use; several workers may fill different pieces of it at
+//! the same time. Each access is a loan of a range, checked when it is made:
+//! two loans that overlap are refused unless both only read. So the safety of
+//! the few lines of `unsafe` here rests on nothing outside this file.
+//!
+//! Memory goes back to its pool when the last handle or loan is dropped, on
+//! whichever thread that happens.
+//!
+//! Absent on purpose: knowledge of requests, waiting (a pool that has run out
+//! says so), zeroing of reused memory (whoever lends it to a reader filled it).
+
+use std::alloc::Layout;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::limits::{BUFFER_BYTES_MAX, POOL_BYTES_MAX, POOL_IDLE_BYTES_MAX};
+
+/// Alignment of every buffer and smallest size, in bytes: direct I/O needs it.
+pub const BUFFER_ALIGN: usize = 4096;
+
+/// Size classes: powers of two from [`BUFFER_ALIGN`] to [`BUFFER_BYTES_MAX`].
+const CLASSES: usize = (BUFFER_BYTES_MAX / BUFFER_ALIGN).ilog2() as usize + 1;
+
+/// Hands out buffers; a clone is another handle on the same pool.
+#[derive(Debug, Clone, Default)]
+pub struct Pool(Arc<Mutex<Shelves>>);
+
+/// What a pool remembers.
+#[derive(Debug, Default)]
+struct Shelves {
+    /// Memory nobody uses, by size class.
+    idle: [Vec<Memory>; CLASSES],
+    /// Bytes in `idle`.
+    idle_bytes: usize,
+    /// Bytes in use.
+    used_bytes: usize,
+}
+
+impl Pool {
+    /// A buffer of `len_bytes`, its content unspecified. `None` when it is
+    /// larger than [`BUFFER_BYTES_MAX`], when [`POOL_BYTES_MAX`] are in use,
+    /// or when the system has no memory.
+    #[must_use]
+    pub fn take(&self, len_bytes: usize) -> Option<Buffer> {
+        let class = class_of(len_bytes)?;
+        let bytes = class_bytes(class);
+        let memory = {
+            let mut shelves = lock(&self.0);
+            if shelves.used_bytes + bytes > POOL_BYTES_MAX {
+                return None;
+            }
+            shelves.used_bytes += bytes;
+            let memory = shelves.idle.get_mut(class).and_then(Vec::pop);
+            if memory.is_some() {
+                shelves.idle_bytes -= bytes;
+            }
+            memory
+        };
+        let Some(memory) = memory.or_else(|| Memory::new(class)) else {
+            lock(&self.0).used_bytes -= bytes;
+            return None;
+        };
+        let inner = Inner {
+            memory: Some(memory),
+            len_bytes,
+            loans: Mutex::new(Vec::new()),
+            home: self.clone(),
+        };
+        Some(Buffer(Arc::new(inner)))
+    }
+
+    /// Bytes handed out and not returned, rounded up to size classes.
+    #[must_use]
+    pub fn used_bytes(&self) -> usize {
+        lock(&self.0).used_bytes
+    }
+
+    fn put_back(&self, memory: Memory) {
+        let bytes = class_bytes(memory.class);
+        let mut shelves = lock(&self.0);
+        shelves.used_bytes -= bytes;
+        if shelves.idle_bytes + bytes <= POOL_IDLE_BYTES_MAX
+            && let Some(shelf) = shelves.idle.get_mut(memory.class)
+        {
+            shelf.push(memory);
+            shelves.idle_bytes += bytes;
+        }
+    }
+}
+
+fn class_of(len_bytes: usize) -> Option<usize> {
+    (len_bytes <= BUFFER_BYTES_MAX)
+        .then(|| (len_bytes.max(BUFFER_ALIGN).next_power_of_two() / BUFFER_ALIGN).ilog2() as usize)
+}
+
+fn class_bytes(class: usize) -> usize {
+    BUFFER_ALIGN << class
+}
+
+/// Nothing here panics while it holds a lock, so a poisoned one is sound.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A handle on one buffer; clones are handles on the same bytes.
+#[derive(Debug, Clone)]
+pub struct Buffer(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    /// Always there until the drop gives it back.
+    memory: Option<Memory>,
+    len_bytes: usize,
+    loans: Mutex<Vec<Span>>,
+    home: Pool,
+}
+
+/// A range on loan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Span {
+    at: usize,
+    len: usize,
+    exclusive: bool,
+}
+
+impl Buffer {
+    /// Length in bytes, as asked for.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len_bytes
+    }
+
+    /// Whether it has no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.len_bytes == 0
+    }
+
+    /// Lends `len` bytes at `at` for reading. `None` if they are not all in
+    /// the buffer, or part of them is on loan for writing.
+    #[must_use]
+    pub fn lend(&self, at: usize, len: usize) -> Option<Shared> {
+        self.loan(Span {
+            at,
+            len,
+            exclusive: false,
+        })
+        .map(Shared)
+    }
+
+    /// Lends `len` bytes at `at` for writing. `None` if they are not all in
+    /// the buffer, or part of them is on loan.
+    #[must_use]
+    pub fn lend_mut(&self, at: usize, len: usize) -> Option<Exclusive> {
+        self.loan(Span {
+            at,
+            len,
+            exclusive: true,
+        })
+        .map(Exclusive)
+    }
+
+    fn loan(&self, span: Span) -> Option<Loan> {
+        let end = span.at.checked_add(span.len)?;
+        if end > self.0.len_bytes {
+            return None;
+        }
+        let start = self.0.memory.as_ref()?.start;
+        let mut loans = lock(&self.0.loans);
+        let clash = loans.iter().any(|other| {
+            span.at < other.at + other.len && other.at < end && (span.exclusive || other.exclusive)
+        });
+        if clash {
+            return None;
+        }
+        loans.push(span);
+        Some(Loan {
+            owner: self.0.clone(),
+            span,
+            start,
+        })
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if let Some(memory) = self.memory.take() {
+            self.home.put_back(memory);
+        }
+    }
+}
+
+/// An entry in `owner.loans`, removed when this is dropped.
+#[derive(Debug)]
+struct Loan {
+    owner: Arc<Inner>,
+    span: Span,
+    /// Start of the owner's memory.
+    start: NonNull<u8>,
+}
+
+impl Drop for Loan {
+    fn drop(&mut self) {
+        let mut loans = lock(&self.owner.loans);
+        if let Some(i) = loans.iter().position(|span| *span == self.span) {
+            loans.swap_remove(i);
+        }
+    }
+}
+
+// SAFETY: the pointer leads to memory that `owner` keeps alive, and the table
+// of loans gives this loan's range to it alone, or to readers only.
+unsafe impl Send for Loan {}
+// SAFETY: a shared reference to a loan only gives `&[u8]`.
+unsafe impl Sync for Loan {}
+
+/// Bytes on loan for reading.
+#[derive(Debug)]
+pub struct Shared(Loan);
+
+impl Deref for Shared {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        let Loan { span, start, .. } = &self.0;
+        // SAFETY: `loan` checked that the range lies in the memory, which is
+        // initialised and kept alive by the owner; while this loan stands no
+        // exclusive loan overlaps it.
+        unsafe { std::slice::from_raw_parts(start.as_ptr().add(span.at), span.len) }
+    }
+}
+
+/// Bytes on loan for writing.
+#[derive(Debug)]
+pub struct Exclusive(Loan);
+
+impl Deref for Exclusive {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        let Loan { span, start, .. } = &self.0;
+        // SAFETY: as for `Shared`; this loan is the only one of its range.
+        unsafe { std::slice::from_raw_parts(start.as_ptr().add(span.at), span.len) }
+    }
+}
+
+impl DerefMut for Exclusive {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        let Loan { span, start, .. } = &self.0;
+        // SAFETY: in bounds and alive as for `Shared`; no other loan overlaps
+        // this one, and `&mut self` makes this the only slice from it.
+        unsafe { std::slice::from_raw_parts_mut(start.as_ptr().add(span.at), span.len) }
+    }
+}
+
+/// One allocation of a size class.
+#[derive(Debug)]
+struct Memory {
+    start: NonNull<u8>,
+    class: usize,
+}
+
+// SAFETY: plain bytes, owned by this value; access is governed by loans.
+unsafe impl Send for Memory {}
+// SAFETY: a shared reference gives no access to the bytes.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    fn layout(class: usize) -> Option<Layout> {
+        Layout::from_size_align(class_bytes(class), BUFFER_ALIGN).ok()
+    }
+
+    fn new(class: usize) -> Option<Self> {
+        let layout = Self::layout(class)?;
+        // Zeroed so that the bytes are initialised; for large classes the
+        // system hands out untouched pages, so a client that announces much
+        // and sends nothing costs nothing.
+        // SAFETY: the layout has a size of at least `BUFFER_ALIGN`.
+        let start = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?;
+        Some(Self { start, class })
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if let Some(layout) = Self::layout(self.class) {
+            // SAFETY: allocated in `new` with this very layout, freed once.
+            unsafe { std::alloc::dealloc(self.start.as_ptr(), layout) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loans_that_overlap_are_refused_unless_both_read() {
+        let buffer = Pool::default().take(8192).unwrap();
+        let mut low = buffer.lend_mut(0, 4096).unwrap();
+        assert!(buffer.lend(4095, 2).is_none());
+        assert!(buffer.lend_mut(0, 1).is_none());
+        let mut high = buffer.lend_mut(4096, 4096).unwrap();
+        low.fill(1);
+        high.fill(2);
+        drop((low, high));
+        let all = buffer.lend(0, 8192).unwrap();
+        assert!(buffer.lend(100, 100).is_some());
+        assert!(buffer.lend_mut(100, 100).is_none());
+        assert_eq!((all[4095], all[4096]), (1, 2));
+    }
+
+    #[test]
+    fn ranges_outside_are_refused() {
+        let buffer = Pool::default().take(512).unwrap();
+        assert!(buffer.lend(0, 513).is_none());
+        assert!(buffer.lend(512, 1).is_none());
+        assert!(buffer.lend(usize::MAX, 2).is_none());
+        assert!(buffer.lend(512, 0).is_some());
+    }
+
+    #[test]
+    fn memory_returns_with_the_last_loan_and_is_reused() {
+        let pool = Pool::default();
+        let buffer = pool.take(5000).unwrap();
+        let loan = buffer.lend(0, 10).unwrap();
+        let place = loan.as_ptr();
+        drop(buffer);
+        assert_eq!(pool.used_bytes(), 8192);
+        drop(loan);
+        assert_eq!(pool.used_bytes(), 0);
+        let again = pool.take(8192).unwrap();
+        assert_eq!(again.lend(0, 1).unwrap().as_ptr(), place);
+    }
+
+    #[test]
+    fn the_pool_has_an_end() {
+        let pool = Pool::default();
+        assert!(pool.take(BUFFER_BYTES_MAX + 1).is_none());
+        let held: Vec<_> = std::iter::from_fn(|| pool.take(BUFFER_BYTES_MAX))
+            .take(1000)
+            .collect();
+        assert_eq!(held.len(), POOL_BYTES_MAX / BUFFER_BYTES_MAX);
+        drop(held);
+        assert_eq!(pool.used_bytes(), 0);
+    }
+}

@@ -1,0 +1,250 @@
+//! Carrying out one operation with blocking calls.
+//!
+//! [`prepare`] turns the numbers in an [`Op`] into the things themselves, on
+//! the thread that owns the tables; [`Work::run`] then needs nothing else and
+//! runs anywhere.
+
+use std::io;
+use std::sync::Arc;
+
+use vhd::storage::{Volume, VolumeName, Volumes, Why};
+
+use super::FileTable;
+use crate::buffer::{Buffer, Exclusive, Shared};
+use crate::engine::{BufferRange, Completion, FileId, Op};
+
+/// Largest [`Op::ReadMeta`], in bytes: the BAT of the largest disk has 4 MiB.
+const META_BYTES_MAX: u32 = 64 << 20;
+
+/// An operation with all it needs.
+#[derive(Debug)]
+pub enum Work {
+    /// See [`Op::ReadGuest`].
+    ReadGuest {
+        file: Arc<dyn Volume>,
+        offset: u64,
+        into: Exclusive,
+    },
+    /// See [`Op::WriteGuest`].
+    WriteGuest {
+        file: Arc<dyn Volume>,
+        offset: u64,
+        from: Shared,
+    },
+    /// See [`Op::ReadMeta`].
+    ReadMeta {
+        file: Arc<dyn Volume>,
+        offset: u64,
+        len: u32,
+    },
+    /// See [`Op::WriteMeta`].
+    WriteMeta {
+        file: Arc<dyn Volume>,
+        offset: u64,
+        bytes: Arc<[u8]>,
+    },
+    /// See [`Op::Copy`].
+    Copy {
+        from: Arc<dyn Volume>,
+        from_offset: u64,
+        to: Arc<dyn Volume>,
+        to_offset: u64,
+        len: u64,
+    },
+    /// See [`Op::Zero`].
+    Zero {
+        file: Arc<dyn Volume>,
+        offset: u64,
+        len: u64,
+    },
+    /// See [`Op::SetLen`].
+    SetLen { file: Arc<dyn Volume>, len: u64 },
+    /// See [`Op::Flush`].
+    Flush { file: Arc<dyn Volume>, why: Why },
+    /// See [`Op::Replace`].
+    Replace {
+        volumes: Arc<dyn Volumes>,
+        from: VolumeName,
+        over: VolumeName,
+    },
+    /// See [`Op::SyncNames`].
+    SyncNames { volumes: Arc<dyn Volumes>, why: Why },
+}
+
+/// Where [`prepare`] looks things up.
+#[derive(Debug)]
+pub struct Tables<'a> {
+    /// Open volumes.
+    pub files: &'a FileTable,
+    /// The repository.
+    pub volumes: &'a Arc<dyn Volumes>,
+}
+
+/// Looks up what `op` names. `buffer_of` finds the buffer of a request.
+///
+/// # Errors
+/// An errno when something named does not exist, or a piece of a buffer is in
+/// use by another operation: a mistake of the caller, never of the disk.
+pub fn prepare(
+    op: Op,
+    tables: &Tables<'_>,
+    buffer_of: impl Fn(BufferRange) -> Option<Buffer>,
+) -> Result<Work, i32> {
+    let file = |id: FileId| tables.files.get(id).ok_or(libc::EBADF);
+    let volumes = || Arc::clone(tables.volumes);
+    Ok(match op {
+        Op::ReadGuest {
+            file: id,
+            offset,
+            into,
+        } => {
+            let buffer = buffer_of(into).ok_or(libc::EFAULT)?;
+            let into = buffer
+                .lend_mut(into.at as usize, into.len as usize)
+                .ok_or(libc::EFAULT)?;
+            Work::ReadGuest {
+                file: file(id)?,
+                offset,
+                into,
+            }
+        }
+        Op::WriteGuest {
+            file: id,
+            offset,
+            from,
+        } => {
+            let buffer = buffer_of(from).ok_or(libc::EFAULT)?;
+            let from = buffer
+                .lend(from.at as usize, from.len as usize)
+                .ok_or(libc::EFAULT)?;
+            Work::WriteGuest {
+                file: file(id)?,
+                offset,
+                from,
+            }
+        }
+        Op::ReadMeta {
+            file: id,
+            offset,
+            len,
+        } if len <= META_BYTES_MAX => Work::ReadMeta {
+            file: file(id)?,
+            offset,
+            len,
+        },
+        Op::ReadMeta { .. } => return Err(libc::EINVAL),
+        Op::WriteMeta {
+            file: id,
+            offset,
+            bytes,
+            why: _,
+        } => Work::WriteMeta {
+            file: file(id)?,
+            offset,
+            bytes,
+        },
+        Op::Copy {
+            from,
+            from_offset,
+            to,
+            to_offset,
+            len,
+        } => Work::Copy {
+            from: file(from)?,
+            from_offset,
+            to: file(to)?,
+            to_offset,
+            len,
+        },
+        // Keeping the space is a wish that a file cannot be held to, and a
+        // device keeps it anyway.
+        Op::Zero {
+            file: id,
+            offset,
+            len,
+            keep: _,
+            why: _,
+        } => Work::Zero {
+            file: file(id)?,
+            offset,
+            len,
+        },
+        Op::SetLen { file: id, len } => Work::SetLen {
+            file: file(id)?,
+            len,
+        },
+        Op::Flush { file: id, why } => Work::Flush {
+            file: file(id)?,
+            why,
+        },
+        Op::Replace { from, over, why: _ } => Work::Replace {
+            volumes: volumes(),
+            from,
+            over,
+        },
+        Op::SyncNames { why } => Work::SyncNames {
+            volumes: volumes(),
+            why,
+        },
+    })
+}
+
+impl Work {
+    /// Carries it out; blocks.
+    #[must_use]
+    pub fn run(self) -> Completion {
+        self.try_run()
+            .unwrap_or_else(|error| Completion::Failed(errno(&error)))
+    }
+
+    fn try_run(self) -> io::Result<Completion> {
+        match self {
+            Self::ReadGuest {
+                file,
+                offset,
+                mut into,
+            } => file.read_at(&mut into, offset)?,
+            Self::WriteGuest { file, offset, from } => file.write_at(&from, offset)?,
+            Self::ReadMeta { file, offset, len } => {
+                let mut bytes = vec![0; len as usize];
+                file.read_at(&mut bytes, offset)?;
+                return Ok(Completion::Bytes(bytes));
+            }
+            Self::WriteMeta {
+                file,
+                offset,
+                bytes,
+            } => file.write_at(&bytes, offset)?,
+            Self::Copy {
+                from,
+                from_offset,
+                to,
+                to_offset,
+                len,
+            } => {
+                let kind = to.copy_from(&*from, from_offset, to_offset, len)?;
+                return Ok(Completion::Copied(kind));
+            }
+            Self::Zero { file, offset, len } => file.zero(offset, len)?,
+            Self::SetLen { file, len } => file.set_len(len)?,
+            Self::Flush { file, why } => file.flush(why)?,
+            Self::Replace {
+                volumes,
+                from,
+                over,
+            } => volumes.replace(&from, &over)?,
+            Self::SyncNames { volumes, why } => volumes.sync(why)?,
+        }
+        Ok(Completion::Done)
+    }
+}
+
+/// The errno of an error; `EIO` for those that never came from the system.
+#[must_use]
+pub fn errno(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(match error.kind() {
+        io::ErrorKind::StorageFull => libc::ENOSPC,
+        io::ErrorKind::Unsupported => libc::EOPNOTSUPP,
+        _ => libc::EIO,
+    })
+}

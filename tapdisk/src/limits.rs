@@ -1,0 +1,67 @@
+//! Every limit of the data path (invariant 12).
+
+use std::time::Duration;
+
+/// How often [`crate::engine::Engine::tick`] is due, in microseconds.
+pub const TICK_US: u64 = 50_000;
+/// Metadata waits at most this long for a guest that went quiet.
+pub const IDLE_WRITEBACK_US: u64 = 1_000_000;
+/// Owner runs kept in memory for blocks that no level has whole.
+pub const OWNER_RUNS_MAX: usize = 1 << 20;
+/// Blocks a merge moves in one window: what a guest write may wait for.
+pub const WINDOW_BLOCKS: usize = 2;
+/// Bytes one block-status request looks at; it is answered shorter.
+pub const STATUS_BYTES_MAX: u64 = 256 << 20;
+
+/// Connected NBD clients, those included whose socket is gone but whose last
+/// requests are still being carried out. One more is turned away.
+pub const CLIENTS_MAX: usize = 16;
+/// Requests of one connection that wait for the disk or for the client to
+/// take their reply. At the limit nothing more is read from that client.
+pub const CLIENT_REQUESTS_MAX: usize = 128;
+/// Bytes of data in those requests. At least [`BUFFER_BYTES_MAX`], or the
+/// largest request could never run.
+pub const CLIENT_BYTES_MAX: usize = BUFFER_BYTES_MAX;
+/// Data of the largest request: the export's maximum block size.
+pub const BUFFER_BYTES_MAX: usize = 32 << 20;
+/// A refused write's data is read and dropped up to this many bytes, to stay
+/// in step; a client that announces more is disconnected.
+pub const DISCARD_BYTES_MAX: u32 = 128 << 20;
+/// Guest memory of the whole process in use: what all clients together may
+/// have, and as much again because buffers are rounded up to powers of two.
+pub const POOL_BYTES_MAX: usize = 2 * CLIENTS_MAX * CLIENT_BYTES_MAX;
+/// Guest memory kept for reuse.
+pub const POOL_IDLE_BYTES_MAX: usize = 16 << 20;
+
+/// Bytes taken from one client before the others have their turn.
+pub const TURN_BYTES_MAX: usize = 1 << 20;
+/// Options a client may send before it must choose the export; so this also
+/// bounds the replies that wait for a client that does not read them.
+pub const OPTIONS_MAX: u32 = 64;
+/// Data of one option; a longer one is skipped and refused.
+pub const OPTION_BYTES_MAX: u32 = 8 << 10;
+/// Data of an option that is skipped; a longer one ends the connection.
+pub const OPTION_SKIP_BYTES_MAX: u32 = 1 << 20;
+/// Queries in one metadata context option.
+pub const CONTEXT_QUERIES_MAX: u32 = 64;
+/// Time a client has for the whole handshake.
+pub const HANDSHAKE_TIME_MAX: Duration = Duration::from_secs(60);
+/// Extents in one block-status reply and context; the client asks again for
+/// the rest.
+pub const REPLY_EXTENTS_MAX: usize = 4096;
+
+/// Connected control peers. One more is turned away.
+pub const CONTROL_PEERS_MAX: usize = 32;
+/// Bytes of answers waiting for a control peer that does not read them; above
+/// it, it is disconnected.
+pub const CONTROL_OUTPUT_BYTES_MAX: usize = 1 << 20;
+
+/// Threads that carry out disk operations. What waits for them is bounded by
+/// what the engine has in flight.
+pub const WORKERS: usize = 16;
+/// Threads that carry out the background jobs of control calls.
+pub const JOB_WORKERS: usize = 2;
+/// Completions handed to the engine before sockets have their turn.
+pub const COMPLETIONS_PER_TURN: usize = 1024;
+/// Time control peers have to take their last answers when the process ends.
+pub const FAREWELL_TIME_MAX: Duration = Duration::from_secs(1);

@@ -1,0 +1,485 @@
+//! The handshake: what is answered to each option.
+//!
+//! ```text
+//!   greeting -> client flags -> option* -> GO or EXPORT_NAME -> transmission
+//!                                 |
+//!                                 +-> ABORT -> closed
+//! ```
+//!
+//! [`Handshake::option`] takes one whole option and appends its replies; it
+//! does no I/O and keeps nothing but what was agreed on so far.
+//!
+//! Absent on purpose: TLS (the socket is private to the host), extended
+//! headers; both are answered as unknown.
+
+use zerocopy::IntoBytes;
+
+use super::proto::{self, InfoBlockSize, InfoExport, OptionReply, info, option, option_reply};
+use crate::limits::{BUFFER_BYTES_MAX, CONTEXT_QUERIES_MAX};
+
+/// Smallest unit of a request and its alignment, in bytes: a sector.
+pub const BLOCK_BYTES_MIN: u32 = 512;
+/// Best unit of a request, in bytes.
+const BLOCK_BYTES_PREFERRED: u32 = 4096;
+
+/// What is offered to clients.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Export {
+    /// Its name; the empty name leads here too.
+    pub name: String,
+    /// For people.
+    pub description: String,
+    /// Virtual bytes, a multiple of 512.
+    pub virtual_bytes: u64,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// Whether zeroing never has to write zeros.
+    pub fast_zero: bool,
+}
+
+impl Export {
+    fn is_called(&self, name: &[u8]) -> bool {
+        name.is_empty() || name == self.name.as_bytes()
+    }
+
+    /// The transmission flags to advertise.
+    #[must_use]
+    pub fn flags(&self, agreed: Agreed) -> u16 {
+        use proto::transmission_flag as flag;
+        // CAN_MULTI_CONN: one engine serves all connections, so a flush on
+        // any of them covers what was answered on all.
+        let mut flags = flag::HAS_FLAGS
+            | flag::SEND_FLUSH
+            | flag::SEND_FUA
+            | flag::SEND_CACHE
+            | flag::CAN_MULTI_CONN;
+        if self.read_only {
+            flags |= flag::READ_ONLY;
+        } else {
+            flags |= flag::SEND_TRIM | flag::SEND_WRITE_ZEROES;
+            if self.fast_zero {
+                flags |= flag::SEND_FAST_ZERO;
+            }
+        }
+        if agreed.structured {
+            flags |= flag::SEND_DF;
+        }
+        flags
+    }
+}
+
+/// What client and server agreed on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Agreed {
+    /// Replies are structured.
+    pub structured: bool,
+    /// `BLOCK_STATUS` reports [`Context::Allocation`].
+    pub allocation: bool,
+    /// `BLOCK_STATUS` reports [`Context::Depth`].
+    pub depth: bool,
+}
+
+/// A metadata context.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Context {
+    /// `base:allocation`: holes and zeros.
+    Allocation = 1,
+    /// `qemu:allocation-depth`: the level of the chain that holds a run.
+    Depth = 2,
+}
+
+impl Context {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Allocation, Self::Depth];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Allocation => "base:allocation",
+            Self::Depth => "qemu:allocation-depth",
+        }
+    }
+
+    /// Whether a query of `LIST_META_CONTEXT` asks for it: by its name, or
+    /// by its namespace and a colon.
+    fn is_listed_by(self, query: &[u8]) -> bool {
+        let name = self.name().as_bytes();
+        query == name || (query.ends_with(b":") && name.starts_with(query))
+    }
+}
+
+/// What follows an option.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// The next option.
+    Option,
+    /// Requests.
+    Transmission,
+    /// The replies are sent, then the connection ends.
+    Goodbye,
+    /// The connection ends at once: the client expects no reply, or could
+    /// not understand one.
+    Close,
+}
+
+/// A handshake under way.
+#[derive(Debug, Default)]
+pub struct Handshake {
+    /// The client does not want 124 zeros after `EXPORT_NAME`.
+    pub no_zeroes: bool,
+    /// What was agreed on so far.
+    pub agreed: Agreed,
+}
+
+impl Handshake {
+    /// Answers `option` with its whole `data`, appending to `out`.
+    pub fn option(&mut self, export: &Export, option: u32, data: &[u8], out: &mut Vec<u8>) -> Next {
+        let mut replies = Replies { out, option };
+        match option {
+            option::EXPORT_NAME => return self.export_name(export, data, replies.out),
+            option::ABORT => {
+                replies.push(option_reply::ACK, &[]);
+                return Next::Goodbye;
+            }
+            option::LIST => list(export, data, &mut replies),
+            option::INFO => {
+                self.info(export, data, &mut replies);
+            }
+            option::GO => {
+                if self.info(export, data, &mut replies) {
+                    return Next::Transmission;
+                }
+            }
+            option::STRUCTURED_REPLY => {
+                if data.is_empty() {
+                    self.agreed.structured = true;
+                    replies.push(option_reply::ACK, &[]);
+                } else {
+                    replies.refuse(option_reply::ERR_INVALID, "STRUCTURED_REPLY takes no data");
+                }
+            }
+            option::LIST_META_CONTEXT => self.contexts(export, data, &mut replies, false),
+            option::SET_META_CONTEXT => self.contexts(export, data, &mut replies, true),
+            _ => replies.refuse(option_reply::ERR_UNSUP, "option not supported"),
+        }
+        Next::Option
+    }
+
+    fn export_name(&self, export: &Export, name: &[u8], out: &mut Vec<u8>) -> Next {
+        if !export.is_called(name) {
+            return Next::Close; // this option has no other way to say no
+        }
+        out.extend_from_slice(&export.virtual_bytes.to_be_bytes());
+        out.extend_from_slice(&export.flags(self.agreed).to_be_bytes());
+        if !self.no_zeroes {
+            out.extend_from_slice(&[0; 124]);
+        }
+        Next::Transmission
+    }
+
+    /// Answers `INFO` and `GO`; whether the export was found.
+    fn info(&self, export: &Export, data: &[u8], replies: &mut Replies<'_>) -> bool {
+        let Some((name, wanted)) = parse_info(data) else {
+            replies.refuse(option_reply::ERR_INVALID, "malformed INFO or GO");
+            return false;
+        };
+        if !export.is_called(name) {
+            replies.refuse(option_reply::ERR_UNKNOWN, "no such export");
+            return false;
+        }
+        let what = InfoExport {
+            kind: info::EXPORT.into(),
+            virtual_bytes: export.virtual_bytes.into(),
+            flags: export.flags(self.agreed).into(),
+        };
+        replies.push(option_reply::INFO, what.as_bytes());
+        let blocks = InfoBlockSize {
+            kind: info::BLOCK_SIZE.into(),
+            min: BLOCK_BYTES_MIN.into(),
+            preferred: BLOCK_BYTES_PREFERRED.into(),
+            max: (BUFFER_BYTES_MAX as u32).into(),
+        };
+        replies.push(option_reply::INFO, blocks.as_bytes());
+        for (kind, text) in [
+            (info::NAME, &export.name),
+            (info::DESCRIPTION, &export.description),
+        ] {
+            if wanted.chunks_exact(2).any(|w| w == kind.to_be_bytes()) {
+                let mut reply = kind.to_be_bytes().to_vec();
+                reply.extend_from_slice(text.as_bytes());
+                replies.push(option_reply::INFO, &reply);
+            }
+        }
+        replies.push(option_reply::ACK, &[]);
+        true
+    }
+
+    /// Answers `LIST_META_CONTEXT` and, with `choose`, `SET_META_CONTEXT`.
+    fn contexts(&mut self, export: &Export, data: &[u8], replies: &mut Replies<'_>, choose: bool) {
+        if choose {
+            // A failed choice leaves nothing chosen.
+            self.agreed = Agreed {
+                structured: self.agreed.structured,
+                ..Agreed::default()
+            };
+        }
+        let Some((name, queries)) = parse_queries(data) else {
+            return replies.refuse(option_reply::ERR_INVALID, "malformed metadata query");
+        };
+        if !export.is_called(name) {
+            return replies.refuse(option_reply::ERR_UNKNOWN, "no such export");
+        }
+        if choose && !self.agreed.structured {
+            let text = "metadata contexts need structured replies";
+            return replies.refuse(option_reply::ERR_INVALID, text);
+        }
+        for context in Context::ALL {
+            let named = if choose {
+                queries
+                    .iter()
+                    .any(|query| *query == context.name().as_bytes())
+            } else {
+                queries.is_empty() || queries.iter().any(|query| context.is_listed_by(query))
+            };
+            if !named {
+                continue;
+            }
+            if choose {
+                match context {
+                    Context::Allocation => self.agreed.allocation = true,
+                    Context::Depth => self.agreed.depth = true,
+                }
+            }
+            let id = if choose { context as u32 } else { 0 };
+            let mut reply = id.to_be_bytes().to_vec();
+            reply.extend_from_slice(context.name().as_bytes());
+            replies.push(option_reply::META_CONTEXT, &reply);
+        }
+        replies.push(option_reply::ACK, &[]);
+    }
+}
+
+/// The refusal of an option whose data was too long to look at.
+pub fn refuse_too_big(option: u32, out: &mut Vec<u8>) {
+    Replies { out, option }.refuse(option_reply::ERR_TOO_BIG, "option too long");
+}
+
+fn list(export: &Export, data: &[u8], replies: &mut Replies<'_>) {
+    if !data.is_empty() {
+        return replies.refuse(option_reply::ERR_INVALID, "LIST takes no data");
+    }
+    let mut reply = (export.name.len() as u32).to_be_bytes().to_vec();
+    reply.extend_from_slice(export.name.as_bytes());
+    reply.extend_from_slice(export.description.as_bytes());
+    replies.push(option_reply::SERVER, &reply);
+    replies.push(option_reply::ACK, &[]);
+}
+
+/// Where replies to one option go.
+struct Replies<'a> {
+    out: &'a mut Vec<u8>,
+    option: u32,
+}
+
+impl Replies<'_> {
+    fn push(&mut self, kind: u32, data: &[u8]) {
+        let header = OptionReply {
+            magic: proto::OPTION_REPLY_MAGIC.into(),
+            option: self.option.into(),
+            kind: kind.into(),
+            len: (data.len() as u32).into(),
+        };
+        self.out.extend_from_slice(header.as_bytes());
+        self.out.extend_from_slice(data);
+    }
+
+    fn refuse(&mut self, kind: u32, text: &str) {
+        self.push(kind, text.as_bytes());
+    }
+}
+
+/// Name and wanted kinds (two bytes each) of an `INFO` or `GO`.
+fn parse_info(data: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (name, rest) = take_string(data)?;
+    let (count, wanted) = rest.split_first_chunk::<2>()?;
+    (wanted.len() == usize::from(u16::from_be_bytes(*count)) * 2).then_some((name, wanted))
+}
+
+/// Export name and queries of a metadata context option.
+fn parse_queries(data: &[u8]) -> Option<(&[u8], Vec<&[u8]>)> {
+    let (name, rest) = take_string(data)?;
+    let (count, mut rest) = rest.split_first_chunk::<4>()?;
+    let count = u32::from_be_bytes(*count);
+    if count > CONTEXT_QUERIES_MAX {
+        return None;
+    }
+    let mut queries = Vec::new();
+    for _ in 0..count {
+        let (query, after) = take_string(rest)?;
+        queries.push(query);
+        rest = after;
+    }
+    rest.is_empty().then_some((name, queries))
+}
+
+/// A string with its length in four bytes before it, and what follows.
+fn take_string(data: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (len, rest) = data.split_first_chunk::<4>()?;
+    rest.split_at_checked(u32::from_be_bytes(*len) as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn export() -> Export {
+        Export {
+            name: "disk".into(),
+            description: "a disk".into(),
+            virtual_bytes: 1 << 30,
+            read_only: false,
+            fast_zero: true,
+        }
+    }
+
+    /// Kinds and data of the replies in `out`.
+    fn replies(mut out: &[u8]) -> Vec<(u32, Vec<u8>)> {
+        use zerocopy::FromBytes;
+        let mut all = Vec::new();
+        while !out.is_empty() {
+            let (header, rest) = OptionReply::read_from_prefix(out).unwrap();
+            let (data, rest) = rest.split_at(header.len.get() as usize);
+            all.push((header.kind.get(), data.to_vec()));
+            out = rest;
+        }
+        all
+    }
+
+    fn ask(handshake: &mut Handshake, option: u32, data: &[u8]) -> (Next, Vec<(u32, Vec<u8>)>) {
+        let mut out = Vec::new();
+        let next = handshake.option(&export(), option, data, &mut out);
+        (next, replies(&out))
+    }
+
+    fn named(name: &str, rest: &[u8]) -> Vec<u8> {
+        let mut data = (name.len() as u32).to_be_bytes().to_vec();
+        data.extend_from_slice(name.as_bytes());
+        data.extend_from_slice(rest);
+        data
+    }
+
+    fn queries(queries: &[&str]) -> Vec<u8> {
+        let mut data = (queries.len() as u32).to_be_bytes().to_vec();
+        for query in queries {
+            data.extend(named(query, &[]));
+        }
+        named("disk", &data)
+    }
+
+    #[test]
+    fn go_ends_the_handshake_only_for_our_names() {
+        let mut handshake = Handshake::default();
+        let (next, said) = ask(&mut handshake, option::GO, &named("other", &[0, 0]));
+        assert_eq!((next, said[0].0), (Next::Option, option_reply::ERR_UNKNOWN));
+        for name in ["", "disk"] {
+            let (next, said) = ask(&mut handshake, option::GO, &named(name, &[0, 1, 0, 1]));
+            let kinds: Vec<_> = said.iter().map(|(kind, _)| *kind).collect();
+            assert_eq!(next, Next::Transmission);
+            assert_eq!(kinds, [3, 3, 3, 1]);
+            assert_eq!(said[2].1, b"\0\x01disk");
+        }
+    }
+
+    #[test]
+    fn malformed_options_are_refused_and_the_handshake_goes_on() {
+        let mut handshake = Handshake::default();
+        for (option, data) in [
+            (option::GO, vec![]),
+            (option::GO, vec![0, 0, 0, 9, b'x']),
+            (option::GO, named("disk", &[0, 2, 0, 1])),
+            (option::INFO, named("disk", &[0, 0, 0])),
+            (option::LIST, vec![1]),
+            (option::STRUCTURED_REPLY, vec![1]),
+            (option::SET_META_CONTEXT, named("disk", &[0, 0, 0, 1])),
+            (
+                option::LIST_META_CONTEXT,
+                named("disk", &u32::MAX.to_be_bytes()),
+            ),
+        ] {
+            let (next, said) = ask(&mut handshake, option, &data);
+            assert_eq!((next, said.len()), (Next::Option, 1), "{option}");
+            assert_eq!(said[0].0, option_reply::ERR_INVALID, "{option}");
+        }
+        for unknown in [0, 4, 5, 11, u32::MAX] {
+            let (_, said) = ask(&mut handshake, unknown, b"anything");
+            assert_eq!(said[0].0, option_reply::ERR_UNSUP);
+        }
+    }
+
+    #[test]
+    fn contexts_are_chosen_by_exact_name_after_structured_replies() {
+        let mut handshake = Handshake::default();
+        let both = queries(&["base:allocation", "qemu:allocation-depth", "x:y"]);
+        let (_, said) = ask(&mut handshake, option::SET_META_CONTEXT, &both);
+        assert_eq!(said[0].0, option_reply::ERR_INVALID);
+        ask(&mut handshake, option::STRUCTURED_REPLY, &[]);
+        let (_, said) = ask(&mut handshake, option::SET_META_CONTEXT, &both);
+        assert_eq!(
+            said[0],
+            (
+                option_reply::META_CONTEXT,
+                b"\0\0\0\x01base:allocation".to_vec()
+            )
+        );
+        assert_eq!(said.len(), 3);
+        assert!(handshake.agreed.allocation && handshake.agreed.depth);
+        // Choosing again replaces the choice; a wildcard chooses nothing.
+        let (_, said) = ask(
+            &mut handshake,
+            option::SET_META_CONTEXT,
+            &queries(&["base:"]),
+        );
+        assert_eq!(said.len(), 1);
+        assert!(!handshake.agreed.allocation && !handshake.agreed.depth);
+    }
+
+    #[test]
+    fn contexts_are_listed_by_name_and_namespace() {
+        let mut handshake = Handshake::default();
+        for (asked, found) in [
+            (vec![], 2),
+            (vec!["base:"], 1),
+            (vec!["qemu:", "base:allocation"], 2),
+            (vec!["base"], 0),
+        ] {
+            let (_, said) = ask(&mut handshake, option::LIST_META_CONTEXT, &queries(&asked));
+            assert_eq!(said.len(), found + 1, "{asked:?}");
+        }
+    }
+
+    #[test]
+    fn export_name_says_size_and_flags_and_zeros_unless_told() {
+        let mut handshake = Handshake::default();
+        let mut out = Vec::new();
+        let next = handshake.option(&export(), option::EXPORT_NAME, b"disk", &mut out);
+        assert_eq!((next, out.len()), (Next::Transmission, 134));
+        handshake.no_zeroes = true;
+        out.clear();
+        handshake.option(&export(), option::EXPORT_NAME, b"", &mut out);
+        assert_eq!(out.len(), 10);
+        out.clear();
+        let next = handshake.option(&export(), option::EXPORT_NAME, b"no", &mut out);
+        assert_eq!((next, out.len()), (Next::Close, 0));
+    }
+
+    #[test]
+    fn a_read_only_export_offers_no_writes() {
+        let read_only = Export {
+            read_only: true,
+            ..export()
+        };
+        let flags = read_only.flags(Agreed::default());
+        assert_ne!(flags & proto::transmission_flag::READ_ONLY, 0);
+        assert_eq!(flags & proto::transmission_flag::SEND_TRIM, 0);
+    }
+}

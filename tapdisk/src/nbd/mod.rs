@@ -1,0 +1,459 @@
+//! The NBD front end as a state machine without I/O.
+//!
+//! ```text
+//!   socket bytes -> input_space/input_filled -> next_request -> engine
+//!   socket bytes <- output/output_written    <- finish       <-
+//! ```
+//!
+//! [`Connection`] never waits and never panics, whatever bytes arrive: a peer
+//! out of step is [`Connection::is_over`]. A request's data is received
+//! straight into the buffer that the disk operation uses, and sent from it.
+//!
+//! What a peer can make this process hold is bounded: at most
+//! [`CLIENT_REQUESTS_MAX`] requests with [`CLIENT_BYTES_MAX`] of data between
+//! a request's arrival and the moment the client took the last byte of its
+//! reply. At either limit, [`Connection::input_space`] is empty until a reply
+//! has left.
+//!
+//! Absent on purpose: sockets, time, the order of replies (whatever the
+//! engine finishes first is answered first, as the protocol allows).
+
+use std::collections::VecDeque;
+use std::io::IoSlice;
+use std::sync::Arc;
+
+use zerocopy::IntoBytes;
+
+pub mod handshake;
+pub mod proto;
+pub mod transmission;
+
+pub use handshake::Export;
+
+use crate::buffer::{Buffer, Exclusive, Pool, Shared};
+use crate::engine::{Extent, RequestKind};
+use crate::limits::{CLIENT_BYTES_MAX, CLIENT_REQUESTS_MAX, OPTION_BYTES_MAX};
+use handshake::{Agreed, Handshake};
+use proto::{Greeting, NbdError, OptionHeader, RequestHeader, handshake_flag};
+use transmission::{Asked, Expects};
+
+/// Bytes read ahead: the longest option with its header, and many requests.
+const STAGING_BYTES: usize = 16 << 10;
+const _: () = assert!(STAGING_BYTES >= OPTION_BYTES_MAX as usize + size_of::<OptionHeader>());
+// Otherwise the largest request could never have room.
+const _: () = assert!(CLIENT_BYTES_MAX >= crate::limits::BUFFER_BYTES_MAX);
+
+/// Names a request of a connection until it is finished.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Slot(u16);
+
+/// A request for the engine.
+#[derive(Debug)]
+pub struct GuestRequest {
+    /// To be given to [`Connection::finish`].
+    pub slot: Slot,
+    /// What is asked.
+    pub kind: RequestKind,
+    /// First byte on the virtual disk.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u32,
+    /// The data of a write, or where that of a read goes.
+    pub buffer: Option<Buffer>,
+}
+
+/// What the next bytes from the peer are.
+#[derive(Debug)]
+enum Phase {
+    /// The client's handshake flags.
+    ClientFlags(Handshake),
+    /// An option.
+    Option {
+        handshake: Handshake,
+        /// How many came before.
+        seen: u32,
+    },
+    /// Data of an option too long to look at.
+    SkipOption {
+        handshake: Handshake,
+        seen: u32,
+        option: u32,
+        left: u32,
+    },
+    /// A request's header.
+    Request(Agreed),
+    /// A write's data.
+    Payload {
+        agreed: Agreed,
+        slot: Slot,
+        kind: RequestKind,
+        into: Exclusive,
+        filled: usize,
+    },
+    /// A refused write's data.
+    Discard {
+        agreed: Agreed,
+        asked: Asked,
+        error: NbdError,
+        left: u32,
+    },
+    /// Nothing: the peer said goodbye and gets the replies it is owed.
+    Goodbye(Agreed),
+    /// Nothing: the peer is out of step, or was told all there is to say.
+    Over,
+}
+
+/// A request between its arrival and the last byte of its reply.
+#[derive(Debug)]
+struct InFlight {
+    asked: Asked,
+    buffer: Option<Buffer>,
+    /// Not yet finished: the engine has it, or its data is still arriving.
+    open: bool,
+}
+
+/// Bytes to send: a head, then data.
+#[derive(Debug)]
+struct Piece {
+    head: Vec<u8>,
+    data: Option<Shared>,
+    /// The slot that is free once this was sent.
+    slot: Option<Slot>,
+}
+
+impl Piece {
+    fn len(&self) -> usize {
+        self.head.len() + self.data.as_ref().map_or(0, |data| data.len())
+    }
+}
+
+/// One client's connection.
+#[derive(Debug)]
+pub struct Connection {
+    export: Arc<Export>,
+    pool: Pool,
+    phase: Phase,
+    /// Bytes received and not yet understood: `staging[start..end]`.
+    staging: Box<[u8]>,
+    start: usize,
+    end: usize,
+    slots: Vec<Option<InFlight>>,
+    free_slots: Vec<Slot>,
+    /// Bytes of data in `slots`.
+    held_bytes: usize,
+    output: VecDeque<Piece>,
+    /// Bytes of the first piece already sent.
+    sent: usize,
+}
+
+impl Connection {
+    /// A connection just accepted; the greeting is ready to be sent.
+    #[must_use]
+    pub fn new(export: Arc<Export>, pool: Pool) -> Self {
+        let greeting = Greeting {
+            magic: proto::MAGIC.into(),
+            option_magic: proto::OPTION_MAGIC.into(),
+            flags: (handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES).into(),
+        };
+        let mut connection = Self {
+            export,
+            pool,
+            phase: Phase::ClientFlags(Handshake::default()),
+            staging: vec![0; STAGING_BYTES].into_boxed_slice(),
+            start: 0,
+            end: 0,
+            slots: (0..CLIENT_REQUESTS_MAX).map(|_| None).collect(),
+            free_slots: (0..CLIENT_REQUESTS_MAX as u16).rev().map(Slot).collect(),
+            held_bytes: 0,
+            output: VecDeque::new(),
+            sent: 0,
+        };
+        connection.say(greeting.as_bytes().to_vec());
+        connection
+    }
+
+    /// Where received bytes go; empty while nothing is to be read. Call
+    /// [`Connection::next_request`] until it gives nothing before reading.
+    pub fn input_space(&mut self) -> &mut [u8] {
+        if self.is_blocked() {
+            return &mut [];
+        }
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+            if let Phase::Payload { into, filled, .. } = &mut self.phase {
+                return into.get_mut(*filled..).unwrap_or_default();
+            }
+        } else if self.start > 0 {
+            self.staging.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        self.staging.get_mut(self.end..).unwrap_or_default()
+    }
+
+    /// Says that `n` bytes were put into [`Connection::input_space`].
+    pub fn input_filled(&mut self, n: usize) {
+        match &mut self.phase {
+            Phase::Payload { into, filled, .. } if self.start == self.end => {
+                *filled = (*filled + n).min(into.len());
+            }
+            _ => self.end = (self.end + n).min(self.staging.len()),
+        }
+    }
+
+    /// Says that no more bytes will come. What was asked is still answered.
+    pub fn input_ended(&mut self) {
+        self.phase = match std::mem::replace(&mut self.phase, Phase::Over) {
+            Phase::Request(agreed) | Phase::Discard { agreed, .. } | Phase::Goodbye(agreed) => {
+                Phase::Goodbye(agreed)
+            }
+            Phase::Payload {
+                agreed, slot, into, ..
+            } => {
+                drop(into);
+                self.release(slot);
+                Phase::Goodbye(agreed)
+            }
+            _ => Phase::Over,
+        };
+    }
+
+    /// The next request, if enough bytes for one have come and the limits
+    /// allow it.
+    pub fn next_request(&mut self) -> Option<GuestRequest> {
+        loop {
+            let phase = std::mem::replace(&mut self.phase, Phase::Over);
+            match self.step(phase) {
+                Step::Wait => return None,
+                Step::Again => {}
+                Step::Request(request) => return Some(request),
+            }
+        }
+    }
+
+    /// Answers a request. `extents` are those of a block-status request. The
+    /// error is an errno.
+    pub fn finish(&mut self, slot: Slot, result: Result<(), i32>, extents: &[Extent]) {
+        let Some(Some(request)) = self.slots.get_mut(usize::from(slot.0)) else {
+            return;
+        };
+        if !std::mem::replace(&mut request.open, false) {
+            return;
+        }
+        let asked = request.asked;
+        let mut data = None;
+        let mut result = result.map_err(NbdError::from_errno);
+        if result.is_ok() && asked.expects == Expects::Data {
+            data = request
+                .buffer
+                .as_ref()
+                .and_then(|buffer| buffer.lend(0, asked.len as usize));
+            if data.is_none() {
+                // Still on loan to a writer: somebody answered too early.
+                debug_assert!(false, "a read was answered before it was over");
+                result = Err(NbdError::Io);
+            }
+        }
+        let (Phase::Request(agreed)
+        | Phase::Payload { agreed, .. }
+        | Phase::Discard { agreed, .. }
+        | Phase::Goodbye(agreed)) = self.phase
+        else {
+            self.release(slot);
+            return;
+        };
+        let head = transmission::reply_head(&asked, agreed, result, extents);
+        self.output.push_back(Piece {
+            head,
+            data,
+            slot: Some(slot),
+        });
+    }
+
+    /// Says that the peer is gone: nothing more is received or sent.
+    pub fn abandon(&mut self) {
+        if let Phase::Payload { slot, into, .. } = std::mem::replace(&mut self.phase, Phase::Over) {
+            drop(into);
+            self.release(slot);
+        }
+        self.output.clear();
+        self.sent = 0;
+        for n in 0..CLIENT_REQUESTS_MAX as u16 {
+            let answered = |request: &InFlight| !request.open;
+            if self
+                .slots
+                .get(usize::from(n))
+                .and_then(Option::as_ref)
+                .is_some_and(answered)
+            {
+                self.release(Slot(n));
+            }
+        }
+    }
+
+    /// Adds what is to be sent to `slices`, up to `slices_max` of them.
+    pub fn output<'a>(&'a self, slices: &mut Vec<IoSlice<'a>>, slices_max: usize) {
+        let mut skip = self.sent;
+        for piece in &self.output {
+            let data = piece.data.as_deref().unwrap_or_default();
+            for bytes in [piece.head.as_slice(), data] {
+                let rest = bytes.get(skip..).unwrap_or_default();
+                skip = skip.saturating_sub(bytes.len());
+                if !rest.is_empty() {
+                    slices.push(IoSlice::new(rest));
+                }
+            }
+            if slices.len() + 2 > slices_max {
+                return;
+            }
+        }
+    }
+
+    /// Says that `n` bytes of [`Connection::output`] were sent.
+    pub fn output_written(&mut self, n: usize) {
+        self.sent += n;
+        while let Some(piece) = self.output.front()
+            && self.sent >= piece.len()
+        {
+            self.sent -= piece.len();
+            if let Some(Piece {
+                slot: Some(slot), ..
+            }) = self.output.pop_front()
+            {
+                self.release(slot);
+            }
+        }
+    }
+
+    /// Whether bytes from the peer are wanted now.
+    #[must_use]
+    pub fn wants_input(&self) -> bool {
+        !self.is_blocked()
+    }
+
+    /// Whether there is something to send.
+    #[must_use]
+    pub fn has_output(&self) -> bool {
+        !self.output.is_empty()
+    }
+
+    /// Whether the handshake is behind.
+    #[must_use]
+    pub fn is_transmitting(&self) -> bool {
+        !matches!(
+            self.phase,
+            Phase::ClientFlags(_) | Phase::Option { .. } | Phase::SkipOption { .. }
+        )
+    }
+
+    /// Whether the socket should be closed: all was said, or the peer is out
+    /// of step. Requests may still be with the engine.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        match self.phase {
+            Phase::Over => true,
+            Phase::Goodbye(_) => self.output.is_empty() && self.open_requests() == 0,
+            _ => false,
+        }
+    }
+
+    /// Requests with the engine.
+    #[must_use]
+    pub fn open_requests(&self) -> usize {
+        let receiving = usize::from(matches!(self.phase, Phase::Payload { .. }));
+        let open = self
+            .slots
+            .iter()
+            .flatten()
+            .filter(|request| request.open)
+            .count();
+        open - receiving.min(open)
+    }
+
+    /// Whether reading must wait for replies to leave.
+    fn is_blocked(&self) -> bool {
+        match self.phase {
+            Phase::Over | Phase::Goodbye(_) => true,
+            // A header that is here and was not taken waits for room.
+            Phase::Request(_) => self.end - self.start >= size_of::<RequestHeader>(),
+            _ => false,
+        }
+    }
+
+    fn say(&mut self, head: Vec<u8>) {
+        if !head.is_empty() {
+            self.output.push_back(Piece {
+                head,
+                data: None,
+                slot: None,
+            });
+        }
+    }
+
+    fn release(&mut self, slot: Slot) {
+        if let Some(request) = self
+            .slots
+            .get_mut(usize::from(slot.0))
+            .and_then(Option::take)
+        {
+            self.held_bytes -= request.buffer.map_or(0, |buffer| buffer.len());
+            self.free_slots.push(slot);
+        }
+    }
+}
+
+mod receive;
+use receive::Step;
+
+/// For fuzzing: plays a client that sends `bytes` and a disk that answers
+/// some requests at once, some later and some never. Must not panic.
+pub fn fuzz(bytes: &[u8]) {
+    let export = Export {
+        name: "disk".to_owned(),
+        description: "fuzzed".to_owned(),
+        virtual_bytes: 1 << 30,
+        read_only: bytes.first().is_some_and(|byte| byte & 1 != 0),
+        fast_zero: true,
+    };
+    let pool = Pool::default();
+    let mut connection = Connection::new(Arc::new(export), pool.clone());
+    let mut late = VecDeque::new();
+    for (n, piece) in bytes.chunks(97).enumerate() {
+        let mut rest = piece;
+        while !rest.is_empty() {
+            while let Some(request) = connection.next_request() {
+                late.push_back(request);
+            }
+            let space = connection.input_space();
+            let fits = space.len().min(rest.len());
+            if fits == 0 {
+                break;
+            }
+            let (now, later) = rest.split_at(fits);
+            if let Some(space) = space.get_mut(..fits) {
+                space.copy_from_slice(now);
+            }
+            connection.input_filled(fits);
+            rest = later;
+        }
+        if n % 3 == 0
+            && let Some(request) = late.pop_front()
+        {
+            let extents = [Extent {
+                len: u64::MAX,
+                depth: n as u32 % 3,
+            }];
+            connection.finish(request.slot, Ok(()), &extents);
+            let len = connection.output.iter().map(Piece::len).sum::<usize>() / 2;
+            connection.output_written(len);
+        }
+    }
+    connection.input_ended();
+    connection.abandon();
+    for request in late {
+        connection.finish(request.slot, Err(libc::EIO), &[]);
+    }
+    assert_eq!(pool.used_bytes(), 0, "a buffer was lost");
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,332 @@
+//! The NBD protocol's numbers and structs, big-endian as on the wire.
+//!
+//! Bytes from a peer become one of these structs and nothing more: what the
+//! fields mean is decided in [`super::handshake`] and [`super::transmission`].
+
+use zerocopy::byteorder::big_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// `NBDMAGIC`, the first word of the greeting.
+pub const MAGIC: u64 = 0x4e42_444d_4147_4943;
+/// `IHAVEOPT`, the second word of the greeting and the first of each option.
+pub const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
+/// First word of each option reply.
+pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
+/// First word of a request.
+pub const REQUEST_MAGIC: u32 = 0x2560_9513;
+/// First word of a simple reply.
+pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
+/// First word of a structured reply's chunk.
+pub const CHUNK_MAGIC: u32 = 0x668e_33ef;
+
+/// Handshake flags, ours and the client's (same bits).
+pub mod handshake_flag {
+    /// Options can be refused without ending the connection.
+    pub const FIXED_NEWSTYLE: u16 = 1;
+    /// No 124 zeros after `EXPORT_NAME`.
+    pub const NO_ZEROES: u16 = 2;
+}
+
+/// Options of the handshake.
+pub mod option {
+    /// Ends the handshake, without an error path.
+    pub const EXPORT_NAME: u32 = 1;
+    /// Goodbye.
+    pub const ABORT: u32 = 2;
+    /// Names of the exports.
+    pub const LIST: u32 = 3;
+    /// What `GO` would say.
+    pub const INFO: u32 = 6;
+    /// Ends the handshake.
+    pub const GO: u32 = 7;
+    /// The client understands structured replies.
+    pub const STRUCTURED_REPLY: u32 = 8;
+    /// Names of the metadata contexts.
+    pub const LIST_META_CONTEXT: u32 = 9;
+    /// Chooses metadata contexts.
+    pub const SET_META_CONTEXT: u32 = 10;
+}
+
+/// Kinds of option reply.
+pub mod option_reply {
+    /// Done.
+    pub const ACK: u32 = 1;
+    /// An export's name.
+    pub const SERVER: u32 = 2;
+    /// A piece of information.
+    pub const INFO: u32 = 3;
+    /// A metadata context.
+    pub const META_CONTEXT: u32 = 4;
+    /// The option is not known.
+    pub const ERR_UNSUP: u32 = 0x8000_0001;
+    /// The option's data makes no sense, or it comes at the wrong time.
+    pub const ERR_INVALID: u32 = 0x8000_0003;
+    /// There is no such export.
+    pub const ERR_UNKNOWN: u32 = 0x8000_0006;
+    /// The option is too long.
+    pub const ERR_TOO_BIG: u32 = 0x8000_0009;
+}
+
+/// Kinds of information in an `INFO` reply.
+pub mod info {
+    /// Length and transmission flags.
+    pub const EXPORT: u16 = 0;
+    /// Canonical name.
+    pub const NAME: u16 = 1;
+    /// For people.
+    pub const DESCRIPTION: u16 = 2;
+    /// Granularity of requests.
+    pub const BLOCK_SIZE: u16 = 3;
+}
+
+/// Transmission flags: what an export can do.
+pub mod transmission_flag {
+    /// Always set.
+    pub const HAS_FLAGS: u16 = 1 << 0;
+    /// Writes are refused.
+    pub const READ_ONLY: u16 = 1 << 1;
+    /// `FLUSH` is understood.
+    pub const SEND_FLUSH: u16 = 1 << 2;
+    /// The FUA flag is understood.
+    pub const SEND_FUA: u16 = 1 << 3;
+    /// `TRIM` is understood.
+    pub const SEND_TRIM: u16 = 1 << 5;
+    /// `WRITE_ZEROES` is understood.
+    pub const SEND_WRITE_ZEROES: u16 = 1 << 6;
+    /// The DF flag is understood.
+    pub const SEND_DF: u16 = 1 << 7;
+    /// A flush on one connection covers what the others were answered.
+    pub const CAN_MULTI_CONN: u16 = 1 << 8;
+    /// `CACHE` is understood.
+    pub const SEND_CACHE: u16 = 1 << 10;
+    /// The FAST_ZERO flag is understood.
+    pub const SEND_FAST_ZERO: u16 = 1 << 11;
+}
+
+/// Commands.
+pub mod command {
+    /// Reads.
+    pub const READ: u16 = 0;
+    /// Writes; the data follows the header.
+    pub const WRITE: u16 = 1;
+    /// Goodbye; has no reply.
+    pub const DISC: u16 = 2;
+    /// Makes what was answered durable.
+    pub const FLUSH: u16 = 3;
+    /// The range is not needed.
+    pub const TRIM: u16 = 4;
+    /// The range will be read soon.
+    pub const CACHE: u16 = 5;
+    /// The range becomes zeros.
+    pub const WRITE_ZEROES: u16 = 6;
+    /// Says what a range is made of.
+    pub const BLOCK_STATUS: u16 = 7;
+}
+
+/// Command flags.
+pub mod command_flag {
+    /// Durable before it is answered.
+    pub const FUA: u16 = 1 << 0;
+    /// Zeros keep their space.
+    pub const NO_HOLE: u16 = 1 << 1;
+    /// The answer to a read is one chunk.
+    pub const DF: u16 = 1 << 2;
+    /// One extent is enough.
+    pub const REQ_ONE: u16 = 1 << 3;
+    /// Fail rather than write zeros slowly.
+    pub const FAST_ZERO: u16 = 1 << 4;
+}
+
+/// Kinds of chunk in a structured reply.
+pub mod chunk {
+    /// Flag: the last chunk of the reply.
+    pub const FLAG_DONE: u16 = 1;
+    /// Nothing to say.
+    pub const NONE: u16 = 0;
+    /// Data.
+    pub const OFFSET_DATA: u16 = 1;
+    /// Extents of one metadata context.
+    pub const BLOCK_STATUS: u16 = 5;
+    /// The request failed.
+    pub const ERROR: u16 = 0x8001;
+}
+
+/// Flags of a `base:allocation` extent.
+pub mod allocation {
+    /// No image holds it.
+    pub const HOLE: u32 = 1;
+    /// It reads as zeros.
+    pub const ZERO: u32 = 2;
+}
+
+/// Errors as the protocol numbers them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum NbdError {
+    /// Not permitted: the export is read-only.
+    Perm = 1,
+    /// The disk failed.
+    Io = 5,
+    /// No memory.
+    NoMem = 12,
+    /// The request makes no sense.
+    Invalid = 22,
+    /// No space, also for a write past the end.
+    NoSpace = 28,
+    /// An unfragmented read that is too long.
+    Overflow = 75,
+    /// Not supported (a fast zero that would be slow).
+    NotSup = 95,
+    /// The server is going away.
+    Shutdown = 108,
+}
+
+impl NbdError {
+    /// The protocol's word for an errno.
+    #[must_use]
+    pub fn from_errno(errno: i32) -> Self {
+        match errno {
+            libc::EPERM | libc::EROFS | libc::EACCES => Self::Perm,
+            libc::ENOMEM => Self::NoMem,
+            libc::EINVAL => Self::Invalid,
+            libc::ENOSPC | libc::EDQUOT | libc::EFBIG => Self::NoSpace,
+            libc::EOVERFLOW => Self::Overflow,
+            libc::EOPNOTSUPP => Self::NotSup,
+            libc::ESHUTDOWN => Self::Shutdown,
+            _ => Self::Io,
+        }
+    }
+}
+
+/// The server's first words.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct Greeting {
+    /// [`MAGIC`].
+    pub magic: U64,
+    /// [`OPTION_MAGIC`].
+    pub option_magic: U64,
+    /// [`handshake_flag`]s.
+    pub flags: U16,
+}
+
+/// In front of an option's data.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct OptionHeader {
+    /// [`OPTION_MAGIC`].
+    pub magic: U64,
+    /// One of [`option`].
+    pub option: U32,
+    /// Bytes of data that follow.
+    pub len: U32,
+}
+
+/// In front of an option reply's data.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct OptionReply {
+    /// [`OPTION_REPLY_MAGIC`].
+    pub magic: U64,
+    /// The option answered.
+    pub option: U32,
+    /// One of [`option_reply`].
+    pub kind: U32,
+    /// Bytes of data that follow.
+    pub len: U32,
+}
+
+/// Data of an [`info::EXPORT`].
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct InfoExport {
+    /// [`info::EXPORT`].
+    pub kind: U16,
+    /// Virtual bytes.
+    pub virtual_bytes: U64,
+    /// [`transmission_flag`]s.
+    pub flags: U16,
+}
+
+/// Data of an [`info::BLOCK_SIZE`], all in bytes.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct InfoBlockSize {
+    /// [`info::BLOCK_SIZE`].
+    pub kind: U16,
+    /// Requests are multiples of this.
+    pub min: U32,
+    /// And best multiples of this.
+    pub preferred: U32,
+    /// A request carries at most this much data.
+    pub max: U32,
+}
+
+/// A request; after a `WRITE` come `len` bytes.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct RequestHeader {
+    /// [`REQUEST_MAGIC`].
+    pub magic: U32,
+    /// [`command_flag`]s.
+    pub flags: U16,
+    /// One of [`command`].
+    pub command: U16,
+    /// Chosen by the client, repeated in the reply.
+    pub cookie: U64,
+    /// First byte on the disk.
+    pub offset: U64,
+    /// Bytes.
+    pub len: U32,
+}
+
+/// A simple reply; after a successful read the data follows.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct SimpleReply {
+    /// [`SIMPLE_REPLY_MAGIC`].
+    pub magic: U32,
+    /// 0 or an [`NbdError`].
+    pub error: U32,
+    /// The request's.
+    pub cookie: U64,
+}
+
+/// In front of a chunk's data.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct ChunkHeader {
+    /// [`CHUNK_MAGIC`].
+    pub magic: U32,
+    /// [`chunk::FLAG_DONE`] or 0.
+    pub flags: U16,
+    /// One of [`chunk`].
+    pub kind: U16,
+    /// The request's cookie.
+    pub cookie: U64,
+    /// Bytes of data that follow.
+    pub len: U32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn structs_have_the_protocols_sizes() {
+        assert_eq!(size_of::<Greeting>(), 18);
+        assert_eq!(size_of::<OptionHeader>(), 16);
+        assert_eq!(size_of::<OptionReply>(), 20);
+        assert_eq!(size_of::<InfoExport>(), 12);
+        assert_eq!(size_of::<InfoBlockSize>(), 14);
+        assert_eq!(size_of::<RequestHeader>(), 28);
+        assert_eq!(size_of::<SimpleReply>(), 16);
+        assert_eq!(size_of::<ChunkHeader>(), 20);
+    }
+
+    #[test]
+    fn magics_spell_their_words() {
+        assert_eq!(&U64::new(MAGIC).to_bytes(), b"NBDMAGIC");
+        assert_eq!(&U64::new(OPTION_MAGIC).to_bytes(), b"IHAVEOPT");
+    }
+}

@@ -1,0 +1,381 @@
+//! The one thread that owns the core and every socket.
+//!
+//! ```text
+//!             +---------------- poll ------------------+
+//!             |                                        |
+//!   workers --+--> complete --+                        |
+//!   clients --+--> submit   --+--> Core --> effects ---+--> workers, sockets
+//!   peers   --+--> call     --+
+//! ```
+//!
+//! All sockets are non-blocking and each gets a bounded share of a turn, so a
+//! peer that stalls, floods or sends garbage costs the others nothing. All
+//! that can block runs on the [`Workers`].
+//!
+//! Absent on purpose: any decision about the disk.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use nix::sys::signalfd::SignalFd;
+use tapdisk_control::{Call, Request as ControlRequest};
+use vhd::storage::Volumes;
+
+mod clients;
+mod peers;
+
+use crate::buffer::Buffer;
+use crate::driver::exec::{Tables, prepare};
+use crate::driver::threads::{Ended, Workers};
+use crate::driver::{Core, Effect, FileTable, PeerId};
+use crate::engine::{BufferRange, Completion, Extent, Op, OpId, Output, Request, RequestId};
+use crate::limits::{COMPLETIONS_PER_TURN, FAREWELL_TIME_MAX};
+use crate::nbd::{Export, GuestRequest, Slot};
+use clients::{ClientId, Clients};
+use peers::Peers;
+
+/// What a server is made from.
+#[derive(Debug)]
+pub struct Parts {
+    /// What clients are offered.
+    pub export: Export,
+    /// Where they connect.
+    pub nbd: UnixListener,
+    /// Where control peers connect.
+    pub control: UnixListener,
+    /// The repository.
+    pub volumes: Arc<dyn Volumes>,
+    /// Volumes the core knows by number.
+    pub files: Arc<FileTable>,
+    /// Readable when the process is asked to end.
+    pub signals: Option<SignalFd>,
+}
+
+/// A guest request the core has.
+#[derive(Debug)]
+struct Guest {
+    client: ClientId,
+    slot: Slot,
+    buffer: Option<Buffer>,
+    extents: Vec<Extent>,
+}
+
+/// Serves one disk. See the module.
+pub struct Server<C: Core> {
+    core: C,
+    started: Instant,
+    workers: Workers<C::JobDone>,
+    volumes: Arc<dyn Volumes>,
+    files: Arc<FileTable>,
+    nbd: UnixListener,
+    control: UnixListener,
+    signals: Option<SignalFd>,
+    clients: Clients,
+    peers: Peers,
+    guests: HashMap<RequestId, Guest>,
+    next_request: u64,
+    ending: bool,
+}
+
+/// What a poll was for.
+#[derive(Debug, Clone, Copy)]
+enum Source {
+    Workers,
+    Signals,
+    Nbd,
+    Control,
+    Client(ClientId),
+    Peer(PeerId),
+}
+
+impl<C: Core> Server<C> {
+    /// A server that has not begun; its workers have.
+    ///
+    /// # Errors
+    /// What the system says when threads or descriptors run out.
+    pub fn new(core: C, parts: Parts) -> io::Result<Self> {
+        parts.nbd.set_nonblocking(true)?;
+        parts.control.set_nonblocking(true)?;
+        Ok(Self {
+            core,
+            started: Instant::now(),
+            workers: Workers::start()?,
+            volumes: parts.volumes,
+            files: parts.files,
+            nbd: parts.nbd,
+            control: parts.control,
+            signals: parts.signals,
+            clients: Clients::new(Arc::new(parts.export)),
+            peers: Peers::default(),
+            guests: HashMap::new(),
+            next_request: 0,
+            ending: false,
+        })
+    }
+
+    /// Serves until the core says [`Effect::Exit`].
+    ///
+    /// # Errors
+    /// Only when `poll` itself fails.
+    pub fn run(mut self) -> io::Result<()> {
+        self.settle_turn();
+        while !self.ending {
+            for (source, flags) in self.wait()? {
+                self.handle(source, flags);
+            }
+            let now_us = self.now_us();
+            if self
+                .core
+                .tick_due_us()
+                .is_some_and(|due_us| due_us <= now_us)
+            {
+                self.core.tick(now_us);
+            }
+            self.clients.drop_late_handshakes(Instant::now());
+            self.settle_turn();
+        }
+        self.peers.farewell(Instant::now() + FAREWELL_TIME_MAX);
+        Ok(())
+    }
+
+    fn now_us(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+
+    /// Waits until something can be done; what, and how.
+    fn wait(&self) -> io::Result<Vec<(Source, PollFlags)>> {
+        let mut sources: Vec<(Source, BorrowedFd<'_>, PollFlags)> = vec![
+            (Source::Workers, self.workers.wake_fd(), PollFlags::POLLIN),
+            (Source::Nbd, self.nbd.as_fd(), PollFlags::POLLIN),
+            (Source::Control, self.control.as_fd(), PollFlags::POLLIN),
+        ];
+        if let Some(signals) = &self.signals {
+            sources.push((Source::Signals, signals.as_fd(), PollFlags::POLLIN));
+        }
+        sources.extend(
+            self.clients
+                .sources()
+                .map(|(id, fd, want)| (Source::Client(id), fd, want)),
+        );
+        sources.extend(
+            self.peers
+                .sources()
+                .map(|(id, fd, want)| (Source::Peer(id), fd, want)),
+        );
+        let mut fds: Vec<PollFd<'_>> = sources
+            .iter()
+            .map(|(_, fd, want)| PollFd::new(*fd, *want))
+            .collect();
+        match nix::poll::poll(&mut fds, self.timeout()) {
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let ready = sources.iter().zip(&fds).filter_map(|((source, ..), fd)| {
+            fd.revents()
+                .filter(|flags| !flags.is_empty())
+                .map(|flags| (*source, flags))
+        });
+        Ok(ready.collect())
+    }
+
+    fn timeout(&self) -> PollTimeout {
+        let tick = self.core.tick_due_us().map(|due_us| {
+            // Rounded up: waking a moment too early would spin.
+            Duration::from_micros(due_us.saturating_sub(self.now_us())) + Duration::from_millis(1)
+        });
+        let handshake = self.clients.next_deadline().map(|deadline| {
+            deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1)
+        });
+        let Some(wait) = tick.into_iter().chain(handshake).min() else {
+            return PollTimeout::NONE;
+        };
+        PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)
+    }
+
+    fn handle(&mut self, source: Source, flags: PollFlags) {
+        match source {
+            Source::Workers => self.take_ended(),
+            Source::Signals => self.take_signals(),
+            Source::Nbd => self.clients.accept(&self.nbd),
+            Source::Control => self.peers.accept(&self.control),
+            Source::Client(id) => {
+                let now_us = self.now_us();
+                let Self {
+                    clients,
+                    core,
+                    guests,
+                    next_request,
+                    ..
+                } = self;
+                clients.serve(id, flags, |request| {
+                    submit(core, guests, next_request, now_us, id, request);
+                });
+            }
+            Source::Peer(id) => self.peers.serve(id, flags),
+        }
+    }
+
+    fn take_ended(&mut self) {
+        self.workers.drain_wake();
+        let now_us = self.now_us();
+        for _ in 0..COMPLETIONS_PER_TURN {
+            match self.workers.next_ended() {
+                None => return,
+                Some(Ended::Op(id, completion)) => self.core.complete(now_us, id, completion),
+                Some(Ended::Job(done)) => self.core.job_done(now_us, done),
+            }
+        }
+        self.workers.wake(); // there may be more
+    }
+
+    fn take_signals(&mut self) {
+        while let Some(Ok(Some(signal))) = self.signals.as_ref().map(SignalFd::read_signal) {
+            tracing::info!(signal = signal.ssi_signo, "asked to end by a signal");
+            let request = ControlRequest::Stop { force: true };
+            let call = Call { id: 0, request };
+            self.core.call(
+                self.now_us(),
+                PeerId::SELF,
+                call,
+                self.clients.transmitting(),
+            );
+        }
+    }
+
+    /// Carries out effects, and hands over what they made room for, until
+    /// nothing is left to do without waiting.
+    fn settle_turn(&mut self) {
+        loop {
+            while let Some(effect) = self.core.next_effect() {
+                self.carry_out(effect);
+            }
+            self.peers.flush();
+            let now_us = self.now_us();
+            let mut handed_over = self.peers.take_calls(|event| match event {
+                peers::Event::Call(peer, call) => {
+                    self.core
+                        .call(now_us, peer, call, self.clients.transmitting());
+                }
+                peers::Event::Gone(peer) => self.core.peer_gone(now_us, peer),
+            });
+            let Self {
+                clients,
+                core,
+                guests,
+                next_request,
+                ..
+            } = self;
+            handed_over |= clients.flush(|client, request| {
+                submit(core, guests, next_request, now_us, client, request);
+            });
+            if !handed_over {
+                return;
+            }
+        }
+    }
+
+    fn carry_out(&mut self, effect: Effect<C::JobDone>) {
+        match effect {
+            Effect::Engine(Output::Start(id, op)) => self.start(id, op),
+            Effect::Engine(Output::ZeroFill(range)) => self.zero_fill(range),
+            Effect::Engine(Output::Extents(id, extents)) => {
+                if let Some(guest) = self.guests.get_mut(&id) {
+                    guest.extents = extents;
+                }
+            }
+            Effect::Engine(Output::Done(id, result)) => {
+                if let Some(guest) = self.guests.remove(&id) {
+                    drop(guest.buffer);
+                    self.clients
+                        .finish(guest.client, guest.slot, result, &guest.extents);
+                }
+            }
+            Effect::Engine(Output::Close(file)) => self.files.close(file),
+            Effect::Engine(Output::Answer(token, _)) => {
+                // The service answers its own orders; nobody else gives any.
+                debug_assert!(false, "an answer nobody took: {token:?}");
+            }
+            Effect::Answer(peer, answer) => self.peers.answer(peer, &answer),
+            Effect::Run(job) => self.workers.start_job(job),
+            Effect::Exit => self.ending = true,
+        }
+    }
+
+    fn start(&mut self, id: OpId, op: Op) {
+        let tables = Tables {
+            files: &self.files,
+            volumes: &self.volumes,
+        };
+        let buffer_of = |range: BufferRange| {
+            self.guests
+                .get(&range.request)
+                .and_then(|g| g.buffer.clone())
+        };
+        match prepare(op, &tables, buffer_of) {
+            Ok(work) => self.workers.start_op(id, work),
+            Err(errno) => {
+                tracing::error!(?id, errno, "an operation names what is not there");
+                self.core
+                    .complete(self.now_us(), id, Completion::Failed(errno));
+            }
+        }
+    }
+
+    fn zero_fill(&mut self, range: BufferRange) {
+        let buffer = self
+            .guests
+            .get(&range.request)
+            .and_then(|guest| guest.buffer.as_ref());
+        let loan = buffer.and_then(|buffer| buffer.lend_mut(range.at as usize, range.len as usize));
+        match loan {
+            Some(mut bytes) => bytes.fill(0),
+            None => tracing::error!(?range, "zeros for a range that is not there"),
+        }
+    }
+}
+
+/// Gives a client's request to the core.
+fn submit<C: Core>(
+    core: &mut C,
+    guests: &mut HashMap<RequestId, Guest>,
+    next_request: &mut u64,
+    now_us: u64,
+    client: ClientId,
+    request: GuestRequest,
+) {
+    let id = RequestId(*next_request);
+    *next_request += 1;
+    let GuestRequest {
+        slot,
+        kind,
+        offset,
+        len,
+        buffer,
+    } = request;
+    guests.insert(
+        id,
+        Guest {
+            client,
+            slot,
+            buffer,
+            extents: Vec::new(),
+        },
+    );
+    core.submit(
+        now_us,
+        Request {
+            id,
+            kind,
+            offset,
+            len,
+        },
+    );
+}
+
+#[cfg(test)]
+mod tests;
