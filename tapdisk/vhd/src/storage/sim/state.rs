@@ -1,0 +1,427 @@
+//! What the simulated machine holds at one instant, and how an event
+//! changes it.
+//!
+//! ```text
+//!   volatile   what a reader sees now (page cache)
+//!      |  pending: completed, in order, not yet covered by a flush or sync
+//!   durable    what is certain after a power cut
+//!   in flight  begun, not completed: no effect on readers yet
+//! ```
+//!
+//! The live disk and every replay of its log run through [`State::apply`], so
+//! a replayed prefix cannot differ from what really happened.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::log::{Event, Op, OpNo, Outcome, What};
+use super::run::RunState;
+use super::sector::{Content, SECTOR, Slot, hash_bytes, mix};
+
+/// Names a file, whatever it is called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct Ino(pub(super) u64);
+
+/// Path to file.
+pub(super) type Names = BTreeMap<Arc<str>, Ino>;
+
+/// One indivisible change of the names.
+#[derive(Debug, Clone)]
+pub(super) enum NameOp {
+    /// `to` leads to the file from now on (create, link).
+    Add {
+        to: Arc<str>,
+        ino: Ino,
+        from: Option<Arc<str>>,
+    },
+    /// `to` leads to the file, `from` nowhere.
+    Rename {
+        from: Arc<str>,
+        to: Arc<str>,
+        ino: Ino,
+    },
+    /// The name leads nowhere.
+    Remove { name: Arc<str> },
+}
+
+impl NameOp {
+    /// The names whose earlier changes this builds on.
+    pub(super) fn touches(&self) -> impl Iterator<Item = &Arc<str>> {
+        let (a, b) = match self {
+            Self::Add { to, from, .. } => (to, from.as_ref()),
+            Self::Rename { from, to, .. } => (to, Some(from)),
+            Self::Remove { name } => (name, None),
+        };
+        std::iter::once(a).chain(b)
+    }
+
+    pub(super) fn apply(&self, names: &mut Names) {
+        match self {
+            Self::Add { to, ino, .. } => {
+                names.insert(to.clone(), *ino);
+            }
+            Self::Rename { from, to, ino } => {
+                names.remove(from);
+                names.insert(to.clone(), *ino);
+            }
+            Self::Remove { name } => {
+                names.remove(name);
+            }
+        }
+    }
+}
+
+/// One change of a file's bytes that can be kept or lost on its own.
+#[derive(Clone)]
+pub(super) enum Change {
+    /// Sectors get these values.
+    Data(Arc<[(u64, Slot)]>),
+    /// Sectors `first .. end` become zeros.
+    Zero { first: u64, end: u64, keep: bool },
+    /// The length, growing or cut.
+    Len(u64),
+}
+
+impl Change {
+    pub(super) fn apply(&self, content: &mut Content) {
+        match self {
+            Self::Data(values) => {
+                for (sector_no, slot) in values.iter() {
+                    content.set(*sector_no, slot.clone());
+                }
+            }
+            Self::Zero { first, end, keep } => content.zero(*first, *end, *keep),
+            Self::Len(len) => content.set_len(*len),
+        }
+    }
+}
+
+/// What a completed operation left to be made durable.
+#[derive(Clone)]
+pub(super) enum Effect {
+    Name(NameOp),
+    Bytes(Ino, Change),
+}
+
+#[derive(Clone)]
+pub(super) struct Pending {
+    /// Completion order.
+    pub(super) seq: u64,
+    pub(super) effect: Effect,
+    /// A flush that should have covered it failed: the kernel has dropped it
+    /// from its list, no later flush writes it.
+    pub(super) dead: bool,
+}
+
+#[derive(Clone, Default)]
+pub(super) struct Inode {
+    pub(super) durable: Arc<Content>,
+    pub(super) volatile: Arc<Content>,
+}
+
+#[derive(Clone)]
+pub(super) struct InFlight {
+    pub(super) op: Arc<Op>,
+    /// Effects with a smaller number completed before this was begun.
+    pub(super) begun_at: u64,
+}
+
+/// Everything at one instant. Copies share what they can.
+#[derive(Clone, Default)]
+pub(super) struct State {
+    pub(super) durable_names: Names,
+    pub(super) names: Names,
+    pub(super) folders: BTreeSet<Arc<str>>,
+    pub(super) inodes: BTreeMap<Ino, Inode>,
+    pub(super) pending: Vec<Pending>,
+    pub(super) in_flight: BTreeMap<OpNo, InFlight>,
+    pub(super) run: RunState,
+    pub(super) next_ino: u64,
+    pub(super) next_seq: u64,
+}
+
+impl State {
+    /// The one transition.
+    pub(super) fn apply(&mut self, event: &Event) {
+        match event {
+            Event::Begin(no, op) => {
+                let begun_at = self.next_seq;
+                let op = op.clone();
+                self.in_flight.insert(*no, InFlight { op, begun_at });
+            }
+            Event::End(no, outcome) => {
+                let Some(flight) = self.in_flight.remove(no) else {
+                    return;
+                };
+                match outcome {
+                    Outcome::Done if flight.op.void => {}
+                    Outcome::Done => self.complete(&flight),
+                    Outcome::Failed => self.fail(&flight),
+                }
+            }
+            Event::Run(event) => self.run.apply(event),
+            Event::Mark(_) => {}
+        }
+    }
+
+    fn complete(&mut self, flight: &InFlight) {
+        match &flight.op.what {
+            What::Flush { ino } => self.flush(*ino, flight.begun_at),
+            What::SyncNames { folder } => self.sync_names(folder, flight.begun_at),
+            What::MakeFolder { folder } => {
+                self.folders.insert(folder.clone());
+            }
+            what => {
+                for effect in self.effects(what) {
+                    self.perform(effect);
+                }
+            }
+        }
+    }
+
+    /// Shows an effect to readers and remembers that it is not durable.
+    pub(super) fn perform(&mut self, effect: Effect) {
+        match &effect {
+            Effect::Name(op) => {
+                op.apply(&mut self.names);
+                if let NameOp::Add { ino, .. } = op {
+                    self.next_ino = self.next_ino.max(ino.0 + 1);
+                }
+            }
+            Effect::Bytes(ino, change) => {
+                let inode = self.inodes.entry(*ino).or_default();
+                change.apply(Arc::make_mut(&mut inode.volatile));
+            }
+        }
+        let seq = self.next_seq;
+        self.next_seq += 1;
+        self.pending.push(Pending {
+            seq,
+            effect,
+            dead: false,
+        });
+    }
+
+    /// What an operation does if it completes now. Length and bytes of a
+    /// write are separate: a power cut may take either.
+    pub(super) fn effects(&self, what: &What) -> Vec<Effect> {
+        match what {
+            What::Write { ino, offset, bytes } => self.write(*ino, bytes, *offset),
+            What::Zero {
+                ino,
+                offset,
+                len,
+                keep,
+            } => self.zero(*ino, *offset, *len, *keep),
+            What::SetLen { ino, len } => vec![Effect::Bytes(*ino, Change::Len(*len))],
+            What::Copy {
+                from,
+                from_at,
+                to,
+                to_at,
+                len,
+            } => self.copy(*from, *from_at, *to, *to_at, *len),
+            What::Create { path, ino } => {
+                let (to, ino, from) = (path.clone(), *ino, None);
+                vec![Effect::Name(NameOp::Add { to, ino, from })]
+            }
+            What::Link { from, to } => self.name_op(from, |ino| NameOp::Add {
+                to: to.clone(),
+                ino,
+                from: Some(from.clone()),
+            }),
+            What::Rename { from, to } => self.name_op(from, |ino| NameOp::Rename {
+                from: from.clone(),
+                to: to.clone(),
+                ino,
+            }),
+            What::Unlink { path } => self.name_op(path, |_| NameOp::Remove { name: path.clone() }),
+            What::Flush { .. } | What::SyncNames { .. } | What::MakeFolder { .. } => Vec::new(),
+        }
+    }
+
+    fn name_op(&self, name: &str, op: impl FnOnce(Ino) -> NameOp) -> Vec<Effect> {
+        let op = self.names.get(name).map(|ino| Effect::Name(op(*ino)));
+        op.into_iter().collect()
+    }
+
+    pub(super) fn content(&self, ino: Ino) -> Arc<Content> {
+        self.inodes
+            .get(&ino)
+            .map(|inode| inode.volatile.clone())
+            .unwrap_or_default()
+    }
+
+    fn write(&self, ino: Ino, bytes: &[u8], offset: u64) -> Vec<Effect> {
+        let content = self.content(ino);
+        self.put(
+            ino,
+            content.written(bytes, offset),
+            offset + bytes.len() as u64,
+        )
+    }
+
+    /// Sector values, and the new length if they reach past the end.
+    fn put(&self, ino: Ino, values: Vec<(u64, Slot)>, end: u64) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        if end > self.content(ino).len {
+            effects.push(Effect::Bytes(ino, Change::Len(end)));
+        }
+        effects.push(Effect::Bytes(ino, Change::Data(values.into())));
+        effects
+    }
+
+    /// Whole sectors as a range, edges as written zeros; never past the end.
+    fn zero(&self, ino: Ino, offset: u64, len: u64, keep: bool) -> Vec<Effect> {
+        let content = self.content(ino);
+        let end = offset.saturating_add(len).min(content.len);
+        if offset >= end {
+            return Vec::new();
+        }
+        let (first, last) = (offset.div_ceil(SECTOR), end / SECTOR);
+        let zeros = |from: u64, to: u64| {
+            let zeros = vec![0; usize::try_from(to - from).unwrap_or(0)];
+            Effect::Bytes(ino, Change::Data(content.written(&zeros, from).into()))
+        };
+        if first > last {
+            return vec![zeros(offset, end)];
+        }
+        let mut effects = Vec::new();
+        if offset < first * SECTOR {
+            effects.push(zeros(offset, first * SECTOR));
+        }
+        if first < last {
+            effects.push(Effect::Bytes(
+                ino,
+                Change::Zero {
+                    first,
+                    end: last,
+                    keep,
+                },
+            ));
+        }
+        if last * SECTOR < end {
+            effects.push(zeros(last * SECTOR, end));
+        }
+        effects
+    }
+
+    /// Holes stay holes where sectors line up.
+    fn copy(&self, from: Ino, from_at: u64, to: Ino, to_at: u64, len: u64) -> Vec<Effect> {
+        let source = self.content(from);
+        if [from_at, to_at, len]
+            .iter()
+            .all(|n| n.is_multiple_of(SECTOR))
+        {
+            let (first, to_first) = (from_at / SECTOR, to_at / SECTOR);
+            let values = (0..len / SECTOR).map(|i| (to_first + i, source.slot(first + i)));
+            return self.put(to, values.collect(), to_at + len);
+        }
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+        source.read(&mut bytes, from_at);
+        self.write(to, &bytes, to_at)
+    }
+
+    /// Exactly what completed before the flush began becomes certain, in the
+    /// order of completion; what a failed flush dropped stays lost.
+    fn flush(&mut self, ino: Ino, begun_at: u64) {
+        let Some(inode) = self.inodes.get_mut(&ino) else {
+            return;
+        };
+        let durable = Arc::make_mut(&mut inode.durable);
+        let mut dropped = false;
+        self.pending.retain(|pending| match &pending.effect {
+            Effect::Bytes(of, change) if *of == ino && pending.seq < begun_at => {
+                if !pending.dead {
+                    change.apply(durable);
+                }
+                dropped |= pending.dead;
+                false
+            }
+            _ => true,
+        });
+        if dropped {
+            // A length among them leaves bytes past the end.
+            durable.cut();
+        }
+    }
+
+    /// Name changes in this folder become certain, and what they build on.
+    fn sync_names(&mut self, folder: &str, begun_at: u64) {
+        let mut needed: BTreeSet<Arc<str>> = BTreeSet::new();
+        let mut synced = BTreeSet::new();
+        for pending in self.pending.iter().rev().filter(|p| p.seq < begun_at) {
+            if let Effect::Name(op) = &pending.effect
+                && op
+                    .touches()
+                    .any(|name| folder_of(name) == folder || needed.contains(name))
+            {
+                needed.extend(op.touches().cloned());
+                synced.insert(pending.seq);
+            }
+        }
+        let names = &mut self.durable_names;
+        self.pending.retain(|pending| match &pending.effect {
+            Effect::Name(op) if synced.contains(&pending.seq) => {
+                op.apply(names);
+                false
+            }
+            _ => true,
+        });
+        self.forget_unreachable();
+    }
+
+    /// Bytes of files that no name can lead to any more, whatever is lost,
+    /// matter to no crash.
+    fn forget_unreachable(&mut self) {
+        let mut reachable: BTreeSet<Ino> = self.names.values().copied().collect();
+        reachable.extend(self.durable_names.values().copied());
+        reachable.extend(
+            self.pending
+                .iter()
+                .filter_map(|pending| match &pending.effect {
+                    Effect::Name(NameOp::Add { ino, .. } | NameOp::Rename { ino, .. }) => {
+                        Some(*ino)
+                    }
+                    _ => None,
+                }),
+        );
+        self.pending.retain(|pending| match &pending.effect {
+            Effect::Bytes(ino, _) => reachable.contains(ino),
+            Effect::Name(_) => true,
+        });
+    }
+
+    /// A failed flush: nothing it should have covered will be written by a
+    /// later one. Anything else that fails has no effect.
+    fn fail(&mut self, flight: &InFlight) {
+        let What::Flush { ino } = flight.op.what else {
+            return;
+        };
+        for pending in &mut self.pending {
+            let covered = pending.seq < flight.begun_at;
+            if covered && matches!(&pending.effect, Effect::Bytes(of, _) if *of == ino) {
+                pending.dead = true;
+            }
+        }
+    }
+
+    /// A hash of all that a recovery can see: names, which of them lead to
+    /// one file, lengths, bytes, the run folder.
+    pub(super) fn hash(&self) -> u128 {
+        let mut first_name: BTreeMap<Ino, &Arc<str>> = BTreeMap::new();
+        let mut hash = self.run.hash();
+        for (name, ino) in &self.names {
+            let first = *first_name.entry(*ino).or_insert(name);
+            hash = mix(hash, hash_bytes(name.as_bytes()));
+            hash = mix(hash, hash_bytes(first.as_bytes()));
+            hash = mix(hash, self.content(*ino).hash());
+        }
+        hash
+    }
+}
+
+/// The folder part of a path, `""` for the root.
+pub(super) fn folder_of(path: &str) -> &str {
+    path.rsplit_once('/').map_or("", |(folder, _)| folder)
+}
