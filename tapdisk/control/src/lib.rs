@@ -1,0 +1,290 @@
+//! What is said to a running tapdisk, and how.
+//!
+//! One JSON document per line over a Unix stream socket, at most
+//! [`LINE_BYTES_MAX`] each. A client sends a [`Call`]; the answer is one or
+//! more [`Answer`] lines with the same `id`, the last with `last: true`.
+//! Only [`Request::Refresh`] is answered twice. Requests of one connection
+//! are served in order; several connections at once are fine.
+//!
+//! Every order that changes what is served names the footer uuids it is meant
+//! for, so that a stale order is refused ([`Refusal::Stale`]).
+//!
+//! Absent on purpose: sockets to other hosts, authentication (the socket's
+//! folder is private to root), any knowledge of VHD.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+mod client;
+pub use client::{Client, ClientError};
+
+/// Longest line either side accepts.
+pub const LINE_BYTES_MAX: usize = 64 * 1024;
+
+/// One request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Call {
+    /// Chosen by the client, repeated in the answers.
+    pub id: u64,
+    /// What is asked.
+    #[serde(flatten)]
+    pub request: Request,
+}
+
+/// One line of answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// The id of the call.
+    pub id: u64,
+    /// Whether this is the last answer to the call.
+    pub last: bool,
+    /// What came of it.
+    pub outcome: Result<Reply, Refusal>,
+}
+
+/// A volume of the SR the tapdisk serves, by name, with the footer uuid it
+/// must have.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageRef {
+    /// Base name in the SR, like `<uuid>.vhd`.
+    pub volume: String,
+    /// The uuid in its footer.
+    pub footer: Uuid,
+}
+
+/// The names under which an intent record stands: its name is its state.
+/// `pending` is renamed to `decided` or to `void`, and only one can win.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IntentNames {
+    /// While nothing is decided.
+    pub pending: String,
+    /// Once the swap must happen.
+    pub decided: String,
+    /// Once it must not.
+    pub void: String,
+}
+
+/// What can be asked of a tapdisk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case")]
+pub enum Request {
+    /// Counters and the state of everything below.
+    Stats,
+    /// Opens `child`, an empty image prepared to become the leaf in place of
+    /// `leaf`, so that the swap itself opens nothing.
+    Prepare {
+        /// The lease of the coming pause.
+        intent: IntentNames,
+        /// The leaf as the caller knows it.
+        leaf: ImageRef,
+        /// The prepared child; `None` when the leaf is expected to hold
+        /// nothing and will stay the leaf.
+        child: Option<ImageRef>,
+    },
+    /// Stops serving and drains; answered once nothing is in flight. A lease:
+    /// after `limit_ms`, or when this connection ends, the tapdisk tries to
+    /// void the intent and goes on, swapping if it was decided.
+    Pause {
+        /// The intent given to `Prepare`.
+        intent: IntentNames,
+        /// How long the pause may last, in milliseconds.
+        limit_ms: u64,
+    },
+    /// Ends a pause. With `swap` the prepared child takes the leaf's name and
+    /// place. Nothing is synced; the next guest FLUSH owes the durability.
+    Resume {
+        /// The intent given to `Pause`.
+        intent: IntentNames,
+        /// Whether the intent was decided.
+        swap: bool,
+    },
+    /// After a swap: settles the former leaf, now the volume `base`, and sets
+    /// its hidden flag; durable when answered.
+    SettleBase {
+        /// The former leaf under its new name.
+        base: ImageRef,
+    },
+    /// Re-reads the chain below the leaf while requests go on. With `parent`
+    /// the leaf's own header is first given that parent. Answered twice:
+    /// [`Reply::HeaderDurable`], then [`Reply::Drained`] once no request uses
+    /// the old map.
+    Refresh {
+        /// The leaf.
+        leaf: ImageRef,
+        /// Its new parent, if it changes.
+        parent: Option<ImageRef>,
+    },
+    /// Makes the images open for writing durable and settled, while serving.
+    Settle,
+    /// Starts merging the leaf into its parent.
+    MergeStart {
+        /// The leaf to empty.
+        leaf: ImageRef,
+        /// Its parent, which takes everything.
+        parent: ImageRef,
+        /// Most bytes copied per second; 0 is no limit.
+        rate_bytes_per_s: u64,
+    },
+    /// How far the merge is: [`Reply::Merge`].
+    MergeStatus,
+    /// Stops the merge, bounded by one window; the parent is settled and
+    /// read-only again when this is answered.
+    MergeStop,
+    /// After [`MergePhase::Empty`]: unhides the parent, renames it over the
+    /// leaf and drops the leaf from the map; durable when answered.
+    MergeCommit {
+        /// The emptied leaf.
+        leaf: ImageRef,
+        /// The parent that takes its name.
+        parent: ImageRef,
+    },
+    /// Settles, closes and ends the process. Refused with [`Refusal::Busy`]
+    /// while clients are connected, unless `force`.
+    Stop {
+        /// Disconnect clients first.
+        force: bool,
+    },
+}
+
+/// What a served request says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Reply {
+    /// Done, nothing to add.
+    Done,
+    /// The pause holds: nothing is in flight.
+    Paused {
+        /// Whether the leaf holds no block at all, memory included.
+        leaf_is_empty: bool,
+    },
+    /// First answer to a refresh.
+    HeaderDurable,
+    /// Last answer to a refresh.
+    Drained,
+    /// Answer to [`Request::MergeStatus`].
+    Merge(MergeStatus),
+    /// Answer to [`Request::Stats`].
+    Stats(Box<Stats>),
+}
+
+/// Why a request was refused.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(tag = "refusal", rename_all = "snake_case")]
+pub enum Refusal {
+    /// It names images this tapdisk does not serve (any more).
+    #[error("stale order: {detail}")]
+    Stale {
+        /// What differs.
+        detail: String,
+    },
+    /// Another operation is running.
+    #[error("busy: {detail}")]
+    Busy {
+        /// Which.
+        detail: String,
+    },
+    /// The intent was voided before (a pause that ran out of time).
+    #[error("the intent was voided: the pause ended by itself")]
+    Voided,
+    /// It could not be done; the disk goes on as before.
+    #[error("{detail}")]
+    Failed {
+        /// What happened, to which image.
+        detail: String,
+    },
+    /// The request is not understood.
+    #[error("bad request: {detail}")]
+    Bad {
+        /// What is wrong with it.
+        detail: String,
+    },
+}
+
+/// Where a leaf merge stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MergePhase {
+    /// No merge.
+    None,
+    /// Draining and settling under the old rule.
+    Starting,
+    /// Blocks are moving.
+    Moving,
+    /// The leaf is empty, durably; ready for commit.
+    Empty,
+    /// Stopping: the open window settles.
+    Stopping,
+    /// Committing.
+    Committing,
+    /// An I/O error stopped it; the parent is settled again.
+    Failed,
+}
+
+/// Progress of a leaf merge. Bytes are data bytes (bitmaps not counted).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MergeStatus {
+    /// Where it stands.
+    pub phase: MergePhase,
+    /// Blocks the leaf had when the merge began.
+    pub blocks_total: u64,
+    /// Blocks moved.
+    pub blocks_done: u64,
+    /// Bytes copied or cloned so far.
+    pub bytes_copied: u64,
+    /// Of those, bytes shared instead of copied.
+    pub bytes_cloned: u64,
+    /// Bytes given back by the leaf.
+    pub bytes_freed: u64,
+    /// Longest time a guest write waited for a window, in microseconds.
+    pub longest_wait_us: u64,
+    /// What went wrong, when `phase` is `failed`.
+    pub error: Option<String>,
+}
+
+/// Counters of one tapdisk since its start.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// The leaf.
+    pub leaf: Option<ImageRef>,
+    /// Volumes of the chain, leaf first.
+    pub chain: Vec<ImageRef>,
+    /// Virtual size in bytes.
+    pub virtual_bytes: u64,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// Connected NBD clients.
+    pub clients: u64,
+    /// Requests in flight.
+    pub in_flight: u64,
+    /// Per kind: reads.
+    pub read: KindStats,
+    /// Per kind: writes.
+    pub write: KindStats,
+    /// Per kind: flushes.
+    pub flush: KindStats,
+    /// Per kind: trims and zero writes.
+    pub discard: KindStats,
+    /// Blocks the leaf holds.
+    pub leaf_blocks: u64,
+    /// Entries waiting in the pending record.
+    pub record_entries: u64,
+    /// Longest stall of the last pause, in microseconds.
+    pub last_pause_us: u64,
+    /// `running`, `draining`, `paused` or `failed: …`.
+    pub state: String,
+}
+
+/// Counters of one kind of request.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KindStats {
+    /// Requests answered.
+    pub count: u64,
+    /// Bytes asked for.
+    pub bytes: u64,
+    /// Answered with an error.
+    pub errors: u64,
+    /// Longest time from arrival to answer, in microseconds.
+    pub longest_us: u64,
+    /// Requests whose time lay in `[2^i, 2^(i+1))` microseconds.
+    pub histogram_us: Vec<u64>,
+}
