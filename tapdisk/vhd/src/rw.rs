@@ -1,0 +1,438 @@
+//! An image open for writing, as data: where blocks lie, which sectors are
+//! present, and what waits for a flush. No I/O: the engine and
+//! [`crate::writer`] do that, in the order the steps below demand.
+//!
+//! ```text
+//!        written()                capture()              durable()
+//! data ------------> dirty ----------------> captured -----------> clean
+//! on file            record entries          flush               record half dropped,
+//!                    pushed, then acked      bitmaps, flush      freed slots released
+//!                                            BAT, flush
+//! ```
+//!
+//! Crash argument (invariant 5), for the write-back of one capture:
+//! 1. flush: data of every captured bit and entry, and the file's length,
+//!    are durable. A crash here: the old metadata names old content.
+//! 2. captured bitmaps are written. Bits of blocks the durable BAT names now
+//!    vouch for durable data; other bitmaps lie in slots nobody names.
+//! 3. flush, then captured BAT entries are written: slot, bitmap and data
+//!    behind each are durable. An entry that frees a block uncovers only
+//!    what the guest gave up.
+//! 4. flush, then the record's half is dropped and freed slots may be zeroed
+//!    and reused (invariant 6): no durable entry names them.
+//!
+//! Two views of the BAT are kept: memory's, and what the file may say
+//! (`on_file`, only where the two differ), so that writing one entry of a BAT
+//! sector never carries along a neighbour whose data is not durable yet.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::num::NonZeroUsize;
+
+use lru::LruCache;
+
+use crate::bat::{BAT_FREE, Layout};
+use crate::bitmap::SectorBitmap;
+use crate::limits::CLEAN_BITMAPS_MAX;
+use crate::record::Entry;
+use crate::slots::{NoRoom, Slots};
+use crate::units::{BlockNo, SECTOR_BYTES, SectorRun, Slot};
+
+/// BAT entries in a sector, the unit in which the BAT is written.
+const ENTRIES_PER_SECTOR: u32 = 128;
+
+/// What an image has of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Presence {
+    /// Nothing.
+    Absent,
+    /// Every sector; its bitmap need not be read.
+    Whole(Slot),
+    /// Some sectors: its bitmap tells.
+    Partial(Slot),
+}
+
+/// Metadata captured for one write-back, to be written in this order:
+/// flush, `bitmaps`, flush, [`RwImage::bat_sectors`], flush.
+#[derive(Debug, Clone, Default)]
+pub struct Captured {
+    /// Bitmaps, with the slots they belong to.
+    pub bitmaps: Vec<(Slot, SectorBitmap)>,
+    /// Final entries of the blocks whose place changed.
+    entries: BTreeMap<BlockNo, u32>,
+    pinned: Vec<BlockNo>,
+    freed: Vec<Slot>,
+}
+
+impl Captured {
+    /// Whether any BAT entry is to be written.
+    #[must_use]
+    pub fn changes_bat(&self) -> bool {
+        !self.entries.is_empty()
+    }
+
+    /// Whether there is nothing to write.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.bitmaps.is_empty() && self.entries.is_empty()
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct RwImage {
+    layout: Layout,
+    /// Memory's BAT, one entry per block of the virtual size.
+    bat: Vec<u32>,
+    whole: BlockSet,
+    allocated: u32,
+    /// What the file may say, for blocks where memory says otherwise.
+    on_file: HashMap<BlockNo, u32>,
+    /// Allocated, but no write into them has completed yet.
+    unwritten: BTreeSet<BlockNo>,
+    /// Bitmaps that differ from the file's, or are being written.
+    pinned: HashMap<BlockNo, SectorBitmap>,
+    clean: LruCache<BlockNo, SectorBitmap>,
+    dirty_bitmaps: BTreeSet<BlockNo>,
+    dirty_entries: BTreeSet<BlockNo>,
+    freed: Vec<Slot>,
+    slots: Slots,
+}
+
+impl RwImage {
+    /// From a validated BAT, the blocks the BATmap (if it was sound) says are
+    /// whole, and the space the slots leave. Bits of unallocated blocks are
+    /// masked (invariant 7).
+    #[must_use]
+    pub fn new(layout: Layout, bat: Vec<u32>, whole: impl Fn(BlockNo) -> bool, slots: Slots) -> Self {
+        let mut set = BlockSet::new(bat.len());
+        let mut allocated = 0;
+        for (block, entry) in (0..).map(BlockNo).zip(&bat) {
+            if *entry != BAT_FREE {
+                allocated += 1;
+                set.put(block, whole(block));
+            }
+        }
+        let capacity = NonZeroUsize::new(CLEAN_BITMAPS_MAX).unwrap_or(NonZeroUsize::MIN);
+        Self {
+            layout,
+            bat,
+            whole: set,
+            allocated,
+            on_file: HashMap::new(),
+            unwritten: BTreeSet::new(),
+            pinned: HashMap::new(),
+            clean: LruCache::new(capacity),
+            dirty_bitmaps: BTreeSet::new(),
+            dirty_entries: BTreeSet::new(),
+            freed: Vec::new(),
+            slots,
+        }
+    }
+
+    /// Where things lie in the file.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Number of blocks of the virtual disk.
+    #[must_use]
+    pub fn blocks(&self) -> u32 {
+        self.layout.entries
+    }
+
+    /// Number of blocks this image has, memory included.
+    #[must_use]
+    pub fn allocated_blocks(&self) -> u32 {
+        self.allocated
+    }
+
+    /// Free and used space of the file.
+    pub fn slots(&mut self) -> &mut Slots {
+        &mut self.slots
+    }
+
+    /// What the image has of a block; `Absent` past its end.
+    #[must_use]
+    pub fn presence(&self, block: BlockNo) -> Presence {
+        match self.bat.get(block.index()) {
+            None | Some(&BAT_FREE) => Presence::Absent,
+            Some(&slot) if self.whole.has(block) => Presence::Whole(Slot(slot)),
+            Some(&slot) => Presence::Partial(Slot(slot)),
+        }
+    }
+
+    /// The bitmap of a partial block, if it is in memory.
+    pub fn bitmap(&mut self, block: BlockNo) -> Option<&SectorBitmap> {
+        match self.pinned.get(&block) {
+            Some(bitmap) => Some(bitmap),
+            None => self.clean.get(&block),
+        }
+    }
+
+    /// Takes in a bitmap read from the file for `slot`. Refused (false) when
+    /// the block has moved or changed since the read began, so that an old
+    /// bitmap never replaces a newer one.
+    pub fn bitmap_read(&mut self, block: BlockNo, slot: Slot, bitmap: SectorBitmap) -> bool {
+        if self.presence(block) != Presence::Partial(slot) || self.pinned.contains_key(&block) {
+            return false;
+        }
+        if bitmap.is_full() {
+            self.whole.put(block, true);
+        } else {
+            self.clean.put(block, bitmap);
+        }
+        true
+    }
+
+    /// Gives an absent block a slot. `whole`: nobody below has the block and
+    /// the slot reads as zeros, so all of it becomes present at once; else
+    /// only what [`Self::written`] names. Nothing is on the file yet.
+    ///
+    /// # Errors
+    /// [`NoRoom`] when block places past 2 TiB would be needed.
+    pub fn allocate(&mut self, block: BlockNo, whole: bool) -> Result<Slot, NoRoom> {
+        debug_assert_eq!(self.presence(block), Presence::Absent);
+        let slot = self.slots.take()?;
+        self.set_entry(block, slot.0);
+        self.allocated += 1;
+        self.whole.put(block, whole);
+        self.unwritten.insert(block);
+        if !whole {
+            self.pinned.insert(block, SectorBitmap::EMPTY);
+        }
+        Ok(slot)
+    }
+
+    /// The record entries a completed write of `run` needs before it may be
+    /// acknowledged. Nothing changes yet: see [`Self::written`].
+    ///
+    /// `at` is the slot the data went to: a block that was freed meanwhile
+    /// takes nothing from a write that was overtaken.
+    pub fn entries_for(&mut self, block: BlockNo, at: Slot, run: SectorRun) -> Vec<Entry> {
+        let mut entries = Vec::new();
+        let (slot, whole) = match self.presence(block) {
+            Presence::Whole(slot) if slot == at => (slot, true),
+            Presence::Partial(slot) if slot == at => (slot, false),
+            _ => return entries,
+        };
+        if self.unwritten.contains(&block) {
+            entries.push(Entry::Placed { block, slot, whole });
+        }
+        if !whole && !self.bitmap(block).is_some_and(|bitmap| bitmap.has_all(run)) {
+            entries.push(Entry::Present { block, run });
+        }
+        entries
+    }
+
+    /// Data of `run` is on the file (and its record entries are valid): its
+    /// bits are set and wait for write-back. The bitmap of a partial block
+    /// must be in memory.
+    pub fn written(&mut self, block: BlockNo, at: Slot, run: SectorRun) {
+        let presence = self.presence(block);
+        if presence != Presence::Whole(at) && presence != Presence::Partial(at) {
+            return;
+        }
+        if self.unwritten.remove(&block) {
+            self.dirty_entries.insert(block);
+            self.dirty_bitmaps.insert(block);
+        }
+        if matches!(presence, Presence::Partial(_)) {
+            let bitmap = match self.pinned.get_mut(&block) {
+                Some(bitmap) => bitmap,
+                None => {
+                    let clean = self.clean.pop(&block);
+                    debug_assert!(clean.is_some(), "the bitmap of {block:?} is not in memory");
+                    self.pinned.entry(block).or_insert(clean.unwrap_or_default())
+                }
+            };
+            if !bitmap.has_all(run) {
+                bitmap.set(run);
+                self.dirty_bitmaps.insert(block);
+            }
+            if bitmap.is_full() {
+                self.whole.put(block, true);
+            }
+        }
+    }
+
+    /// The block leaves this image. Its slot is released once a later
+    /// write-back has made that durable. Push [`Entry::Freed`] before the
+    /// request is acknowledged.
+    pub fn free(&mut self, block: BlockNo) {
+        let (Presence::Whole(slot) | Presence::Partial(slot)) = self.presence(block) else {
+            return;
+        };
+        self.set_entry(block, BAT_FREE);
+        self.allocated -= 1;
+        self.whole.put(block, false);
+        self.pinned.remove(&block);
+        self.clean.pop(&block);
+        self.dirty_bitmaps.remove(&block);
+        self.unwritten.remove(&block);
+        self.dirty_entries.insert(block);
+        self.freed.push(slot);
+    }
+
+    /// Forgets blocks that were given a slot but into which no write has
+    /// completed. Nothing may be in flight. Their slots are not used again: a
+    /// failed write may have left bytes there.
+    pub fn drop_unwritten(&mut self) {
+        for block in std::mem::take(&mut self.unwritten) {
+            if let Some(entry) = self.bat.get_mut(block.index()) {
+                *entry = BAT_FREE;
+                self.allocated -= 1;
+            }
+            if self.on_file.get(&block) == Some(&BAT_FREE) {
+                self.on_file.remove(&block);
+            }
+            self.whole.put(block, false);
+            self.pinned.remove(&block);
+        }
+    }
+
+    /// Whether anything waits for write-back.
+    #[must_use]
+    pub fn is_dirty(&self) -> bool {
+        !self.dirty_bitmaps.is_empty() || !self.dirty_entries.is_empty()
+    }
+
+    /// Takes what waits now, for one write-back (see the module).
+    pub fn capture(&mut self) -> Captured {
+        let mut captured = Captured { freed: std::mem::take(&mut self.freed), ..Captured::default() };
+        for block in std::mem::take(&mut self.dirty_bitmaps) {
+            match self.presence(block) {
+                Presence::Absent => {}
+                Presence::Whole(slot) => captured.bitmaps.push((slot, SectorBitmap::FULL)),
+                Presence::Partial(slot) => {
+                    if let Some(bitmap) = self.pinned.get(&block) {
+                        captured.bitmaps.push((slot, bitmap.clone()));
+                    }
+                }
+            }
+            captured.pinned.push(block);
+        }
+        for block in std::mem::take(&mut self.dirty_entries) {
+            if let Some(&entry) = self.bat.get(block.index()) {
+                captured.entries.insert(block, entry);
+            }
+        }
+        captured
+    }
+
+    /// The BAT sectors to write for a capture: byte offset in the file and
+    /// content. Neighbours keep what the file may say of them.
+    #[must_use]
+    pub fn bat_sectors(&self, captured: &Captured) -> Vec<(u64, [u8; 512])> {
+        let sectors: BTreeSet<u32> =
+            captured.entries.keys().map(|block| block.0 / ENTRIES_PER_SECTOR).collect();
+        sectors.into_iter().map(|sector| (self.bat_offset(sector), self.bat_sector(sector, captured))).collect()
+    }
+
+    fn bat_offset(&self, sector: u32) -> u64 {
+        self.layout.table_offset + u64::from(sector) * SECTOR_BYTES
+    }
+
+    fn bat_sector(&self, sector: u32, captured: &Captured) -> [u8; 512] {
+        let mut bytes = [0xFF; 512];
+        let first = sector * ENTRIES_PER_SECTOR;
+        for (block, chunk) in (first..).zip(bytes.as_chunks_mut::<4>().0) {
+            let block = BlockNo(block);
+            let entry = captured
+                .entries
+                .get(&block)
+                .or_else(|| self.on_file.get(&block))
+                .or_else(|| self.bat.get(block.index()));
+            *chunk = match entry {
+                Some(entry) => entry.to_be_bytes(),
+                // The reference leaves 0 behind the table's last entry.
+                None if block.0 >= self.layout.max_entries => [0; 4],
+                None => BAT_FREE.to_be_bytes(),
+            };
+        }
+        bytes
+    }
+
+    /// The BAT sectors of a capture were written: the file may say it from
+    /// now on, durable or not.
+    pub fn bat_written(&mut self, captured: &Captured) {
+        for (&block, &entry) in &captured.entries {
+            if self.bat.get(block.index()) == Some(&entry) {
+                self.on_file.remove(&block);
+            } else {
+                self.on_file.insert(block, entry);
+            }
+        }
+    }
+
+    /// A capture is durable in full. Returns the slots it released: to be
+    /// zeroed, once nothing that was started before still reads them, and
+    /// then given to [`Slots::put`].
+    pub fn durable(&mut self, captured: Captured) -> Vec<Slot> {
+        for block in captured.pinned {
+            if self.dirty_bitmaps.contains(&block) || self.unwritten.contains(&block) {
+                continue;
+            }
+            if let Some(bitmap) = self.pinned.remove(&block)
+                && matches!(self.presence(block), Presence::Partial(_))
+            {
+                self.clean.put(block, bitmap);
+            }
+        }
+        captured.freed
+    }
+
+    /// Blocks that are whole, for the BATmap: bit 0 of byte 0 is block 0.
+    pub fn whole_blocks(&self) -> impl Iterator<Item = BlockNo> + '_ {
+        self.blocks_held().filter(|block| self.whole.has(*block))
+    }
+
+    /// Blocks this image has, in order.
+    pub fn blocks_held(&self) -> impl Iterator<Item = BlockNo> + '_ {
+        (0..)
+            .map(BlockNo)
+            .zip(&self.bat)
+            .filter(|(block, entry)| **entry != BAT_FREE && !self.unwritten.contains(block))
+            .map(|(block, _)| block)
+    }
+
+    /// One past the last byte any written block takes, at least the end of
+    /// the headers.
+    #[must_use]
+    pub fn data_end(&self) -> u64 {
+        self.blocks_held()
+            .filter_map(|block| self.bat.get(block.index()))
+            .map(|slot| Slot(*slot).data_offset(crate::units::BLOCK_SECTORS))
+            .max()
+            .unwrap_or(0)
+            .max(self.layout.data_start)
+    }
+
+    fn set_entry(&mut self, block: BlockNo, entry: u32) {
+        if let Some(now) = self.bat.get_mut(block.index()) {
+            self.on_file.entry(block).or_insert(*now);
+            *now = entry;
+        }
+    }
+}
+
+/// One bit per block.
+#[derive(Debug)]
+struct BlockSet(Vec<u64>);
+
+impl BlockSet {
+    fn new(blocks: usize) -> Self {
+        Self(vec![0; blocks.div_ceil(64)])
+    }
+
+    fn has(&self, block: BlockNo) -> bool {
+        self.0.get(block.index() / 64).is_some_and(|word| word >> (block.0 % 64) & 1 == 1)
+    }
+
+    fn put(&mut self, block: BlockNo, value: bool) {
+        if let Some(word) = self.0.get_mut(block.index() / 64) {
+            let bit = 1 << (block.0 % 64);
+            *word = if value { *word | bit } else { *word & !bit };
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! The space of an image open for writing: where the next block goes.
+//!
+//! Data starts on a 4 KiB boundary, so a bitmap sits at a sector that is 7
+//! modulo 8 and slots are 4104 sectors apart, as the reference places them.
+//!
+//! Every length the file is ever given ends in [`GUARD_BYTES`] that no slot
+//! takes, now or later: whichever of those lengths a crash leaves, what a
+//! reader finds at the end is not a footer a guest forged (invariant 10).
+
+use std::collections::BTreeSet;
+
+use crate::bat::BAT_FREE;
+use crate::units::{BLOCK_SECTORS, SECTOR_BYTES, Slot, round_up};
+
+/// Zero bytes at the end of every length.
+pub const GUARD_BYTES: u64 = SECTOR_BYTES;
+/// Slots by which a file is extended at once.
+pub const EXTEND_SLOTS: u64 = 16;
+const GUARD_SECTORS: u64 = GUARD_BYTES / SECTOR_BYTES;
+/// Sectors from one slot to the next.
+const STRIDE_SECTORS: u64 = 8 + BLOCK_SECTORS as u64;
+
+/// No place for another block that a 32-bit sector number can name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{}", Self::WHAT)]
+pub struct NoRoom;
+
+impl NoRoom {
+    const WHAT: &str = "a block past 2 TiB: the image is full";
+
+    /// For messages.
+    #[must_use]
+    pub fn what(self) -> &'static str {
+        Self::WHAT
+    }
+}
+
+/// A stretch of the file, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gap {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Slots {
+    /// Given back, zeroed; lowest first, to keep the file short.
+    free: BTreeSet<Slot>,
+    /// First sector that neither a slot nor the guard behind it has taken.
+    end_sector: u64,
+    /// Length of the file, all of it past the last slot reading as zeros.
+    len_bytes: u64,
+}
+
+impl Slots {
+    /// The space left by the blocks of `bat`, and the gaps between them that
+    /// must be zeroed, durably, before anything is written: whole slots of
+    /// them are reused. `data_start`: end of the headers.
+    #[must_use]
+    pub fn survey(bat: &[u32], data_start: u64) -> (Self, Vec<Gap>) {
+        let mut taken: Vec<u64> = bat.iter().filter(|e| **e != BAT_FREE).map(|e| u64::from(*e)).collect();
+        taken.sort_unstable();
+        let mut at = data_start.div_ceil(SECTOR_BYTES);
+        let mut free = BTreeSet::new();
+        let mut gaps = Vec::new();
+        for slot in taken {
+            let mut place = first_slot(at);
+            while place + 1 + u64::from(BLOCK_SECTORS) <= slot {
+                free.insert(Slot(u32::try_from(place).unwrap_or(BAT_FREE)));
+                place += STRIDE_SECTORS;
+            }
+            if first_slot(at) + 1 + u64::from(BLOCK_SECTORS) <= slot {
+                gaps.push(Gap { offset: at * SECTOR_BYTES, len: (slot - at) * SECTOR_BYTES });
+            }
+            at = at.max(slot + 1 + u64::from(BLOCK_SECTORS));
+        }
+        let end_sector = at + GUARD_SECTORS;
+        (Self { free, end_sector, len_bytes: end_sector * SECTOR_BYTES }, gaps)
+    }
+
+    /// One past the last byte any slot takes; the guard follows.
+    #[must_use]
+    pub fn end_bytes(&self) -> u64 {
+        (self.end_sector - GUARD_SECTORS) * SECTOR_BYTES
+    }
+
+    /// Length of the file: after the survey just the last slot and the guard,
+    /// later as told to [`Self::extended`].
+    #[must_use]
+    pub fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    /// The length the file needs before anything is written into `slot`, if
+    /// it is too short: a batch more than that.
+    #[must_use]
+    pub fn extension_for(&self, slot: Slot) -> Option<u64> {
+        let end = slot.data_offset(BLOCK_SECTORS) + GUARD_BYTES;
+        (end > self.len_bytes).then(|| {
+            let taken = end.max(self.end_sector * SECTOR_BYTES);
+            // A whole number of slots more: the guard then falls into the gap
+            // before a bitmap, and no later slot runs across it.
+            taken + (EXTEND_SLOTS - 1) * STRIDE_SECTORS * SECTOR_BYTES
+        })
+    }
+
+    /// The file has this length now.
+    pub fn extended(&mut self, len_bytes: u64) {
+        self.len_bytes = self.len_bytes.max(len_bytes);
+    }
+
+    /// Takes a slot that reads as zeros.
+    ///
+    /// # Errors
+    /// [`NoRoom`].
+    pub fn take(&mut self) -> Result<Slot, NoRoom> {
+        if let Some(slot) = self.free.pop_first() {
+            return Ok(slot);
+        }
+        let place = first_slot(self.end_sector);
+        let slot = u32::try_from(place).ok().filter(|slot| *slot != BAT_FREE).ok_or(NoRoom)?;
+        self.end_sector = place + 1 + u64::from(BLOCK_SECTORS) + GUARD_SECTORS;
+        Ok(Slot(slot))
+    }
+
+    /// Gives back a slot that was zeroed.
+    pub fn put(&mut self, slot: Slot) {
+        self.free.insert(slot);
+    }
+}
+
+/// First sector from `at` on where a bitmap may sit.
+fn first_slot(at: u64) -> u64 {
+    round_up(at + 1, 8) - 1
+}
+
+/// The bytes a slot takes in its file, bitmap included.
+#[must_use]
+pub fn slot_bytes(slot: Slot) -> Gap {
+    Gap { offset: slot.bitmap_offset(), len: (1 + u64::from(BLOCK_SECTORS)) * SECTOR_BYTES }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_aligned_and_never_overlap() {
+        let (mut slots, gaps) = Slots::survey(&[BAT_FREE; 4], 3072);
+        assert!(gaps.is_empty());
+        let taken: Vec<_> = (0..3).map(|_| slots.take().unwrap()).collect();
+        assert_eq!(taken, [Slot(7), Slot(4111), Slot(8215)]);
+        assert!(taken.iter().all(|s| s.data_offset(0).is_multiple_of(4096)));
+        let need = slots.extension_for(taken[2]).unwrap();
+        assert!(need >= taken[2].data_offset(4096) + GUARD_BYTES);
+        slots.extended(need);
+        assert_eq!(slots.extension_for(taken[2]), None);
+        slots.put(taken[1]);
+        assert_eq!(slots.take(), Ok(taken[1]));
+    }
+
+    #[test]
+    fn no_slot_ever_runs_across_the_guard_of_any_length() {
+        for bat in [vec![], vec![4], vec![7], vec![4, 4101]] {
+            let (mut slots, _) = Slots::survey(&bat, 2048);
+            let mut lengths = vec![slots.len_bytes()];
+            let mut taken = Vec::new();
+            for _ in 0..100 {
+                let slot = slots.take().unwrap();
+                if let Some(len) = slots.extension_for(slot) {
+                    slots.extended(len);
+                    lengths.push(len);
+                }
+                taken.push(slot_bytes(slot));
+            }
+            for len in lengths {
+                let guard = len - GUARD_BYTES;
+                assert!(taken.iter().all(|s| s.offset >= len || s.offset + s.len <= guard));
+            }
+        }
+    }
+
+    #[test]
+    fn a_gap_between_blocks_becomes_slots() {
+        // Blocks at 7 and 4111 + 4104 = 8215; the slot between is free.
+        let (mut slots, gaps) = Slots::survey(&[8215, BAT_FREE, 7], 3072);
+        assert_eq!(gaps, [Gap { offset: 4104 * 512, len: 4111 * 512 }]);
+        assert_eq!(slots.take(), Ok(Slot(4111)));
+        assert_eq!(slots.take(), Ok(Slot(12319)));
+    }
+
+    #[test]
+    fn packed_foreign_blocks_leave_no_slot_between() {
+        let (mut slots, gaps) = Slots::survey(&[4, 4 + 4097], 2048);
+        assert!(gaps.is_empty());
+        let next = slots.take().unwrap();
+        assert!(u64::from(next.0) >= 4 + 2 * 4097 && (next.0 + 1).is_multiple_of(8));
+    }
+
+    #[test]
+    fn past_two_tib_is_refused() {
+        let (mut slots, _) = Slots::survey(&[u32::MAX - 10], 3072);
+        while slots.free.pop_first().is_some() {}
+        assert_eq!(slots.take(), Err(NoRoom));
+    }
+}

@@ -1,0 +1,410 @@
+//! An image open for writing, with blocking I/O: for merges of images nobody
+//! serves, imports, and for settling what a dead process left.
+//!
+//! The steps of opening and settling are the same for the data path, which
+//! uses [`open_rw`] and [`settle_files`] too.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::bat::{BAT_FREE, Layout, read_bat};
+use crate::batmap::{batmap_has_bits, read_batmap, write_batmap};
+use crate::bitmap::SectorBitmap;
+use crate::error::{Error, Result};
+use crate::footer::DiskType;
+use crate::meta::{FooterState, Meta};
+use crate::record::{Entry, PendingRecord, RecordStore};
+use crate::rw::{Captured, Presence, RwImage};
+use crate::slots::{Slots, slot_bytes};
+use crate::storage::{Access, CopyKind, Volume, VolumeName, Volumes};
+use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockNo, SECTOR_BYTES, SectorRun, Slot};
+
+/// An image opened, locked and made ready for writing.
+#[derive(Debug)]
+pub struct OpenRw {
+    /// Locked by this very description (invariant 4).
+    pub volume: Arc<dyn Volume>,
+    /// Footer, header, layout.
+    pub meta: Meta,
+    /// Where blocks lie.
+    pub rw: RwImage,
+}
+
+/// Locks an image and makes it ready for writing.
+///
+/// Crash argument; recovery is to run this again, every step being
+/// idempotent:
+/// 1. Whoever holds the lock first replays what a killed holder left in its
+///    record (see [`replay`]), and only then removes the record.
+/// 2. If the copy of the footer at the front is bad it is rewritten from the
+///    end, durably, before the end is cut.
+/// 3. The tail is cut behind the last block, gaps are zeroed and the BATmap is
+///    zeroed as a whole: what the BAT does not name is never trusted to read
+///    as zeros (invariant 6), and no BATmap bit may outlive a block that is
+///    freed later (invariant 7).
+/// 4. All of that is flushed before anything is written.
+///
+/// # Errors
+/// Whatever is wrong with the image, naming it; `WouldBlock` inside
+/// [`Error::Io`] if somebody else holds it.
+pub fn open_rw(volumes: &dyn Volumes, name: &VolumeName, records: &dyn RecordStore) -> Result<OpenRw> {
+    let inner = || {
+        let volume = volumes.open(name, Access::Write)?;
+        let mut meta = writable_meta(volume.as_ref())?;
+        let footer = meta.uuid();
+        if let Some(record) = records.existing(footer)? {
+            replay(volume.as_ref(), &meta, &record)?;
+        }
+        records.remove(footer)?;
+        if meta.footer_state != FooterState::Settled && meta.footer_state != FooterState::EndMissing {
+            volume.write_at(&meta.footer.to_bytes(), 0)?;
+            volume.flush("open: footer copy before the end is cut")?;
+            meta.footer_state = FooterState::EndMissing;
+        }
+        let rw = prepare(volume.as_ref(), &meta)?;
+        Ok(OpenRw { volume, meta, rw })
+    };
+    inner().map_err(|e: Error| e.of(name))
+}
+
+fn writable_meta(volume: &dyn Volume) -> Result<Meta> {
+    let meta = Meta::read(volume)?;
+    if meta.disk_type() == DiskType::Fixed {
+        return Err(Error::Unsupported { what: "writing a fixed image" });
+    }
+    if layout(&meta)?.block_sectors != BLOCK_SECTORS {
+        return Err(Error::Unsupported { what: "writing an image whose blocks are not 2 MiB" });
+    }
+    Ok(meta)
+}
+
+fn layout(meta: &Meta) -> Result<&Layout> {
+    meta.layout.as_ref().ok_or(Error::BadHeader { reason: "no header" })
+}
+
+/// Steps 3 and 4 of [`open_rw`].
+fn prepare(volume: &dyn Volume, meta: &Meta) -> Result<RwImage> {
+    let layout = layout(meta)?;
+    let bat = read_bat(volume, layout)?;
+    let (slots, gaps) = Slots::survey(&bat, layout.data_start);
+    if !volume.is_device() {
+        volume.set_len(slots.end_bytes())?;
+        volume.set_len(slots.len_bytes())?;
+    }
+    for gap in gaps {
+        volume.zero(gap.offset, gap.len)?;
+    }
+    let whole = read_batmap(volume, meta);
+    if batmap_has_bits(volume, meta) {
+        write_batmap(volume, meta, &[])?;
+    }
+    volume.flush("open: tail, gaps and BATmap before the first write")?;
+    let is_whole = |block: BlockNo| {
+        let byte = whole.as_deref().and_then(|bits| bits.get(block.index() / 8));
+        byte.is_some_and(|byte| byte & (0x80 >> (block.0 % 8)) != 0)
+    };
+    Ok(RwImage::new(layout.clone(), bat, is_whole, slots))
+}
+
+/// Applies what a killed holder left in its record.
+///
+/// 1. flush: the data every entry vouches for was in the page cache when the
+///    entry became valid; now it is durable.
+/// 2. bitmaps are merged and written, flush.
+/// 3. BAT entries are written, flush. Only then may the caller remove the
+///    record. A second crash anywhere starts over; a power cut voids the
+///    record, and what steps 2 and 3 left is the state of some write-back.
+fn replay(volume: &dyn Volume, meta: &Meta, record: &PendingRecord) -> Result<()> {
+    let layout = layout(meta)?;
+    let mut blocks: BTreeMap<BlockNo, (u32, SectorBitmap)> = BTreeMap::new();
+    let bat = read_bat(volume, layout)?;
+    let now = |block: BlockNo| bat.get(block.index()).copied().unwrap_or(BAT_FREE);
+    for entry in record.entries() {
+        match entry {
+            Entry::Placed { block, slot, whole } => {
+                let bitmap = if whole { SectorBitmap::FULL } else { SectorBitmap::EMPTY };
+                blocks.insert(block, (slot.0, bitmap));
+            }
+            Entry::Present { block, run } => {
+                blocks.entry(block).or_insert((now(block), SectorBitmap::EMPTY)).1.set(run);
+            }
+            Entry::Freed { block } => {
+                blocks.insert(block, (BAT_FREE, SectorBitmap::EMPTY));
+            }
+        }
+    }
+    blocks.retain(|block, _| block.0 < layout.entries);
+    if blocks.is_empty() {
+        return Ok(());
+    }
+    volume.flush("replay: data before metadata")?;
+    for (slot, bitmap) in blocks.values().filter(|(slot, _)| *slot != BAT_FREE) {
+        let mut bytes = [0; 512];
+        let at = Slot(*slot).bitmap_offset();
+        volume.read_at(&mut bytes, at)?;
+        let mut merged = SectorBitmap::from_bytes(&bytes);
+        merged.union(bitmap);
+        volume.write_at(&merged.to_bytes(), at)?;
+    }
+    volume.flush("replay: bitmaps before BAT")?;
+    for (block, (slot, _)) in &blocks {
+        let at = layout.table_offset + u64::from(block.0) * 4;
+        volume.write_at(&slot.to_be_bytes(), at)?;
+    }
+    volume.flush("replay: BAT before the record goes")?;
+    Ok(())
+}
+
+/// What settling an image needs to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settled {
+    /// BATmap: bit 0x80 of byte 0 is block 0.
+    pub batmap: Vec<u8>,
+    /// One past the last byte of data: the footer goes there.
+    pub data_end: u64,
+}
+
+impl Settled {
+    /// From the blocks that are whole.
+    #[must_use]
+    pub fn new(blocks: u32, whole: impl IntoIterator<Item = BlockNo>, data_end: u64) -> Self {
+        let mut batmap = vec![0; (blocks as usize).div_ceil(8)];
+        for block in whole {
+            if let Some(byte) = batmap.get_mut(block.index() / 8) {
+                *byte |= 0x80 >> (block.0 % 8);
+            }
+        }
+        Self { batmap, data_end }
+    }
+}
+
+/// Writes what makes an image settled: BATmap, length, both footers. Its
+/// data, bitmaps and BAT must be durable, its record empty. With `hidden`
+/// the flag is set to that.
+///
+/// A crash anywhere leaves an image that opens: a torn BATmap is ignored and
+/// rebuilt, and until the footer at the end is whole the copy at the front
+/// serves. The sector at `data_end` is the guard no slot takes, so at no
+/// length does the guest choose the last sector.
+///
+/// # Errors
+/// What writing said.
+pub fn settle_files(volume: &dyn Volume, meta: &mut Meta, settled: &Settled, hidden: Option<bool>) -> Result<()> {
+    write_batmap(volume, meta, &settled.batmap)?;
+    if let Some(hidden) = hidden {
+        meta.footer.hidden = hidden;
+    }
+    let footer = meta.footer.to_bytes();
+    let end = if volume.is_device() {
+        volume.len()? - SECTOR_BYTES
+    } else {
+        volume.set_len(settled.data_end + SECTOR_BYTES)?;
+        settled.data_end
+    };
+    volume.write_at(&footer, end)?;
+    volume.write_at(&footer, 0)?;
+    volume.flush("settle: BATmap and footers")?;
+    meta.footer_state = FooterState::Settled;
+    Ok(())
+}
+
+/// Settles an image that a dead process may have left unsettled, so that it
+/// can be read. Whoever finds such an image does this first.
+///
+/// # Errors
+/// As [`open_rw`].
+pub fn settle(volumes: &dyn Volumes, name: &VolumeName, records: &dyn RecordStore) -> Result<()> {
+    let mut writer = Writer::open(volumes, name, records)?;
+    writer.settle(None)
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Writer {
+    name: VolumeName,
+    open: OpenRw,
+    unflushed: bool,
+}
+
+impl Writer {
+    /// Opens an image: see [`open_rw`].
+    ///
+    /// # Errors
+    /// As [`open_rw`].
+    pub fn open(volumes: &dyn Volumes, name: &VolumeName, records: &dyn RecordStore) -> Result<Self> {
+        Ok(Self { name: name.clone(), open: open_rw(volumes, name, records)?, unflushed: false })
+    }
+
+    /// Footer, header, layout.
+    #[must_use]
+    pub fn meta(&self) -> &Meta {
+        &self.open.meta
+    }
+
+    /// The open volume.
+    #[must_use]
+    pub fn volume(&self) -> &dyn Volume {
+        self.open.volume.as_ref()
+    }
+
+    /// What the image has of a block.
+    #[must_use]
+    pub fn presence(&self, block: BlockNo) -> Presence {
+        self.open.rw.presence(block)
+    }
+
+    /// Blocks the image has, in order.
+    #[must_use]
+    pub fn blocks(&self) -> Vec<BlockNo> {
+        self.open.rw.blocks_held().collect()
+    }
+
+    /// The sectors the image has of a block.
+    ///
+    /// # Errors
+    /// The bitmap could not be read.
+    pub fn bitmap(&mut self, block: BlockNo) -> Result<SectorBitmap> {
+        let slot = match self.open.rw.presence(block) {
+            Presence::Absent => return Ok(SectorBitmap::EMPTY),
+            Presence::Whole(_) => return Ok(SectorBitmap::FULL),
+            Presence::Partial(slot) => slot,
+        };
+        if let Some(bitmap) = self.open.rw.bitmap(block) {
+            return Ok(bitmap.clone());
+        }
+        let mut bytes = [0; 512];
+        self.open.volume.read_at(&mut bytes, slot.bitmap_offset()).map_err(|e| Error::from(e).of(&self.name))?;
+        let bitmap = SectorBitmap::from_bytes(&bytes);
+        self.open.rw.bitmap_read(block, slot, bitmap.clone());
+        Ok(bitmap)
+    }
+
+    /// Writes whole sectors of a block. `below`: whether an image below has
+    /// the block, so that what is not written stays absent. Durable after
+    /// [`Self::commit`].
+    ///
+    /// # Errors
+    /// What the volume said; nothing of the block's old content is lost.
+    pub fn write(&mut self, block: BlockNo, run: SectorRun, data: &[u8], below: bool) -> Result<()> {
+        debug_assert_eq!(data.len() as u64, run.bytes());
+        let slot = self.place(block, below)?;
+        self.open.volume.write_at(data, slot.data_offset(run.first)).map_err(|e| Error::from(e).of(&self.name))?;
+        self.landed(block, slot, run);
+        Ok(())
+    }
+
+    /// Copies whole sectors of a block from another volume of the same
+    /// repository, sharing extents where that is possible.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn copy_in(
+        &mut self,
+        block: BlockNo,
+        run: SectorRun,
+        source: &dyn Volume,
+        source_offset: u64,
+        below: bool,
+    ) -> Result<CopyKind> {
+        let slot = self.place(block, below)?;
+        let kind = self
+            .open
+            .volume
+            .copy_from(source, source_offset, slot.data_offset(run.first), run.bytes())
+            .map_err(|e| Error::from(e).of(&self.name))?;
+        self.landed(block, slot, run);
+        Ok(kind)
+    }
+
+    fn landed(&mut self, block: BlockNo, slot: Slot, run: SectorRun) {
+        self.unflushed = true;
+        self.open.rw.written(block, slot, run);
+    }
+
+    fn place(&mut self, block: BlockNo, below: bool) -> Result<Slot> {
+        self.bitmap(block)?;
+        let rw = &mut self.open.rw;
+        let slot = match rw.presence(block) {
+            Presence::Whole(slot) | Presence::Partial(slot) => slot,
+            Presence::Absent => {
+                rw.allocate(block, !below).map_err(|full| Error::Unsupported { what: full.what() }.of(&self.name))?
+            }
+        };
+        if let Some(len) = rw.slots().extension_for(slot) {
+            if !self.open.volume.is_device() {
+                self.open.volume.set_len(len).map_err(|e| Error::from(e).of(&self.name))?;
+            }
+            rw.slots().extended(len);
+        }
+        Ok(slot)
+    }
+
+    /// Makes everything written durable, metadata included: the write-back
+    /// of [`crate::rw`], step by step.
+    ///
+    /// # Errors
+    /// What the volume said. The image's durable metadata still names durable
+    /// data only; drop the writer and open it anew.
+    pub fn commit(&mut self) -> Result<()> {
+        if !self.open.rw.is_dirty() && !self.unflushed {
+            return Ok(());
+        }
+        let captured = self.open.rw.capture();
+        let freed = self.write_back(captured).map_err(|e| Error::from(e).of(&self.name))?;
+        self.unflushed = false;
+        for slot in freed {
+            let gap = slot_bytes(slot);
+            self.open.volume.zero(gap.offset, gap.len).map_err(|e| Error::from(e).of(&self.name))?;
+            self.open.rw.slots().put(slot);
+        }
+        Ok(())
+    }
+
+    fn write_back(&mut self, captured: Captured) -> std::io::Result<Vec<Slot>> {
+        let (volume, rw) = (&self.open.volume, &mut self.open.rw);
+        volume.flush("commit: data before metadata")?;
+        for (slot, bitmap) in &captured.bitmaps {
+            volume.write_at(&bitmap.to_bytes(), slot.bitmap_offset())?;
+        }
+        if captured.changes_bat() {
+            volume.flush("commit: bitmaps before BAT")?;
+            for (offset, sector) in rw.bat_sectors(&captured) {
+                volume.write_at(&sector, offset)?;
+            }
+            rw.bat_written(&captured);
+        }
+        if !captured.is_empty() {
+            volume.flush("commit: metadata")?;
+        }
+        Ok(rw.durable(captured))
+    }
+
+    /// Blocks leave the image, durably; their space is then given back.
+    ///
+    /// # Errors
+    /// As [`Self::commit`].
+    pub fn clear_blocks(&mut self, blocks: &[BlockNo]) -> Result<()> {
+        for block in blocks {
+            self.open.rw.free(*block);
+        }
+        self.commit()
+    }
+
+    /// Bytes of data of the blocks the image has.
+    #[must_use]
+    pub fn allocated_bytes(&self) -> u64 {
+        u64::from(self.open.rw.allocated_blocks()) * BLOCK_BYTES
+    }
+
+    /// Commits and settles the image, setting its hidden flag if asked.
+    ///
+    /// # Errors
+    /// As [`Self::commit`] and [`settle_files`].
+    pub fn settle(&mut self, hidden: Option<bool>) -> Result<()> {
+        self.commit()?;
+        self.open.rw.drop_unwritten();
+        let rw = &self.open.rw;
+        let settled = Settled::new(rw.blocks(), rw.whole_blocks(), rw.data_end());
+        settle_files(self.open.volume.as_ref(), &mut self.open.meta, &settled, hidden).map_err(|e| e.of(&self.name))
+    }
+}
