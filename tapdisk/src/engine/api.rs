@@ -1,0 +1,211 @@
+//! What goes into the engine and what comes out of it.
+
+use std::sync::Arc;
+
+use vhd::storage::{VolumeName, Why};
+
+/// A guest request, as any front end hands it in. The engine knows no NBD:
+/// it never sees the data, only which bytes of the request's buffer an
+/// operation moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Request {
+    /// Chosen by the driver, unique among requests in flight.
+    pub id: RequestId,
+    /// What is asked.
+    pub kind: RequestKind,
+    /// First byte on the virtual disk, a multiple of 512.
+    pub offset: u64,
+    /// Bytes, a multiple of 512. 0 for a flush.
+    pub len: u32,
+}
+
+/// Names a guest request in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(pub u64);
+
+/// Kinds of guest request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RequestKind {
+    /// Fill the request's buffer.
+    Read,
+    /// Write the request's buffer.
+    Write {
+        /// Durable before it is answered.
+        fua: bool,
+    },
+    /// The range reads as zeros afterwards.
+    WriteZeroes {
+        /// Durable before it is answered.
+        fua: bool,
+        /// Keep the space.
+        no_hole: bool,
+    },
+    /// The range is not needed any more (reads as zeros afterwards, here).
+    Trim {
+        /// Durable before it is answered.
+        fua: bool,
+    },
+    /// Everything answered before this becomes durable.
+    Flush,
+    /// Which runs are data, zero, and at which depth: answered with
+    /// [`Output::Extents`].
+    BlockStatus,
+}
+
+/// An open volume in the driver's table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FileId(pub u32);
+
+/// Names an operation in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct OpId(pub u64);
+
+/// Bytes of a guest request's buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BufferRange {
+    /// Whose buffer.
+    pub request: RequestId,
+    /// First byte in it.
+    pub at: u32,
+    /// Bytes.
+    pub len: u32,
+}
+
+/// Something the driver does, in any order relative to other operations in
+/// flight. Whatever must come after another operation is only started once
+/// that one completed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Op {
+    /// Reads from a file into a guest buffer.
+    ReadGuest {
+        /// From.
+        file: FileId,
+        /// Byte offset in the file.
+        offset: u64,
+        /// Into.
+        into: BufferRange,
+    },
+    /// Writes from a guest buffer.
+    WriteGuest {
+        /// To.
+        file: FileId,
+        /// Byte offset in the file.
+        offset: u64,
+        /// From.
+        from: BufferRange,
+    },
+    /// Reads metadata; completes with [`Completion::Bytes`].
+    ReadMeta {
+        /// From.
+        file: FileId,
+        /// Byte offset in the file.
+        offset: u64,
+        /// Bytes.
+        len: u32,
+    },
+    /// Writes metadata.
+    WriteMeta {
+        /// To.
+        file: FileId,
+        /// Byte offset in the file.
+        offset: u64,
+        /// The bytes.
+        bytes: Arc<[u8]>,
+        /// Names the step.
+        why: Why,
+    },
+    /// Copies between files, sharing extents where the filesystem can;
+    /// completes with [`Completion::Copied`].
+    Copy {
+        /// From this file.
+        from: FileId,
+        /// At this byte.
+        from_offset: u64,
+        /// To this file.
+        to: FileId,
+        /// At this byte.
+        to_offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// Makes a range read as zeros, giving the space back unless `keep`.
+    Zero {
+        /// The file.
+        file: FileId,
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// Keep the space allocated.
+        keep: bool,
+        /// Names the step.
+        why: Why,
+    },
+    /// Sets a file's length.
+    SetLen {
+        /// The file.
+        file: FileId,
+        /// New length in bytes.
+        len: u64,
+    },
+    /// Makes everything completed before its start durable.
+    Flush {
+        /// The file.
+        file: FileId,
+        /// Names the step.
+        why: Why,
+    },
+    /// Renames a volume over another.
+    Replace {
+        /// The one that takes the name.
+        from: VolumeName,
+        /// The name taken.
+        over: VolumeName,
+        /// Names the step.
+        why: Why,
+    },
+    /// Makes renames durable.
+    SyncNames {
+        /// Names the step.
+        why: Why,
+    },
+}
+
+/// How an operation ended. The error is an errno.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Completion {
+    /// Done.
+    Done,
+    /// A read of metadata.
+    Bytes(Vec<u8>),
+    /// A copy, and whether extents were shared.
+    Copied(vhd::storage::CopyKind),
+    /// Failed with this errno.
+    Failed(i32),
+}
+
+/// A run of a block-status answer, in order, covering the request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Bytes.
+    pub len: u64,
+    /// Level of the chain that has it, 1 = leaf; 0 = nobody, it reads as zeros.
+    pub depth: u32,
+}
+
+/// What the driver is to do.
+#[derive(Debug)]
+pub enum Output {
+    /// Start an operation.
+    Start(OpId, Op),
+    /// Fill part of a guest buffer with zeros, now.
+    ZeroFill(BufferRange),
+    /// Answer a guest request; its buffer is free again. The error is an errno.
+    Done(RequestId, Result<(), i32>),
+    /// The answer to a block-status request, before its `Done`.
+    Extents(RequestId, Vec<Extent>),
+    /// Close a file: nothing will use it any more.
+    Close(FileId),
+    /// A command was carried out or refused.
+    Answer(super::Token, Result<super::CommandReply, super::CommandError>),
+}

@@ -1,0 +1,273 @@
+//! Orders from the control side.
+
+use uuid::Uuid;
+use vhd::chain::Node;
+use vhd::storage::VolumeName;
+
+use super::image::Purpose;
+use super::quiesce::Then;
+use super::{Barrier, CleanWaiter, Engine, FileId, Image, Lower, Op, Second, SettlePlan};
+
+/// Names a command until it is answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Token(pub u64);
+
+/// A prepared child that becomes the leaf.
+#[derive(Debug)]
+pub struct NewLeaf {
+    /// Open for writing, empty; its name is still the temporary one.
+    pub image: Image,
+    /// The name it takes.
+    pub name: VolumeName,
+}
+
+/// An order. Everything in it was opened before: no order reads an image.
+#[derive(Debug)]
+pub enum Command {
+    /// Drain and hold: answered with [`CommandReply::Paused`].
+    Pause,
+    /// Go on, as before or, after the rename, on a new leaf.
+    Resume {
+        /// The leaf to swap in.
+        swap: Option<Box<NewLeaf>>,
+    },
+    /// Answered once nothing waits for write-back, in all images or just in
+    /// the second one of the stack, with what settling takes.
+    Clean {
+        /// Only the image under the leaf.
+        second_only: bool,
+    },
+    /// The frozen second image was settled: it becomes the top of the lower
+    /// part, read through `file`.
+    Fold {
+        /// The image as a level of the chain.
+        node: Box<Node>,
+        /// Open for reading.
+        file: FileId,
+    },
+    /// A new lower part; answered once nothing uses the old one.
+    Refresh {
+        /// The new map and files.
+        lower: Box<Lower>,
+    },
+    /// Starts merging the leaf into `parent`.
+    MergeStart {
+        /// The parent, open for writing.
+        parent: Box<Image>,
+        /// Everything below it.
+        below: Box<Lower>,
+        /// Most bytes copied per second; 0 is no limit.
+        rate_bytes_per_s: u64,
+    },
+    /// Ends the merge; afterwards the parent is the frozen second image.
+    MergeStop,
+    /// The emptied leaf goes, the parent takes its name.
+    MergeCommit {
+        /// The parent's footer without the hidden flag.
+        footer: Box<[u8; 512]>,
+    },
+    /// Drain, hold, and tell what settling everything takes.
+    Close,
+}
+
+/// How a command was carried out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CommandReply {
+    /// Done.
+    Done,
+    /// Nothing is in flight.
+    Paused {
+        /// Whether the leaf has no block at all.
+        leaf_is_empty: bool,
+    },
+    /// Nothing waits for write-back.
+    Clean(Vec<SettlePlan>),
+}
+
+/// Why a command was not carried out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CommandError {
+    /// Something else is under way.
+    #[error("{0}")]
+    Busy(&'static str),
+    /// It went wrong; the disk goes on as before.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl Engine {
+    /// Takes an order; it is answered by [`super::Output::Answer`].
+    pub fn command(&mut self, now_us: u64, token: Token, command: Command) {
+        self.now_us = now_us;
+        if let Err(error) = self.carry_out(token, command) {
+            self.answer(token, Err(error));
+        }
+        self.progress();
+    }
+
+    fn carry_out(&mut self, token: Token, command: Command) -> Result<(), CommandError> {
+        match command {
+            Command::Pause => {
+                self.single_image()?;
+                self.drain_then(Then::Pause(token))?;
+            }
+            Command::Resume { swap } => {
+                if !self.state.is_held() {
+                    return Err(CommandError::Busy("not paused"));
+                }
+                match swap {
+                    None => {
+                        self.release();
+                        self.answer(token, Ok(CommandReply::Done));
+                    }
+                    Some(leaf) => self.swap(token, *leaf)?,
+                }
+            }
+            Command::Clean { second_only } => {
+                let file = if second_only { Some(self.frozen()?) } else { None };
+                self.clean.push(CleanWaiter { token, file, plan: true });
+            }
+            Command::Fold { node, file } => self.fold(token, *node, file)?,
+            Command::Refresh { lower } => {
+                self.single_image()?;
+                let old = self.replace_lower(*lower);
+                self.after_all_so_far(Barrier::Close(old.files().to_vec()));
+                self.after_all_so_far(Barrier::Answer(token, CommandReply::Done));
+            }
+            Command::MergeStart { parent, below, rate_bytes_per_s } => {
+                self.single_image()?;
+                if self.stack.is_empty() {
+                    return Err(CommandError::Busy("the disk is read-only"));
+                }
+                self.drain_then(Then::MergeStart { token, parent, below, rate_bytes_per_s })?;
+            }
+            Command::MergeStop => self.merge_stop(token)?,
+            Command::MergeCommit { footer } => self.merge_commit(token, &footer)?,
+            Command::Close => self.drain_then(Then::Close(token))?,
+        }
+        Ok(())
+    }
+
+    fn single_image(&self) -> Result<(), CommandError> {
+        match (self.stack.len(), self.second) {
+            (2, Second::Parent) => Err(CommandError::Busy("a leaf merge is running: stop it first")),
+            (2, Second::Frozen) => Err(CommandError::Busy("the former leaf is not settled yet")),
+            _ => Ok(()),
+        }
+    }
+
+    fn frozen(&self) -> Result<FileId, CommandError> {
+        match (self.stack.get(1), self.second) {
+            (Some(image), Second::Frozen) => Ok(image.file),
+            _ => Err(CommandError::Busy("no image waits to be settled")),
+        }
+    }
+
+    /// Renames the prepared child over the leaf's name. The rename is the
+    /// only step inside the pause; nothing is synced (the next FLUSH, and the
+    /// snapshot's own answer, owe that).
+    fn swap(&mut self, token: Token, leaf: NewLeaf) -> Result<(), CommandError> {
+        if self.stack.len() != 1 {
+            return Err(CommandError::Busy("no single leaf to swap"));
+        }
+        let op = Op::Replace { from: leaf.image.name.clone(), over: leaf.name.clone(), why: "swap: the new leaf takes the name" };
+        let image = Image { name: leaf.name, ..leaf.image };
+        self.state.swapping(image);
+        self.start(op, Purpose::Swap(token));
+        Ok(())
+    }
+
+    pub(super) fn swapped(&mut self, token: Token, result: Result<(), i32>) {
+        let Some(leaf) = self.state.take_swap() else { return };
+        match result {
+            Ok(()) => {
+                self.stack.insert(0, leaf);
+                self.second = Second::Frozen;
+                self.names_owed = true;
+                self.release();
+                self.answer(token, Ok(CommandReply::Done));
+            }
+            Err(errno) => {
+                let detail = format!("renaming the new leaf to {} failed: errno {errno}", leaf.name);
+                self.answer(token, Err(CommandError::Failed(detail)));
+            }
+        }
+    }
+
+    fn fold(&mut self, token: Token, node: Node, file: FileId) -> Result<(), CommandError> {
+        self.frozen()?;
+        if !self.stack[1].is_clean() {
+            return Err(CommandError::Busy("the image has metadata to write back"));
+        }
+        let image = self.stack.remove(1);
+        let map = self.lower.map().with_top(node, |block| match image.rw.presence(block) {
+            vhd::rw::Presence::Absent => None,
+            vhd::rw::Presence::Whole(slot) => Some((slot, true)),
+            vhd::rw::Presence::Partial(slot) => Some((slot, false)),
+        });
+        let files = std::iter::once(file).chain(self.lower.files().iter().copied()).collect();
+        self.replace_lower(Lower::new(map, files));
+        self.after_all_so_far(Barrier::Close(vec![image.file]));
+        self.wake_bitmaps(image.file);
+        self.answer(token, Ok(CommandReply::Done));
+        Ok(())
+    }
+
+    /// What the leaf is: name and footer uuid.
+    #[must_use]
+    pub fn leaf(&self) -> Option<(&VolumeName, Uuid)> {
+        self.stack.first().map(|image| (&image.name, image.footer))
+    }
+
+    /// Every image, topmost first: name and footer uuid.
+    #[must_use]
+    pub fn images(&self) -> Vec<(VolumeName, Uuid)> {
+        let lower = self.lower.map().nodes().iter().map(|node| (node.name.clone(), node.uuid));
+        self.stack.iter().map(|image| (image.name.clone(), image.footer)).chain(lower).collect()
+    }
+
+    /// Blocks the leaf has.
+    #[must_use]
+    pub fn leaf_blocks(&self) -> u32 {
+        self.stack.first().map_or(0, |image| image.rw.allocated_blocks())
+    }
+
+    /// Entries in the pending records.
+    #[must_use]
+    pub fn record_entries(&self) -> usize {
+        self.stack.iter().map(|image| image.record.len()).sum()
+    }
+
+    /// Whether an image under the leaf waits to be settled.
+    #[must_use]
+    pub fn has_frozen(&self) -> bool {
+        self.frozen().is_ok()
+    }
+
+    /// The images open for writing, topmost first.
+    #[must_use]
+    pub fn stack(&self) -> &[Image] {
+        &self.stack
+    }
+
+    /// The lower part.
+    #[must_use]
+    pub fn lower(&self) -> &Lower {
+        &self.lower
+    }
+
+    /// `running`, `draining`, `paused`, or what failed.
+    #[must_use]
+    pub fn state_word(&self) -> String {
+        match self.stack.iter().find(|image| image.poisoned) {
+            Some(image) => format!("failed: a flush of {} failed", image.name),
+            None => self.state.word().to_owned(),
+        }
+    }
+
+    /// Requests in flight or queued.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.active.len() + self.queue.len()
+    }
+}

@@ -1,0 +1,224 @@
+//! An image of the stack, open for writing, and what operations are for.
+
+use vhd::bitmap::SectorBitmap;
+use vhd::record::PendingRecord;
+use vhd::rw::RwImage;
+use vhd::storage::VolumeName;
+use vhd::units::{BlockNo, SectorRun, Slot};
+
+use super::piece::Part;
+use super::writeback::WriteBack;
+use super::{Engine, FileId, Op, Token, Wait};
+use crate::engine::{Completion, RequestId};
+
+/// An image open for writing.
+#[derive(Debug)]
+pub struct Image {
+    /// In the driver's table.
+    pub file: FileId,
+    /// Its volume.
+    pub name: VolumeName,
+    /// Its footer uuid.
+    pub footer: uuid::Uuid,
+    /// Its virtual size in bytes.
+    pub virtual_bytes: u64,
+    /// Where blocks lie and what waits for a flush.
+    pub rw: RwImage,
+    /// What waits, where it survives this process.
+    pub record: PendingRecord,
+    pub(super) writeback: WriteBack,
+    /// Data was written since the last flush began.
+    pub(super) unflushed: bool,
+    /// A flush failed: nothing more is promised until it was reopened.
+    pub(super) poisoned: bool,
+    /// Length being set.
+    pub(super) extending_to: Option<u64>,
+    /// Writes that completed but found the record full.
+    pub(super) unrecorded: Vec<Part>,
+}
+
+impl Image {
+    /// An image just opened, nothing in flight.
+    #[must_use]
+    pub fn new(
+        file: FileId,
+        name: VolumeName,
+        footer: uuid::Uuid,
+        virtual_bytes: u64,
+        rw: RwImage,
+        record: PendingRecord,
+    ) -> Self {
+        Self {
+            file,
+            name,
+            footer,
+            virtual_bytes,
+            rw,
+            record,
+            writeback: WriteBack::default(),
+            unflushed: false,
+            poisoned: false,
+            extending_to: None,
+            unrecorded: Vec::new(),
+        }
+    }
+
+    /// Nothing waits for a flush, in memory or in flight.
+    pub(super) fn is_clean(&self) -> bool {
+        !self.rw.is_dirty() && !self.unflushed && self.writeback.is_idle() && self.unrecorded.is_empty()
+    }
+}
+
+/// What it takes to settle an image whose metadata is durable: its BATmap and
+/// where its data ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SettlePlan {
+    /// Which image.
+    pub file: FileId,
+    /// Blocks that are whole.
+    pub whole: Vec<BlockNo>,
+    /// One past the last byte of data: where the footer goes.
+    pub data_end: u64,
+    /// Blocks the image has.
+    pub blocks: u32,
+}
+
+/// What an operation in flight is for.
+#[derive(Debug)]
+pub(crate) enum Purpose {
+    /// Part of a guest read.
+    Read(RequestId),
+    /// Part of a guest write or zeroing.
+    Write(Part),
+    /// A bitmap of a stack image.
+    Bitmap { file: FileId, block: BlockNo, slot: Slot },
+    /// A bitmap of a lower level, for resolving a block's owners.
+    Owners { generation: u64, block: BlockNo, level: usize },
+    /// A longer file.
+    Extend { file: FileId, len: u64 },
+    /// A step of a write-back.
+    WriteBack(FileId),
+    /// A released slot was zeroed.
+    Released { file: FileId, slot: Slot },
+    /// A copy of a merge window.
+    Copy { block: BlockNo, slot: Slot, run: SectorRun },
+    /// A step of a merge's commit.
+    Commit,
+    /// The rename of a swap.
+    Swap(Token),
+    /// Names became durable.
+    Names,
+}
+
+impl Engine {
+    pub(super) fn completed(&mut self, purpose: Purpose, completion: Completion) {
+        match purpose {
+            Purpose::Read(request) => self.part_done(request, result(&completion)),
+            Purpose::Write(part) => self.data_written(part, result(&completion)),
+            Purpose::Bitmap { file, block, slot } => self.bitmap_read(file, block, slot, completion),
+            Purpose::Owners { generation, block, level } => {
+                self.owners_read(generation, block, level, completion);
+            },
+            Purpose::Extend { file, len } => self.extended(file, len, result(&completion)),
+            Purpose::WriteBack(file) => self.writeback_step(file, result(&completion)),
+            Purpose::Released { file, slot } => {
+                // A slot whose zeroing failed is simply not used again.
+                if let (Some(index), Ok(())) = (self.index_of(file), result(&completion)) {
+                    self.stack[index].rw.slots().put(slot);
+                }
+            }
+            Purpose::Copy { block, slot, run } => self.copied(block, slot, run, &completion),
+            Purpose::Commit => self.commit_step(result(&completion)),
+            Purpose::Swap(token) => self.swapped(token, result(&completion)),
+            Purpose::Names => self.names_synced(result(&completion)),
+        }
+    }
+
+    /// Starts reading the bitmap of a partial block of a stack image, unless
+    /// that is under way.
+    pub(super) fn load_bitmap(&mut self, index: usize, block: BlockNo, slot: Slot) {
+        let file = self.stack[index].file;
+        let under_way = self.ops.values().any(|purpose| {
+            matches!(purpose, Purpose::Bitmap { file: f, block: b, .. } if *f == file && *b == block)
+        });
+        if !under_way {
+            let op = Op::ReadMeta { file, offset: slot.bitmap_offset(), len: 512 };
+            self.start(op, Purpose::Bitmap { file, block, slot });
+        }
+    }
+
+    fn bitmap_read(&mut self, file: FileId, block: BlockNo, slot: Slot, completion: Completion) {
+        let wait = Wait::Bitmap(file, block);
+        match bitmap_of(completion) {
+            Ok(bitmap) => {
+                if let Some(index) = self.index_of(file) {
+                    // Refused when the block changed meanwhile; whoever waits
+                    // looks again either way.
+                    self.stack[index].rw.bitmap_read(block, slot, bitmap);
+                }
+                self.wake(wait);
+            }
+            Err(errno) => {
+                self.fail_parked(wait, errno);
+                self.merge_read_failed(file, block, errno);
+            }
+        }
+    }
+
+    /// Makes the file long enough for `slot`; true if it is.
+    pub(super) fn ensure_length(&mut self, index: usize, slot: Slot) -> bool {
+        let image = &mut self.stack[index];
+        let Some(len) = image.rw.slots().extension_for(slot) else { return true };
+        if image.extending_to.is_none() {
+            image.extending_to = Some(len);
+            let file = image.file;
+            self.start(Op::SetLen { file, len }, Purpose::Extend { file, len });
+        }
+        false
+    }
+
+    fn extended(&mut self, file: FileId, len: u64, result: Result<(), i32>) {
+        let Some(index) = self.index_of(file) else { return };
+        self.stack[index].extending_to = None;
+        match result {
+            Ok(()) => {
+                self.stack[index].rw.slots().extended(len);
+                self.wake(Wait::Length(file));
+            }
+            Err(errno) => {
+                self.fail_parked(Wait::Length(file), errno);
+                self.merge_length_failed(file, errno);
+            }
+        }
+    }
+
+    pub(super) fn settle_plan(&self, index: usize) -> SettlePlan {
+        let image = &self.stack[index];
+        SettlePlan {
+            file: image.file,
+            whole: image.rw.whole_blocks().collect(),
+            data_end: image.rw.data_end(),
+            blocks: image.rw.allocated_blocks(),
+        }
+    }
+}
+
+/// Success or errno.
+pub(super) fn result(completion: &Completion) -> Result<(), i32> {
+    match completion {
+        Completion::Failed(errno) => Err(*errno),
+        Completion::Done | Completion::Bytes(_) | Completion::Copied(_) => Ok(()),
+    }
+}
+
+/// The bitmap a metadata read brought.
+pub(super) fn bitmap_of(completion: Completion) -> Result<SectorBitmap, i32> {
+    match completion {
+        Completion::Bytes(bytes) => match <&[u8; 512]>::try_from(bytes.as_slice()) {
+            Ok(bytes) => Ok(SectorBitmap::from_bytes(bytes)),
+            Err(_) => Err(libc::EIO),
+        },
+        Completion::Failed(errno) => Err(errno),
+        Completion::Done | Completion::Copied(_) => Err(libc::EIO),
+    }
+}

@@ -1,0 +1,125 @@
+//! Holding guest requests: for a pause, and for the instant at which a leaf
+//! merge begins or ends.
+//!
+//! ```text
+//!            drain_then               nothing in flight
+//!  Running -------------> Draining ----------------------> Held --Resume--> Running
+//!                             |                             | Resume{swap}
+//!                             +-- merge start, stop --> Running   Swapping --> Running
+//! ```
+
+use super::command::{CommandError, CommandReply, Token};
+use super::{CleanWaiter, Engine, Image, Lower};
+
+/// Whether guest requests run.
+#[derive(Debug)]
+pub(super) enum State {
+    /// They do.
+    Running,
+    /// New ones queue until those in flight are done.
+    Draining(Then),
+    /// Nothing is in flight.
+    Held,
+    /// As held; the rename of a swap is in flight.
+    Swapping(Box<Image>),
+}
+
+/// What happens once nothing is in flight.
+#[derive(Debug)]
+pub(super) enum Then {
+    Pause(Token),
+    MergeStart { token: Token, parent: Box<Image>, below: Box<Lower>, rate_bytes_per_s: u64 },
+    MergeStop(Token),
+    Close(Token),
+}
+
+impl State {
+    pub(super) fn runs(&self) -> bool {
+        matches!(self, Self::Running)
+    }
+
+    pub(super) fn is_held(&self) -> bool {
+        matches!(self, Self::Held)
+    }
+
+    pub(super) fn swapping(&mut self, leaf: Image) {
+        *self = Self::Swapping(Box::new(leaf));
+    }
+
+    /// The leaf being swapped in; the state is held again.
+    pub(super) fn take_swap(&mut self) -> Option<Image> {
+        match std::mem::replace(self, Self::Held) {
+            Self::Swapping(leaf) => Some(*leaf),
+            other => {
+                *self = other;
+                None
+            }
+        }
+    }
+
+    pub(super) fn word(&self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Draining(_) => "draining",
+            Self::Held | Self::Swapping(_) => "paused",
+        }
+    }
+}
+
+impl Engine {
+    pub(super) fn drain_then(&mut self, then: Then) -> Result<(), CommandError> {
+        match self.state {
+            State::Running => {
+                self.state = State::Draining(then);
+                Ok(())
+            }
+            State::Held if matches!(then, Then::Close(_)) => {
+                self.state = State::Draining(then);
+                Ok(())
+            }
+            State::Draining(_) => Err(CommandError::Busy("already draining")),
+            State::Held | State::Swapping(_) => Err(CommandError::Busy("paused")),
+        }
+    }
+
+    pub(super) fn progress_quiesce(&mut self) {
+        if !self.active.is_empty() {
+            return;
+        }
+        let then = match std::mem::replace(&mut self.state, State::Held) {
+            State::Draining(then) => then,
+            other => {
+                self.state = other;
+                return;
+            }
+        };
+        match then {
+            Then::Pause(token) => {
+                let leaf_is_empty = self.leaf_blocks() == 0;
+                self.answer(token, Ok(CommandReply::Paused { leaf_is_empty }));
+            }
+            Then::MergeStart { token, parent, below, rate_bytes_per_s } => {
+                self.merge_begins(*parent, *below, rate_bytes_per_s);
+                self.release();
+                self.answer(token, Ok(CommandReply::Done));
+            }
+            Then::MergeStop(token) => {
+                self.merge_ends();
+                self.release();
+                self.answer(token, Ok(CommandReply::Done));
+            }
+            Then::Close(token) => {
+                self.clean.push(CleanWaiter { token, file: None, plan: true });
+                self.progress_clean();
+            }
+        }
+    }
+
+    /// Lets requests run again, those that queued first.
+    pub(super) fn release(&mut self) {
+        self.state = State::Running;
+        while let Some(request) = self.queue.pop_front() {
+            self.begin(request);
+        }
+    }
+}

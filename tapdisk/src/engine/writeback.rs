@@ -1,0 +1,344 @@
+//! Write-back: what waits in an image's record becomes durable metadata, and
+//! the guest's FLUSH, which waits for it.
+//!
+//! The order of the steps and their crash argument: [`vhd::rw`].
+
+use vhd::bitmap::SectorBitmap;
+use vhd::rw::Captured;
+use vhd::units::Slot;
+
+use super::image::Purpose;
+use super::{CleanWaiter, CommandReply, Engine, FileId, Op, RequestId, Barrier};
+
+/// Where an image's write-back stands.
+#[derive(Debug)]
+pub(super) struct WriteBack {
+    /// Cycles completed since the image was opened.
+    done: u64,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    Idle,
+    Running(Cycle),
+    /// A metadata write failed (no space, say). The record keeps everything;
+    /// the same capture is written again when somebody asks.
+    Failed(Captured),
+}
+
+#[derive(Debug)]
+struct Cycle {
+    captured: Captured,
+    stage: Stage,
+    /// Operations of the stage in flight.
+    left: usize,
+    error: Option<i32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Data and length become durable.
+    Data,
+    /// Bitmaps are written.
+    Bitmaps,
+    /// Bitmaps become durable.
+    BitmapsFlush,
+    /// BAT entries are written.
+    Entries,
+    /// BAT entries become durable.
+    EntriesFlush,
+}
+
+impl Default for WriteBack {
+    fn default() -> Self {
+        Self { done: 0, state: State::Idle }
+    }
+}
+
+impl WriteBack {
+    pub(super) fn is_idle(&self) -> bool {
+        matches!(self.state, State::Idle)
+    }
+
+    pub(super) fn done(&self) -> u64 {
+        self.done
+    }
+}
+
+/// A request that is answered once these cycles have completed.
+#[derive(Debug)]
+pub(super) struct FlushTicket {
+    request: RequestId,
+    needs: Vec<(FileId, u64)>,
+}
+
+impl Engine {
+    /// Starts a cycle unless one runs or nothing waits.
+    pub(super) fn start_writeback(&mut self, index: usize) {
+        let image = &mut self.stack[index];
+        if image.poisoned {
+            return;
+        }
+        let captured = match std::mem::replace(&mut image.writeback.state, State::Idle) {
+            State::Running(cycle) => {
+                image.writeback.state = State::Running(cycle);
+                return;
+            }
+            State::Failed(captured) => captured,
+            State::Idle if !image.rw.is_dirty() && !image.unflushed => return,
+            State::Idle => {
+                // The other half is empty: every capture was dropped.
+                let captured = image.record.capture();
+                debug_assert!(captured, "a half of the record is still held");
+                image.rw.capture()
+            }
+        };
+        // Data written from here on is for the next cycle.
+        image.unflushed = false;
+        let file = image.file;
+        image.writeback.state = State::Running(Cycle { captured, stage: Stage::Data, left: 1, error: None });
+        self.start(Op::Flush { file, why: "writeback: data before metadata" }, Purpose::WriteBack(file));
+    }
+
+    /// The cycle after which everything written so far is durable, started if
+    /// need be.
+    pub(super) fn covering_cycle(&mut self, index: usize) -> u64 {
+        self.start_writeback(index);
+        let image = &self.stack[index];
+        let later = u64::from(image.rw.is_dirty() || image.unflushed);
+        match image.writeback.state {
+            State::Idle => image.writeback.done + later,
+            State::Running(_) | State::Failed(_) => image.writeback.done + 1 + later,
+        }
+    }
+
+    /// An operation of a cycle ended.
+    pub(super) fn writeback_step(&mut self, file: FileId, result: Result<(), i32>) {
+        let Some(index) = self.index_of(file) else { return };
+        let image = &mut self.stack[index];
+        let State::Running(mut cycle) = std::mem::replace(&mut image.writeback.state, State::Idle) else {
+            return;
+        };
+        cycle.left -= 1;
+        if let Err(errno) = result {
+            cycle.error.get_or_insert(errno);
+        }
+        if cycle.left > 0 {
+            image.writeback.state = State::Running(cycle);
+        } else if let Some(errno) = cycle.error {
+            self.cycle_failed(index, cycle, errno);
+        } else {
+            self.next_stage(index, cycle);
+        }
+    }
+
+    fn next_stage(&mut self, index: usize, mut cycle: Cycle) {
+        let file = self.stack[index].file;
+        let (stage, ops) = match cycle.stage {
+            Stage::Data if !cycle.captured.bitmaps.is_empty() => {
+                (Stage::Bitmaps, bitmap_writes(file, &cycle.captured))
+            }
+            Stage::Data | Stage::BitmapsFlush if cycle.captured.changes_bat() => {
+                let sectors = self.stack[index].rw.bat_sectors(&cycle.captured);
+                let write = |(offset, bytes): (u64, [u8; 512])| Op::WriteMeta {
+                    file,
+                    offset,
+                    bytes: bytes.as_slice().into(),
+                    why: "writeback: BAT",
+                };
+                (Stage::Entries, sectors.into_iter().map(write).collect())
+            }
+            Stage::Bitmaps => {
+                (Stage::BitmapsFlush, vec![flush(file, "writeback: bitmaps before BAT")])
+            }
+            Stage::Entries => {
+                self.stack[index].rw.bat_written(&cycle.captured);
+                let why = "writeback: BAT before its record is dropped";
+                (Stage::EntriesFlush, vec![flush(file, why)])
+            }
+            Stage::Data | Stage::BitmapsFlush | Stage::EntriesFlush => {
+                return self.cycle_done(index, cycle);
+            }
+        };
+        cycle.stage = stage;
+        self.cycle_ops(index, cycle, ops);
+    }
+
+    fn cycle_ops(&mut self, index: usize, mut cycle: Cycle, ops: Vec<Op>) {
+        let file = self.stack[index].file;
+        cycle.left = ops.len();
+        self.stack[index].writeback.state = State::Running(cycle);
+        for op in ops {
+            self.start(op, Purpose::WriteBack(file));
+        }
+    }
+
+    fn cycle_done(&mut self, index: usize, cycle: Cycle) {
+        let image = &mut self.stack[index];
+        image.record.drop_captured();
+        let file = image.file;
+        let freed = image.rw.durable(cycle.captured);
+        image.writeback.state = State::Idle;
+        image.writeback.done += 1;
+        if !freed.is_empty() {
+            self.after_all_so_far(Barrier::Release(file, freed));
+        }
+        // Writes that found the record full have room now.
+        let waiting = std::mem::take(&mut self.stack[index].unrecorded);
+        for part in waiting {
+            self.data_written(part, Ok(()));
+        }
+    }
+
+    fn cycle_failed(&mut self, index: usize, cycle: Cycle, errno: i32) {
+        let image = &mut self.stack[index];
+        let file = image.file;
+        if matches!(cycle.stage, Stage::Data | Stage::BitmapsFlush | Stage::EntriesFlush) {
+            // After a failed flush nobody knows what the page cache lost.
+            image.poisoned = true;
+            image.record.poison();
+        }
+        let cycle_number = image.writeback.done + 1;
+        image.writeback.state = State::Failed(cycle.captured);
+        let poisoned = image.poisoned;
+        let failed = |ticket: &FlushTicket| {
+            ticket.needs.iter().any(|(f, n)| *f == file && (poisoned || *n == cycle_number))
+        };
+        let (failed, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.tickets).into_iter().partition(failed);
+        self.tickets = rest;
+        for ticket in failed {
+            self.finish(ticket.request, Err(errno));
+        }
+        if poisoned {
+            for part in std::mem::take(&mut self.stack[index].unrecorded) {
+                self.data_written(part, Err(libc::EIO));
+            }
+        }
+        self.merge_writeback_failed(index, errno);
+    }
+
+    /// Slots nobody can read any more are zeroed, then free.
+    pub(super) fn zero_released(&mut self, file: FileId, slots: Vec<Slot>) {
+        if self.index_of(file).is_none() {
+            return;
+        }
+        for slot in slots {
+            let gap = vhd::slots::slot_bytes(slot);
+            let op = Op::Zero { file, offset: gap.offset, len: gap.len, keep: false, why: "freed slot: zero before reuse" };
+            self.start(op, Purpose::Released { file, slot });
+        }
+    }
+
+    /// Answers a request once everything acknowledged so far is durable, in
+    /// every image of the stack.
+    pub(super) fn flush_for(&mut self, request: RequestId) {
+        if self.stack.iter().any(|image| image.poisoned) {
+            return self.finish(request, Err(libc::EIO));
+        }
+        let mut needs = Vec::new();
+        for index in 0..self.stack.len() {
+            let cycle = self.covering_cycle(index);
+            if cycle > self.stack[index].writeback.done {
+                needs.push((self.stack[index].file, cycle));
+            }
+        }
+        self.tickets.push(FlushTicket { request, needs });
+    }
+
+    pub(super) fn progress_tickets(&mut self) {
+        let mut wanted = Vec::new();
+        let stack = &self.stack;
+        for ticket in &mut self.tickets {
+            // An image that left the stack was clean when it did.
+            ticket.needs.retain(|(file, cycle)| {
+                let image = stack.iter().find(|image| image.file == *file);
+                image.is_some_and(|image| image.writeback.done < *cycle)
+            });
+            wanted.extend(ticket.needs.iter().map(|(file, _)| *file));
+        }
+        for file in wanted {
+            if let Some(index) = self.index_of(file) {
+                self.start_writeback(index);
+            }
+        }
+        let ready = |ticket: &FlushTicket| ticket.needs.is_empty();
+        if !self.tickets.iter().any(ready) {
+            return;
+        }
+        if self.names_owed && !self.names_syncing {
+            self.names_owed = false;
+            self.names_syncing = true;
+            self.start(Op::SyncNames { why: "flush: the name of the last swap" }, Purpose::Names);
+        }
+        if !self.names_syncing {
+            let (done, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.tickets).into_iter().partition(ready);
+            self.tickets = rest;
+            for ticket in done {
+                self.finish(ticket.request, Ok(()));
+            }
+        }
+    }
+
+    pub(super) fn names_synced(&mut self, result: Result<(), i32>) {
+        self.names_syncing = false;
+        if let Err(errno) = result {
+            self.names_owed = true;
+            let ready = |ticket: &FlushTicket| ticket.needs.is_empty();
+            let (failed, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.tickets).into_iter().partition(ready);
+            self.tickets = rest;
+            for ticket in failed {
+                self.finish(ticket.request, Err(errno));
+            }
+        }
+    }
+
+    /// Answers those who wait for images without anything to write back.
+    pub(super) fn progress_clean(&mut self) {
+        let waiters = std::mem::take(&mut self.clean);
+        for waiter in waiters {
+            let indexes: Vec<usize> = (0..self.stack.len())
+                .filter(|index| waiter.file.is_none_or(|file| self.stack[*index].file == file))
+                .collect();
+            if let Some(poisoned) = indexes.iter().find(|index| self.stack[**index].poisoned) {
+                let detail = format!("a flush of {} failed", self.stack[*poisoned].name);
+                self.answer(waiter.token, Err(super::CommandError::Failed(detail)));
+            } else if indexes.iter().all(|index| self.stack[*index].is_clean()) {
+                let plans = indexes.iter().filter(|_| waiter.plan).map(|index| self.settle_plan(*index));
+                let plans = plans.collect();
+                self.answer(waiter.token, Ok(CommandReply::Clean(plans)));
+            } else {
+                for index in indexes {
+                    // A failed cycle is tried again by the tick.
+                    if self.stack[index].writeback.is_idle() {
+                        self.start_writeback(index);
+                    }
+                }
+                self.clean.push(CleanWaiter { ..waiter });
+            }
+        }
+    }
+
+    /// Tries failed cycles again.
+    pub(super) fn retry_failed(&mut self) {
+        for index in 0..self.stack.len() {
+            if matches!(self.stack[index].writeback.state, State::Failed(_)) {
+                self.start_writeback(index);
+            }
+        }
+    }
+}
+
+fn bitmap_writes(file: FileId, captured: &Captured) -> Vec<Op> {
+    let write = |(slot, bitmap): &(Slot, SectorBitmap)| Op::WriteMeta {
+        file,
+        offset: slot.bitmap_offset(),
+        bytes: bitmap.to_bytes().as_slice().into(),
+        why: "writeback: bitmap",
+    };
+    captured.bitmaps.iter().map(write).collect()
+}
+
+fn flush(file: FileId, why: &'static str) -> Op {
+    Op::Flush { file, why }
+}
