@@ -1,1 +1,518 @@
+//! The server with a stand-in core (one plain file, no chain) against real
+//! sockets, and against real clients where they are installed.
 
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread::JoinHandle;
+
+use tapdisk_control::{Answer, Client, Refusal, Reply, Stats};
+use vhd::storage::{Access, FileVolumes, Fs, PosixFs};
+
+use super::*;
+use crate::engine::{FileId, RequestKind};
+use crate::limits::CLIENTS_MAX;
+
+const DISK_BYTES: u64 = 64 << 20;
+
+/// A core that passes everything on to one file. Reads and writes go in two
+/// halves, so that buffers are really shared between workers.
+struct Plain {
+    file: FileId,
+    next_op: u64,
+    /// Which request an operation belongs to, and how many are left of it.
+    ops: HashMap<OpId, RequestId>,
+    left: HashMap<RequestId, (u32, Result<(), i32>)>,
+    effects: VecDeque<Effect<PeerId>>,
+    /// Peers heard of as gone, in the log of `Stats::state`.
+    gone: BTreeSet<PeerId>,
+    waiting: HashMap<PeerId, u64>,
+}
+
+impl Plain {
+    fn start(&mut self, request: RequestId, op: Op) {
+        let id = OpId(self.next_op);
+        self.next_op += 1;
+        self.ops.insert(id, request);
+        self.effects
+            .push_back(Effect::Engine(Output::Start(id, op)));
+    }
+
+    fn answer(&mut self, peer: PeerId, id: u64, outcome: Result<Reply, Refusal>) {
+        self.effects.push_back(Effect::Answer(
+            peer,
+            Answer {
+                id,
+                last: true,
+                outcome,
+            },
+        ));
+    }
+}
+
+impl Core for Plain {
+    type JobDone = PeerId;
+
+    fn submit(&mut self, _: u64, request: Request) {
+        let Request {
+            id,
+            kind,
+            offset,
+            len,
+        } = request;
+        let (file, why) = (self.file, "test");
+        let mut ops = Vec::new();
+        let half = len / 1024 * 512;
+        for (at, len) in [(0, half), (half, len - half)] {
+            let range = BufferRange {
+                request: id,
+                at,
+                len,
+            };
+            let offset = offset + u64::from(at);
+            match kind {
+                _ if len == 0 => {}
+                RequestKind::Read => ops.push(Op::ReadGuest {
+                    file,
+                    offset,
+                    into: range,
+                }),
+                RequestKind::Write { .. } => {
+                    ops.push(Op::WriteGuest {
+                        file,
+                        offset,
+                        from: range,
+                    });
+                }
+                _ => {}
+            }
+        }
+        match kind {
+            RequestKind::Flush => ops.push(Op::Flush { file, why }),
+            RequestKind::Trim { .. } | RequestKind::WriteZeroes { .. } => {
+                ops.push(Op::Zero {
+                    file,
+                    offset,
+                    len: len.into(),
+                    keep: false,
+                    why,
+                });
+            }
+            RequestKind::BlockStatus => {
+                let halves = [1, 0].map(|depth| Extent {
+                    len: u64::from(len / 2),
+                    depth,
+                });
+                self.effects
+                    .push_back(Effect::Engine(Output::Extents(id, halves.to_vec())));
+                self.effects
+                    .push_back(Effect::Engine(Output::Done(id, Ok(()))));
+                return;
+            }
+            _ => {}
+        }
+        self.left.insert(id, (ops.len() as u32, Ok(())));
+        for op in ops {
+            self.start(id, op);
+        }
+    }
+
+    fn complete(&mut self, _: u64, op: OpId, completion: Completion) {
+        let request = self.ops.remove(&op).unwrap();
+        let (left, result) = self.left.get_mut(&request).unwrap();
+        *left -= 1;
+        if let Completion::Failed(errno) = completion {
+            *result = Err(errno);
+        }
+        if *left == 0 {
+            let (_, result) = self.left.remove(&request).unwrap();
+            self.effects
+                .push_back(Effect::Engine(Output::Done(request, result)));
+        }
+    }
+
+    fn call(&mut self, _: u64, peer: PeerId, call: Call, clients: u64) {
+        match call.request {
+            ControlRequest::Stats => {
+                let state = format!("{:?}", self.gone);
+                let stats = Stats {
+                    clients,
+                    state,
+                    ..Stats::default()
+                };
+                self.answer(peer, call.id, Ok(Reply::Stats(Box::new(stats))));
+            }
+            // A background job, to see one run.
+            ControlRequest::Settle => {
+                self.waiting.insert(peer, call.id);
+                self.effects.push_back(Effect::Run(Box::new(move || peer)));
+            }
+            // Never answered: a peer that waits.
+            ControlRequest::MergeStop => {}
+            ControlRequest::Stop { .. } => {
+                self.answer(peer, call.id, Ok(Reply::Done));
+                self.effects.push_back(Effect::Exit);
+            }
+            _ => self.answer(peer, call.id, Err(Refusal::Voided)),
+        }
+    }
+
+    fn peer_gone(&mut self, _: u64, peer: PeerId) {
+        self.gone.insert(peer);
+    }
+
+    fn job_done(&mut self, _: u64, peer: PeerId) {
+        let id = self.waiting.remove(&peer).unwrap();
+        self.answer(peer, id, Ok(Reply::Done));
+    }
+
+    fn tick(&mut self, _: u64) {}
+
+    fn tick_due_us(&self) -> Option<u64> {
+        None
+    }
+
+    fn next_effect(&mut self) -> Option<Effect<PeerId>> {
+        self.effects.pop_front()
+    }
+}
+
+struct Running {
+    folder: tempfile::TempDir,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Running {
+    fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::File::create(folder.path().join("disk.raw"))
+            .unwrap()
+            .set_len(DISK_BYTES)
+            .unwrap();
+        let fs: Arc<dyn Fs> = Arc::new(PosixFs::new(folder.path().to_path_buf()));
+        let files = Arc::new(FileTable::default());
+        let file = files.insert(fs.open("disk.raw", Access::Write).unwrap());
+        let parts = Parts {
+            export: Export {
+                name: "disk".into(),
+                description: "a test".into(),
+                virtual_bytes: DISK_BYTES,
+                read_only: false,
+                fast_zero: true,
+            },
+            nbd: UnixListener::bind(folder.path().join("nbd.sock")).unwrap(),
+            control: UnixListener::bind(folder.path().join("ctl.sock")).unwrap(),
+            volumes: Arc::new(FileVolumes::new(fs)),
+            files,
+            signals: None,
+        };
+        let core = Plain {
+            file,
+            next_op: 0,
+            ops: HashMap::new(),
+            left: HashMap::new(),
+            effects: VecDeque::new(),
+            gone: BTreeSet::new(),
+            waiting: HashMap::new(),
+        };
+        let server = Server::new(core, parts).unwrap();
+        let thread = Some(std::thread::spawn(move || server.run().unwrap()));
+        Self { folder, thread }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn control(&self) -> Client {
+        Client::connect(&self.path("ctl.sock"), Duration::from_secs(10)).unwrap()
+    }
+
+    fn stats(&self) -> Stats {
+        let Reply::Stats(stats) = self.control().call(ControlRequest::Stats).unwrap() else {
+            panic!("no stats");
+        };
+        *stats
+    }
+
+    fn nbd(&self) -> UnixStream {
+        let socket = UnixStream::connect(self.path("nbd.sock")).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        socket
+    }
+
+    /// A client past the handshake, with simple replies.
+    fn ready(&self) -> UnixStream {
+        let mut socket = self.nbd();
+        socket.write_all(&[0, 0, 0, 3]).unwrap();
+        socket
+            .write_all(b"IHAVEOPT\0\0\0\x01\0\0\0\x04disk")
+            .unwrap();
+        let mut hello = [0; 18 + 10];
+        socket.read_exact(&mut hello).unwrap();
+        assert_eq!(hello[18..26], DISK_BYTES.to_be_bytes());
+        socket
+    }
+
+    fn uri(&self) -> String {
+        format!(
+            "nbd+unix:///disk?socket={}",
+            self.path("nbd.sock").display()
+        )
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let stopped = self.control().call(ControlRequest::Stop { force: true });
+        if !std::thread::panicking() {
+            assert_eq!(stopped.unwrap(), Reply::Done);
+            self.thread.take().unwrap().join().unwrap();
+        }
+    }
+}
+
+fn header(command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
+    let mut bytes = 0x2560_9513u32.to_be_bytes().to_vec();
+    bytes.extend([0, 0]);
+    bytes.extend(command.to_be_bytes());
+    bytes.extend(cookie.to_be_bytes());
+    bytes.extend(offset.to_be_bytes());
+    bytes.extend(len.to_be_bytes());
+    bytes
+}
+
+/// Writes and reads back through one connection.
+fn round_trip(socket: &mut UnixStream, offset: u64, len: usize, fill: u8) {
+    socket.write_all(&header(1, 1, offset, len as u32)).unwrap();
+    socket.write_all(&vec![fill; len]).unwrap();
+    let mut reply = [0; 16];
+    socket.read_exact(&mut reply).unwrap();
+    assert_eq!(reply[4..8], [0; 4]);
+    socket.write_all(&header(0, 2, offset, len as u32)).unwrap();
+    socket.read_exact(&mut reply).unwrap();
+    assert_eq!(reply[4..8], [0; 4]);
+    let mut data = vec![0; len];
+    socket.read_exact(&mut data).unwrap();
+    assert!(data.iter().all(|byte| *byte == fill));
+}
+
+#[test]
+fn what_was_written_is_read_back() {
+    let running = Running::start();
+    let mut socket = running.ready();
+    for (n, len) in [512, 4096, 65536, 1 << 20, 32 << 20]
+        .into_iter()
+        .enumerate()
+    {
+        round_trip(&mut socket, 512 * n as u64, len, n as u8 + 1);
+    }
+}
+
+#[test]
+fn peers_that_stall_leave_or_babble_disturb_nobody() {
+    let running = Running::start();
+    // In the middle of a write, of a header, of the handshake.
+    let mut in_write = running.ready();
+    in_write.write_all(&header(1, 1, 0, 1 << 20)).unwrap();
+    in_write.write_all(&[1; 5000]).unwrap();
+    let mut in_header = running.ready();
+    in_header.write_all(&header(1, 1, 0, 1 << 20)[..9]).unwrap();
+    let _in_handshake = running.nbd();
+    // Asks for much and reads nothing.
+    let mut deaf = running.ready();
+    deaf.set_nonblocking(true).unwrap();
+    while deaf.write(&header(0, 1, 0, 1 << 20)).is_ok_and(|n| n == 28) {}
+    // Leaves with requests under way, and garbage.
+    for _ in 0..50 {
+        let mut brief = running.ready();
+        brief.write_all(&header(0, 1, 0, 1 << 20)).unwrap();
+        drop(brief);
+        let mut garbage = running.nbd();
+        let _ = garbage.write_all(&[0x5a; 10_000]);
+    }
+    let mut socket = running.ready();
+    round_trip(&mut socket, 8 << 20, 1 << 20, 9);
+    // The stalled ones can still go on.
+    in_write.write_all(&vec![1; (1 << 20) - 5000]).unwrap();
+    let mut reply = [0; 16];
+    in_write.read_exact(&mut reply).unwrap();
+    assert_eq!(reply[4..8], [0; 4]);
+}
+
+#[test]
+fn clients_are_counted_and_one_too_many_is_turned_away() {
+    let running = Running::start();
+    let clients: Vec<_> = (0..CLIENTS_MAX).map(|_| running.ready()).collect();
+    assert_eq!(running.stats().clients, CLIENTS_MAX as u64);
+    let mut refused = running.nbd();
+    assert_eq!(refused.read(&mut [0; 1]).unwrap(), 0);
+    drop(clients);
+    // Room comes back once the server has seen them go.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while running.stats().clients > 0 {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    round_trip(&mut running.ready(), 0, 512, 1);
+}
+
+#[test]
+fn control_calls_are_answered_and_garbage_is_refused() {
+    let running = Running::start();
+    let mut client = running.control();
+    assert_eq!(client.call(ControlRequest::Settle).unwrap(), Reply::Done);
+    assert!(client.call(ControlRequest::MergeStatus).is_err());
+    assert_eq!(client.call(ControlRequest::Settle).unwrap(), Reply::Done);
+
+    let mut socket = UnixStream::connect(running.path("ctl.sock")).unwrap();
+    socket
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    socket
+        .write_all(b"garbage\n{\"id\":1,\"request\":\"no\"}\n")
+        .unwrap();
+    socket
+        .write_all(b"{\"id\":7,\"request\":\"stats\"}\n")
+        .unwrap();
+    socket.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut said = String::new();
+    socket.read_to_string(&mut said).unwrap();
+    let ids: Vec<u64> = said
+        .lines()
+        .map(|line| serde_json::from_str::<Answer>(line).unwrap().id)
+        .collect();
+    assert_eq!(ids, [0, 0, 7]);
+
+    let mut endless = UnixStream::connect(running.path("ctl.sock")).unwrap();
+    endless
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    let flood = vec![b'x'; 1 << 20];
+    let _ = endless.write_all(&flood);
+    let mut said = Vec::new();
+    let _ = endless.read_to_end(&mut said); // ends, by reset or by end
+    assert!(client.call(ControlRequest::Stats).is_ok());
+}
+
+#[test]
+fn a_peer_that_hangs_up_is_reported_while_it_waits() {
+    let running = Running::start();
+    let before = running.stats().state;
+    let mut socket = UnixStream::connect(running.path("ctl.sock")).unwrap();
+    socket
+        .write_all(b"{\"id\":1,\"request\":\"merge_stop\"}\n")
+        .unwrap();
+    drop(socket);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while running.stats().state.len() < before.len() + 2 * "PeerId(1), ".len() {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Runs a client program; `None`, loudly, where it is not installed.
+fn client(program: &str, args: &[&str]) -> Option<String> {
+    let output = match Command::new("timeout")
+        .arg("60")
+        .arg(program)
+        .args(args)
+        .output()
+    {
+        Ok(output) if output.status.code() != Some(127) => output,
+        _ => {
+            eprintln!("SKIPPED: {program} is not installed");
+            return None;
+        }
+    };
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(output.status.success(), "{program} {args:?}: {text}");
+    Some(text)
+}
+
+fn same_file(a: &Path, b: &Path) -> bool {
+    std::fs::read(a).unwrap() == std::fs::read(b).unwrap()
+}
+
+#[test]
+fn libnbd_clients_are_content() {
+    let running = Running::start();
+    let uri = running.uri();
+    if let Some(said) = client("nbdinfo", &["--json", &uri]) {
+        for word in [
+            "\"export-size\": 67108864",
+            "\"can_fast_zero\": true",
+            "base:allocation",
+        ] {
+            assert!(said.contains(word), "{word}: {said}");
+        }
+    }
+    if let Some(said) = client("nbdinfo", &["--map=qemu:allocation-depth", &uri]) {
+        assert!(said.contains("33554432"), "{said}");
+    }
+    client("nbdinfo", &["--list", &uri]);
+    let source = running.path("source");
+    let bytes: Vec<u8> = (0..DISK_BYTES / 8)
+        .flat_map(|n| (n * n).to_le_bytes())
+        .collect();
+    std::fs::write(&source, bytes).unwrap();
+    if client(
+        "nbdcopy",
+        &["--connections=4", source.to_str().unwrap(), &uri],
+    )
+    .is_some()
+    {
+        assert!(same_file(&source, &running.path("disk.raw")));
+        let copy = running.path("copy");
+        // Its holes are this stand-in's invention: copy them all the same.
+        client("nbdcopy", &["--no-extents", &uri, copy.to_str().unwrap()]);
+        assert!(same_file(&source, &copy));
+    }
+    let script = "h.pwrite(b'a'*4096,0); h.flush(); h.trim(4096,0); h.zero(65536,4096); \
+        h.cache(4096,0); assert h.pread(4096,0)==bytes(4096)\n\
+        try: h.pread(100,1)\n\
+        except nbd.Error as e: assert e.errno=='EINVAL'\n\
+        else: assert False";
+    client("/usr/bin/python3", &["-m", "nbd", "-u", &uri, "-c", script]);
+}
+
+#[test]
+fn qemu_and_fio_are_content() {
+    let running = Running::start();
+    let uri = running.uri();
+    let commands = "write -P 7 0 1M;write -z -u 64k 64k;discard 128k 64k;flush;\
+        read -P 7 0 64k;read -P 0 64k 128k;read -P 7 192k 64k;aio_write -P 1 2M 2M;aio_flush;\
+        read -P 1 2M 2M";
+    let mut args = vec!["-f", "raw", "-t", "none"];
+    args.extend(commands.split(';').flat_map(|command| ["-c", command]));
+    args.push(&uri);
+    if let Some(said) = client("qemu-io", &args) {
+        assert!(!said.contains("failed"), "{said}");
+    }
+    if let Some(said) = client("qemu-img", &["info", &uri]) {
+        assert!(said.contains("64 MiB"), "{said}");
+    }
+    let uri = format!("--uri={uri}");
+    let fio = [
+        "--name=v",
+        "--ioengine=nbd",
+        &uri,
+        "--rw=randrw",
+        "--bsrange=512-256k",
+        "--iodepth=64",
+        "--size=32m",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--do_verify=1",
+        "--trim_percentage=5",
+    ];
+    client("fio", &fio);
+}
