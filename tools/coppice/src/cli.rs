@@ -3,6 +3,7 @@
 //! Nothing here does anything; `commands` does. The verbs and options are
 //! those of the contract and are never renamed.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -80,8 +81,12 @@ pub enum Command {
         dir: PathBuf,
     },
     /// Be one of the daemons; `up` and smd start this program so
-    #[command(hide = true, subcommand)]
-    Daemon(DaemonCommand),
+    #[command(hide = true, disable_help_flag = true)]
+    Daemon {
+        /// smd, gcd or tapdisk, then its own arguments, handed on untouched
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
 }
 
 /// Options of `demo`.
@@ -107,29 +112,6 @@ pub struct UpArgs {
     /// Leave attached disks served when ending
     #[arg(long)]
     pub leave_attached: bool,
-}
-
-/// A daemon that is part of this program.
-#[derive(Debug, Subcommand)]
-#[command(disable_help_flag = true, disable_version_flag = true)]
-pub enum DaemonCommand {
-    /// The storage daemon
-    #[command(disable_help_flag = true, disable_version_flag = true)]
-    Smd(Rest),
-    /// The garbage collector
-    #[command(disable_help_flag = true, disable_version_flag = true)]
-    Gcd(Rest),
-    /// The data path of one disk
-    #[command(disable_help_flag = true, disable_version_flag = true)]
-    Tapdisk(Rest),
-}
-
-/// Arguments handed on untouched.
-#[derive(Debug, Args)]
-pub struct Rest {
-    /// The daemon's own arguments
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    pub args: Vec<std::ffi::OsString>,
 }
 
 /// Kind of a storage repository.
@@ -323,11 +305,10 @@ mod tests {
 
     #[test]
     fn a_daemon_gets_its_options_untouched() {
-        let cli =
-            Cli::try_parse_from(["coppice", "daemon", "smd", "--run", "/x", "--help"]).unwrap();
-        let Command::Daemon(DaemonCommand::Smd(rest)) = cli.command else {
-            panic!("not smd: {:?}", cli.command)
+        let line = ["coppice", "daemon", "smd", "--run", "/x", "--help"];
+        let Command::Daemon { args } = Cli::try_parse_from(line).unwrap().command else {
+            panic!("not a daemon")
         };
-        assert_eq!(rest.args, ["--run", "/x", "--help"]);
+        assert_eq!(args, ["smd", "--run", "/x", "--help"]);
     }
 }

@@ -6,18 +6,21 @@
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use crate::cli::DaemonCommand;
+use crate::failure::{Failure, Outcome};
 
-/// Becomes the daemon; returns when it ends.
-pub fn run(command: DaemonCommand) -> ExitCode {
-    match command {
-        DaemonCommand::Smd(rest) => sm::run(argv("smd", rest.args)),
-        DaemonCommand::Gcd(rest) => gc::run(argv("gcd", rest.args)),
-        DaemonCommand::Tapdisk(rest) => tapdisk::run(argv("tapdisk", rest.args)),
+/// Becomes the daemon that `args` begins with; returns when it ends.
+pub fn run(args: Vec<OsString>) -> Outcome<ExitCode> {
+    let name = args
+        .first()
+        .and_then(|name| name.to_str())
+        .unwrap_or_default();
+    match name {
+        "smd" => Ok(sm::run(args)),
+        "gcd" => Ok(gc::run(args)),
+        "tapdisk" => Ok(tapdisk::run(args)),
+        _ => Err(Failure::new(
+            "NOT_FOUND",
+            format!("no daemon is called \"{name}\""),
+        )),
     }
-}
-
-/// The arguments as the daemon's own main would get them.
-fn argv(name: &str, args: Vec<OsString>) -> Vec<OsString> {
-    std::iter::once(OsString::from(name)).chain(args).collect()
 }

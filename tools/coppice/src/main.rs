@@ -67,7 +67,7 @@ fn run(cli: Cli, output: Output) -> Outcome<ExitCode> {
         Command::Gc(command) => commands::gc::run(&context, command)?,
         Command::Completions { shell } => commands::paperwork::completions(shell),
         Command::Man { dir } => commands::paperwork::man(&dir)?,
-        Command::Daemon(command) => return Ok(daemon::run(command)),
+        Command::Daemon { args } => return daemon::run(args),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -86,7 +86,6 @@ pub fn gc_state(gc: &GcState) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::view::{Forest, read};
     use serde_json::json;
 
