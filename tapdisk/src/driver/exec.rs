@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use vhd::storage::{Volume, VolumeName, Volumes, Why};
 
-use super::FileTable;
 use crate::buffer::{Buffer, Exclusive, Shared};
+use crate::disk::Files;
 use crate::engine::{BufferRange, Completion, FileId, Op};
 
 /// Largest [`Op::ReadMeta`], in bytes: the BAT of the largest disk has 4 MiB.
@@ -75,7 +75,7 @@ pub enum Work {
 #[derive(Debug)]
 pub struct Tables<'a> {
     /// Open volumes.
-    pub files: &'a FileTable,
+    pub files: &'a Files,
     /// The repository.
     pub volumes: &'a Arc<dyn Volumes>,
 }

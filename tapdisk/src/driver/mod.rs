@@ -5,22 +5,19 @@
 //!                                       ^                |
 //!                            complete   |                v
 //!                                     Workers (threads.rs), each running
-//!                                     exec.rs on the volumes of files.rs
+//!                                     exec.rs on the volumes in disk::Files
 //! ```
 //!
 //! One thread owns the core and all sockets; the core never waits. What can
 //! wait, an operation on a volume, runs on a worker. The core is the
 //! [`crate::service`] around the engine, or a stand-in in tests.
 
-use tapdisk_control::{Answer, Call};
+use tapdisk_control::{Answer, Call, Stats};
 
 use crate::engine::{Completion, OpId, Output, Request};
 
 pub mod exec;
-mod files;
 pub mod threads;
-
-pub use files::FileTable;
 
 /// A control connection, or the process itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -57,9 +54,9 @@ pub trait Core {
     fn submit(&mut self, now_us: u64, request: Request);
     /// An operation ended.
     fn complete(&mut self, now_us: u64, op: OpId, completion: Completion);
-    /// Takes a control call; a peer has at most one unanswered. `clients` is
-    /// how many NBD clients are past their handshake.
-    fn call(&mut self, now_us: u64, peer: PeerId, call: Call, clients: u64);
+    /// Takes a control call; a peer has at most one unanswered. `counters` is
+    /// what the server knows of the statistics.
+    fn call(&mut self, now_us: u64, peer: PeerId, call: Call, counters: &Stats);
     /// A control connection ended; what it leased is over.
     fn peer_gone(&mut self, now_us: u64, peer: PeerId);
     /// A background job ended.

@@ -14,7 +14,6 @@
 //!
 //! Absent on purpose: any decision about the disk.
 
-use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
@@ -27,16 +26,19 @@ use tapdisk_control::{Call, Request as ControlRequest};
 use vhd::storage::Volumes;
 
 mod clients;
+mod counters;
+mod guests;
 mod peers;
 
-use crate::buffer::Buffer;
 use crate::driver::exec::{Tables, prepare};
 use crate::driver::threads::{Ended, Workers};
-use crate::driver::{Core, Effect, FileTable, PeerId};
-use crate::engine::{BufferRange, Completion, Extent, Op, OpId, Output, Request, RequestId};
+use crate::disk::Files;
+use crate::driver::{Core, Effect, PeerId};
+use crate::engine::{BufferRange, Completion, Op, OpId, Output};
 use crate::limits::{COMPLETIONS_PER_TURN, FAREWELL_TIME_MAX};
-use crate::nbd::{Export, GuestRequest, Slot};
+use crate::nbd::Export;
 use clients::{ClientId, Clients};
+use guests::Guests;
 use peers::Peers;
 
 /// What a server is made from.
@@ -51,18 +53,9 @@ pub struct Parts {
     /// The repository.
     pub volumes: Arc<dyn Volumes>,
     /// Volumes the core knows by number.
-    pub files: Arc<FileTable>,
+    pub files: Arc<Files>,
     /// Readable when the process is asked to end.
     pub signals: Option<SignalFd>,
-}
-
-/// A guest request the core has.
-#[derive(Debug)]
-struct Guest {
-    client: ClientId,
-    slot: Slot,
-    buffer: Option<Buffer>,
-    extents: Vec<Extent>,
 }
 
 /// Serves one disk. See the module.
@@ -71,14 +64,13 @@ pub struct Server<C: Core> {
     started: Instant,
     workers: Workers<C::JobDone>,
     volumes: Arc<dyn Volumes>,
-    files: Arc<FileTable>,
+    files: Arc<Files>,
     nbd: UnixListener,
     control: UnixListener,
     signals: Option<SignalFd>,
     clients: Clients,
     peers: Peers,
-    guests: HashMap<RequestId, Guest>,
-    next_request: u64,
+    guests: Guests,
     ending: bool,
 }
 
@@ -112,8 +104,7 @@ impl<C: Core> Server<C> {
             signals: parts.signals,
             clients: Clients::new(Arc::new(parts.export)),
             peers: Peers::default(),
-            guests: HashMap::new(),
-            next_request: 0,
+            guests: Guests::default(),
             ending: false,
         })
     }
@@ -205,15 +196,9 @@ impl<C: Core> Server<C> {
             Source::Control => self.peers.accept(&self.control),
             Source::Client(id) => {
                 let now_us = self.now_us();
-                let Self {
-                    clients,
-                    core,
-                    guests,
-                    next_request,
-                    ..
-                } = self;
+                let Self { clients, core, guests, .. } = self;
                 clients.serve(id, flags, |request| {
-                    submit(core, guests, next_request, now_us, id, request);
+                    guests.submit(core, now_us, id, request);
                 });
             }
             Source::Peer(id) => self.peers.serve(id, flags),
@@ -237,13 +222,8 @@ impl<C: Core> Server<C> {
         while let Some(Ok(Some(signal))) = self.signals.as_ref().map(SignalFd::read_signal) {
             tracing::info!(signal = signal.ssi_signo, "asked to end by a signal");
             let request = ControlRequest::Stop { force: true };
-            let call = Call { id: 0, request };
-            self.core.call(
-                self.now_us(),
-                PeerId::SELF,
-                call,
-                self.clients.transmitting(),
-            );
+            let stats = self.guests.stats(self.clients.transmitting());
+            self.core.call(self.now_us(), PeerId::SELF, Call { id: 0, request }, &stats);
         }
     }
 
@@ -258,20 +238,14 @@ impl<C: Core> Server<C> {
             let now_us = self.now_us();
             let mut handed_over = self.peers.take_calls(|event| match event {
                 peers::Event::Call(peer, call) => {
-                    self.core
-                        .call(now_us, peer, call, self.clients.transmitting());
+                    let stats = self.guests.stats(self.clients.transmitting());
+                    self.core.call(now_us, peer, call, &stats);
                 }
                 peers::Event::Gone(peer) => self.core.peer_gone(now_us, peer),
             });
-            let Self {
-                clients,
-                core,
-                guests,
-                next_request,
-                ..
-            } = self;
+            let Self { clients, core, guests, .. } = self;
             handed_over |= clients.flush(|client, request| {
-                submit(core, guests, next_request, now_us, client, request);
+                guests.submit(core, now_us, client, request);
             });
             if !handed_over {
                 return;
@@ -284,15 +258,11 @@ impl<C: Core> Server<C> {
             Effect::Engine(Output::Start(id, op)) => self.start(id, op),
             Effect::Engine(Output::ZeroFill(range)) => self.zero_fill(range),
             Effect::Engine(Output::Extents(id, extents)) => {
-                if let Some(guest) = self.guests.get_mut(&id) {
-                    guest.extents = extents;
-                }
+                self.guests.extents(id, extents);
             }
             Effect::Engine(Output::Done(id, result)) => {
-                if let Some(guest) = self.guests.remove(&id) {
-                    drop(guest.buffer);
-                    self.clients
-                        .finish(guest.client, guest.slot, result, &guest.extents);
+                if let Some(guest) = self.guests.done(self.now_us(), id, result.is_err()) {
+                    self.clients.finish(guest.client, guest.slot, result, &guest.extents);
                 }
             }
             Effect::Engine(Output::Close(file)) => self.files.close(file),
@@ -311,11 +281,7 @@ impl<C: Core> Server<C> {
             files: &self.files,
             volumes: &self.volumes,
         };
-        let buffer_of = |range: BufferRange| {
-            self.guests
-                .get(&range.request)
-                .and_then(|g| g.buffer.clone())
-        };
+        let buffer_of = |range: BufferRange| self.guests.buffer_of(range).cloned();
         match prepare(op, &tables, buffer_of) {
             Ok(work) => self.workers.start_op(id, work),
             Err(errno) => {
@@ -327,54 +293,13 @@ impl<C: Core> Server<C> {
     }
 
     fn zero_fill(&mut self, range: BufferRange) {
-        let buffer = self
-            .guests
-            .get(&range.request)
-            .and_then(|guest| guest.buffer.as_ref());
+        let buffer = self.guests.buffer_of(range);
         let loan = buffer.and_then(|buffer| buffer.lend_mut(range.at as usize, range.len as usize));
         match loan {
             Some(mut bytes) => bytes.fill(0),
             None => tracing::error!(?range, "zeros for a range that is not there"),
         }
     }
-}
-
-/// Gives a client's request to the core.
-fn submit<C: Core>(
-    core: &mut C,
-    guests: &mut HashMap<RequestId, Guest>,
-    next_request: &mut u64,
-    now_us: u64,
-    client: ClientId,
-    request: GuestRequest,
-) {
-    let id = RequestId(*next_request);
-    *next_request += 1;
-    let GuestRequest {
-        slot,
-        kind,
-        offset,
-        len,
-        buffer,
-    } = request;
-    guests.insert(
-        id,
-        Guest {
-            client,
-            slot,
-            buffer,
-            extents: Vec::new(),
-        },
-    );
-    core.submit(
-        now_us,
-        Request {
-            id,
-            kind,
-            offset,
-            len,
-        },
-    );
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use tapdisk_control::{Answer, Client, Refusal, Reply, Stats};
 use vhd::storage::{Access, FileVolumes, Fs, PosixFs};
 
 use super::*;
-use crate::engine::{FileId, RequestKind};
+use crate::engine::{Extent, FileId, Request, RequestId, RequestKind};
 use crate::limits::CLIENTS_MAX;
 
 const DISK_BYTES: u64 = 64 << 20;
@@ -133,15 +133,11 @@ impl Core for Plain {
         }
     }
 
-    fn call(&mut self, _: u64, peer: PeerId, call: Call, clients: u64) {
+    fn call(&mut self, _: u64, peer: PeerId, call: Call, counters: &Stats) {
         match call.request {
             ControlRequest::Stats => {
                 let state = format!("{:?}", self.gone);
-                let stats = Stats {
-                    clients,
-                    state,
-                    ..Stats::default()
-                };
+                let stats = Stats { state, ..counters.clone() };
                 self.answer(peer, call.id, Ok(Reply::Stats(Box::new(stats))));
             }
             // A background job, to see one run.
@@ -192,8 +188,8 @@ impl Running {
             .set_len(DISK_BYTES)
             .unwrap();
         let fs: Arc<dyn Fs> = Arc::new(PosixFs::new(folder.path().to_path_buf()));
-        let files = Arc::new(FileTable::default());
-        let file = files.insert(fs.open("disk.raw", Access::Write).unwrap());
+        let files = Arc::new(Files::default());
+        let file = files.add(fs.open("disk.raw", Access::Write).unwrap());
         let parts = Parts {
             export: Export {
                 name: "disk".into(),
