@@ -9,7 +9,7 @@
 //!                           |
 //!                          Fs  (open, link, rename, sync)
 //!                        /      \
-//!                   posix.rs    sim.rs (feature "sim": the crash simulator)
+//!                   posix/      sim/ (feature "sim": the crash simulator)
 //! ```
 //!
 //! A file repository is written once, over [`Fs`], so that the crash
@@ -29,6 +29,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 mod file_volumes;
+mod path;
 mod posix;
 #[cfg(feature = "sim")]
 pub mod sim;
@@ -229,7 +230,9 @@ pub trait Volumes: Send + Sync + Debug {
     /// Room for more.
     fn space(&self) -> io::Result<Space>;
 
-    /// Names of all records, sorted.
+    /// Names of all records, sorted. A record that is found need not be durable
+    /// yet, if its writer died on the way: call [`Volumes::sync_records`]
+    /// before changing anything because of it.
     fn records(&self) -> io::Result<Vec<String>>;
     /// A record's bytes; `None` if it is not there.
     fn record(&self, name: &str) -> io::Result<Option<Vec<u8>>>;
@@ -244,3 +247,6 @@ pub trait Volumes: Send + Sync + Debug {
     /// Makes renames of records durable.
     fn sync_records(&self, why: Why) -> io::Result<()>;
 }
+
+#[cfg(test)]
+mod tests;

@@ -27,6 +27,7 @@ use nix::fcntl::{AtFlags, OFlag, open, openat, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 
+use super::path::{parts, split};
 use super::{Access, Fs, Space, Volume, Why};
 
 mod copy;
@@ -71,8 +72,7 @@ impl PosixFs {
 
     /// The folder of a path, and the last name in it.
     fn place<'a>(&self, path: &'a str) -> io::Result<(OwnedFd, &'a str)> {
-        let (folder, name) = path.rsplit_once('/').unwrap_or(("", path));
-        check_part(name)?;
+        let (folder, name) = split(path)?;
         Ok((self.folder(folder)?, name))
     }
 
@@ -99,27 +99,6 @@ impl PosixFs {
             Err(errno) => Err(errno.into()),
         }
     }
-}
-
-/// Splits a folder path, refusing anything that could lead out of the root.
-fn parts(folder: &str) -> io::Result<Vec<&str>> {
-    if folder.is_empty() {
-        return Ok(Vec::new());
-    }
-    folder
-        .split('/')
-        .map(|part| check_part(part).map(|()| part))
-        .collect()
-}
-
-fn check_part(part: &str) -> io::Result<()> {
-    if part.is_empty() || part == "." || part == ".." || part.contains(['/', '\0']) {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "not a name inside the folder",
-        ));
-    }
-    Ok(())
 }
 
 /// Plain files and block devices only.

@@ -1,1 +1,146 @@
-//! Tests over a real folder.
+//! What only a real folder can show; the rest is in the suite that both
+//! filesystems pass.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixListener;
+
+use super::super::{Access, CopyKind, Fs};
+use super::{PosixFs, PosixVolume};
+
+fn folder() -> (tempfile::TempDir, PosixFs) {
+    let folder = tempfile::tempdir().unwrap();
+    let fs = PosixFs::new(folder.path().to_owned());
+    (folder, fs)
+}
+
+#[test]
+fn no_symbolic_link_is_followed_below_the_root() {
+    let (folder, fs) = folder();
+    let outside = tempfile::tempdir().unwrap();
+    fs::write(outside.path().join("secret.vhd"), b"secret").unwrap();
+    symlink(
+        outside.path().join("secret.vhd"),
+        folder.path().join("a.vhd"),
+    )
+    .unwrap();
+    symlink(outside.path(), folder.path().join("sub")).unwrap();
+    for access in [Access::Read, Access::Write] {
+        let error = fs.open("a.vhd", access).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(nix::libc::ELOOP));
+        assert!(fs.open("sub/secret.vhd", access).is_err());
+    }
+    assert!(fs.list("sub").is_err());
+    assert!(fs.make_folder("sub/journal").is_err());
+    assert!(fs.create("sub/x").is_err());
+    assert!(fs.rename("sub/secret.vhd", "b").is_err());
+    assert!(fs.unlink("sub/secret.vhd").is_err());
+    // A link to a link is a link: still nowhere.
+    fs.link("a.vhd", "c.vhd").unwrap();
+    assert!(fs.open("c.vhd", Access::Read).is_err());
+    assert!(fs.list("").unwrap().is_empty(), "links are no volumes");
+    assert!(outside.path().join("secret.vhd").exists());
+}
+
+#[test]
+fn a_root_that_is_a_link_is_the_administrators() {
+    let (folder, _) = folder();
+    let other = tempfile::tempdir().unwrap();
+    symlink(folder.path(), other.path().join("sr")).unwrap();
+    let fs = PosixFs::new(other.path().join("sr"));
+    drop(fs.create("a.vhd").unwrap());
+    assert!(folder.path().join("a.vhd").exists());
+}
+
+#[test]
+fn sockets_and_folders_are_no_volumes() {
+    let (folder, fs) = folder();
+    let _socket = UnixListener::bind(folder.path().join("s.vhd")).unwrap();
+    fs.make_folder("f.vhd").unwrap();
+    for name in ["s.vhd", "f.vhd"] {
+        let error = fs.open(name, Access::Read).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    }
+    assert!(fs.list("").unwrap().is_empty());
+}
+
+#[test]
+fn the_lock_is_on_the_description_and_ends_with_its_last_descriptor() {
+    let (_folder, fs) = folder();
+    let a = fs.create("a").unwrap();
+    let inherited = a.fd().unwrap().try_clone_to_owned().unwrap();
+    drop(a);
+    let busy = fs.open("a", Access::Write).unwrap_err();
+    assert_eq!(busy.kind(), ErrorKind::WouldBlock);
+    drop(inherited);
+    fs.open("a", Access::Write).unwrap();
+}
+
+// A replaced name must be opened as what it is now; whoever holds the old
+// inode's lock holds no lock on the new one.
+#[test]
+fn a_name_replaced_while_its_old_file_is_locked_leads_to_the_new_one() {
+    let (_folder, fs) = folder();
+    let old = fs.create("a").unwrap();
+    fs.create("b").unwrap().write_at(b"new", 0).unwrap();
+    fs.rename("b", "a").unwrap();
+    let new = fs.open("a", Access::Write).unwrap();
+    assert_eq!((old.len().unwrap(), new.len().unwrap()), (0, 3));
+}
+
+#[test]
+fn punching_gives_space_back() {
+    let (_folder, fs) = folder();
+    let a = fs.create("a").unwrap();
+    a.write_at(&vec![1; 4 << 20], 0).unwrap();
+    a.flush("test").unwrap();
+    let full = a.allocated().unwrap();
+    a.zero(1 << 20, 2 << 20).unwrap();
+    assert_eq!(a.len().unwrap(), 4 << 20);
+    // A filesystem without holes writes zeros instead, and gives nothing back.
+    if a.allocated().unwrap() < full {
+        assert!(a.allocated().unwrap() <= full - (2 << 20));
+    }
+}
+
+#[test]
+fn holes_of_the_source_stay_holes() {
+    let (_folder, fs) = folder();
+    let a = fs.create("a").unwrap();
+    a.set_len(8 << 20).unwrap();
+    a.write_at(&[7; 4096], 1 << 20).unwrap();
+    let b = fs.create("b").unwrap();
+    b.write_at(&vec![9; 2 << 20], 0).unwrap();
+    // Off by a sector: no filesystem can share that.
+    let kind = b.copy_from(&*a, 0, 512, 8 << 20).unwrap();
+    assert_eq!(kind, CopyKind::Copied);
+    assert_eq!(b.len().unwrap(), (8 << 20) + 512);
+    let mut bytes = vec![0; (8 << 20) + 512];
+    b.read_at(&mut bytes, 0).unwrap();
+    assert!(bytes[..512].iter().all(|byte| *byte == 9));
+    let copied = &bytes[512..];
+    let data = (1 << 20)..(1 << 20) + 4096;
+    let want = |at: usize| if data.contains(&at) { 7 } else { 0 };
+    assert!(
+        copied
+            .iter()
+            .enumerate()
+            .all(|(at, byte)| *byte == want(at))
+    );
+    assert!(b.allocated().unwrap() < 4 << 20);
+}
+
+#[test]
+fn a_device_is_wanted_where_a_device_is_asked_for() {
+    let (folder, fs) = folder();
+    drop(fs.create("a").unwrap());
+    assert!(PosixVolume::open_device(&folder.path().join("a"), Access::Write).is_err());
+}
+
+#[test]
+fn space_is_that_of_the_filesystem() {
+    let (_folder, fs) = folder();
+    let space = fs.space().unwrap();
+    assert!(space.total >= space.free && space.total > 0);
+}

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 
+use super::super::path::{parts, split};
 use super::super::{Access, CopyKind, Fs, Space, Volume, Volumes, Why};
 use super::crash::UNLIMITED;
 use super::live::{Family, Life, Live};
@@ -148,6 +149,14 @@ impl SimDisk {
         self.with(|live| live.state.hash())
     }
 
+    /// [`SimDisk::state_hash`] together with what only a later crash could
+    /// tell apart: the durable state and everything not yet certain. Two
+    /// machines of the same one leave the same states after the same run.
+    #[must_use]
+    pub fn full_hash(&self) -> u128 {
+        self.with(|live| live.state.full_hash())
+    }
+
     /// Leaves a step out, here and in every state made from this machine
     /// before or after. May be called several times.
     pub fn sabotage(&self, sabotage: Sabotage) {
@@ -199,6 +208,7 @@ impl SimDisk {
 
 impl Fs for SimDisk {
     fn open(&self, path: &str, access: Access) -> io::Result<Arc<dyn Volume>> {
+        split(path)?;
         self.with(|live| {
             live.alive(self.process)?;
             let ino = *live.state.names.get(path).ok_or(io::ErrorKind::NotFound)?;
@@ -207,6 +217,7 @@ impl Fs for SimDisk {
     }
 
     fn create(&self, path: &str) -> io::Result<Arc<dyn Volume>> {
+        split(path)?;
         self.with(|live| {
             let ino = Ino(live.state.next_ino);
             live.run(
@@ -222,6 +233,7 @@ impl Fs for SimDisk {
     }
 
     fn link(&self, from: &str, to: &str) -> io::Result<()> {
+        split(to)?;
         self.change(
             What::Link {
                 from: from.into(),
@@ -233,6 +245,7 @@ impl Fs for SimDisk {
 
     // As rename(2): nothing happens if both names lead to one file.
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        split(to)?;
         if self.same_file(from, to)? {
             return Ok(());
         }
@@ -267,6 +280,7 @@ impl Fs for SimDisk {
 
     // Durable when it returns, as the real one syncs the parent itself.
     fn make_folder(&self, folder: &str) -> io::Result<()> {
+        parts(folder)?;
         let ends = folder
             .match_indices('/')
             .map(|(at, _)| at)

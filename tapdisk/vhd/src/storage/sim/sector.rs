@@ -82,11 +82,16 @@ pub(super) fn mix(a: u128, b: u128) -> u128 {
     h ^ (h >> 61)
 }
 
+/// The hash of what a place holds; holes and zeros are alike.
+pub(super) fn hash_slot(slot: &Slot) -> u128 {
+    slot.as_ref().map_or(0, |sector| sector.0.hash)
+}
+
 /// What a sector at a place adds to the hash of its file.
 fn share(sector_no: u64, slot: &Slot) -> u128 {
-    match slot {
-        Some(sector) if sector.0.hash != 0 => mix(sector.0.hash, u128::from(sector_no) + 1),
-        _ => 0,
+    match hash_slot(slot) {
+        0 => 0,
+        hash => mix(hash, u128::from(sector_no) + 1),
     }
 }
 

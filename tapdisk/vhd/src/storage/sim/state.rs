@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use super::log::{Event, Op, OpNo, Outcome, What};
 use super::run::RunState;
-use super::sector::{Content, SECTOR, Slot, hash_bytes, mix};
+use super::sector::{Content, SECTOR, Slot, hash_bytes, hash_slot, mix};
 
 /// Names a file, whatever it is called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -101,6 +101,26 @@ impl Change {
 pub(super) enum Effect {
     Name(NameOp),
     Bytes(Ino, Change),
+}
+
+impl Effect {
+    fn hash(&self) -> u128 {
+        match self {
+            Self::Name(op) => hash_bytes(format!("{op:?}").as_bytes()),
+            Self::Bytes(ino, change) => {
+                let hash = match change {
+                    Change::Data(values) => values.iter().fold(1, |hash, (sector_no, slot)| {
+                        mix(mix(hash, u128::from(*sector_no)), hash_slot(slot))
+                    }),
+                    Change::Zero { first, end, keep } => {
+                        mix(2 + u128::from(*keep), mix((*first).into(), (*end).into()))
+                    }
+                    Change::Len(len) => mix(4, u128::from(*len)),
+                };
+                mix(hash, u128::from(ino.0))
+            }
+        }
+    }
 }
 
 #[derive(Clone)]
@@ -409,16 +429,42 @@ impl State {
     /// A hash of all that a recovery can see: names, which of them lead to
     /// one file, lengths, bytes, the run folder.
     pub(super) fn hash(&self) -> u128 {
-        let mut first_name: BTreeMap<Ino, &Arc<str>> = BTreeMap::new();
-        let mut hash = self.run.hash();
-        for (name, ino) in &self.names {
-            let first = *first_name.entry(*ino).or_insert(name);
-            hash = mix(hash, hash_bytes(name.as_bytes()));
-            hash = mix(hash, hash_bytes(first.as_bytes()));
-            hash = mix(hash, self.content(*ino).hash());
-        }
-        hash
+        let shown = |ino| self.content(ino).hash();
+        mix(self.run.hash(), hash_names(&self.names, shown))
     }
+
+    /// The same, and what is durable and what is not yet. Files are told
+    /// apart by number here, so states that differ in numbers alone count
+    /// twice.
+    pub(super) fn full_hash(&self) -> u128 {
+        let durable = |ino| {
+            self.inodes
+                .get(&ino)
+                .map_or(0, |inode| inode.durable.hash())
+        };
+        let mut hash = mix(self.hash(), hash_names(&self.durable_names, durable));
+        for pending in &self.pending {
+            hash = mix(hash, pending.effect.hash() ^ u128::from(pending.dead));
+        }
+        let flying = self
+            .in_flight
+            .values()
+            .flat_map(|flight| self.effects(&flight.op.what));
+        flying.fold(hash, |hash, effect| mix(hash, effect.hash()))
+    }
+}
+
+/// Names, which of them lead to one file, and the files.
+fn hash_names(names: &Names, file: impl Fn(Ino) -> u128) -> u128 {
+    let mut first_name: BTreeMap<Ino, &Arc<str>> = BTreeMap::new();
+    let mut hash = 0;
+    for (name, ino) in names {
+        let first = *first_name.entry(*ino).or_insert(name);
+        hash = mix(hash, hash_bytes(name.as_bytes()));
+        hash = mix(hash, hash_bytes(first.as_bytes()));
+        hash = mix(hash, file(*ino));
+    }
+    hash
 }
 
 /// The folder part of a path, `""` for the root.
