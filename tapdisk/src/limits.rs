@@ -4,6 +4,8 @@ use std::time::Duration;
 
 /// How often [`crate::engine::Engine::tick`] is due, in microseconds.
 pub const TICK_US: u64 = 50_000;
+/// The same while nothing is under way.
+pub const QUIET_TICK_US: u64 = 1_000_000;
 /// Metadata waits at most this long for a guest that went quiet.
 pub const IDLE_WRITEBACK_US: u64 = 1_000_000;
 /// Owner runs kept in memory for blocks that no level has whole.
@@ -65,3 +67,9 @@ pub const JOB_WORKERS: usize = 2;
 pub const COMPLETIONS_PER_TURN: usize = 1024;
 /// Time control peers have to take their last answers when the process ends.
 pub const FAREWELL_TIME_MAX: Duration = Duration::from_secs(1);
+/// Time between two attempts to end after a signal, while an operation or a
+/// pause stands in the way.
+pub const STOP_RETRY: Duration = Duration::from_millis(100);
+/// Time after a signal until the process ends all the same, as if killed: it
+/// loses nothing that was acknowledged, and the next opening settles.
+pub const STOP_TIME_MAX: Duration = Duration::from_secs(60);

@@ -127,6 +127,12 @@ impl<D: Send + 'static> Workers<D> {
         self.waker.read.as_fd()
     }
 
+    /// Stops waiting for the threads when this is dropped: one of them may
+    /// hang in the kernel.
+    pub fn detach(&mut self) {
+        self.threads.clear();
+    }
+
     /// Makes [`Workers::wake_fd`] readable, for work that was left over.
     pub fn wake(&self) {
         self.waker.wake();

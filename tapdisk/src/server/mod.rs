@@ -35,7 +35,7 @@ use crate::driver::threads::{Ended, Workers};
 use crate::disk::Files;
 use crate::driver::{Core, Effect, PeerId};
 use crate::engine::{BufferRange, Completion, Op, OpId, Output};
-use crate::limits::{COMPLETIONS_PER_TURN, FAREWELL_TIME_MAX};
+use crate::limits::{COMPLETIONS_PER_TURN, FAREWELL_TIME_MAX, STOP_RETRY, STOP_TIME_MAX};
 use crate::nbd::Export;
 use clients::{ClientId, Clients};
 use guests::Guests;
@@ -71,7 +71,16 @@ pub struct Server<C: Core> {
     clients: Clients,
     peers: Peers,
     guests: Guests,
+    /// When a signal asked for the end, and when to try next.
+    stopping: Option<Stopping>,
     ending: bool,
+}
+
+/// An end asked for by a signal.
+#[derive(Debug, Clone, Copy)]
+struct Stopping {
+    next_attempt: Instant,
+    deadline: Instant,
 }
 
 /// What a poll was for.
@@ -105,6 +114,7 @@ impl<C: Core> Server<C> {
             clients: Clients::new(Arc::new(parts.export)),
             peers: Peers::default(),
             guests: Guests::default(),
+            stopping: None,
             ending: false,
         })
     }
@@ -128,6 +138,7 @@ impl<C: Core> Server<C> {
                 self.core.tick(now_us);
             }
             self.clients.drop_late_handshakes(Instant::now());
+            self.try_stop(Instant::now());
             self.settle_turn();
         }
         self.peers.farewell(Instant::now() + FAREWELL_TIME_MAX);
@@ -175,16 +186,13 @@ impl<C: Core> Server<C> {
     }
 
     fn timeout(&self) -> PollTimeout {
-        let tick = self.core.tick_due_us().map(|due_us| {
-            // Rounded up: waking a moment too early would spin.
-            Duration::from_micros(due_us.saturating_sub(self.now_us())) + Duration::from_millis(1)
-        });
-        let handshake = self.clients.next_deadline().map(|deadline| {
-            deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1)
-        });
-        let Some(wait) = tick.into_iter().chain(handshake).min() else {
-            return PollTimeout::NONE;
-        };
+        let now = Instant::now();
+        let tick = self.core.tick_due_us().map(|due_us| self.started + Duration::from_micros(due_us));
+        let stop = self.stopping.map(|stopping| stopping.next_attempt);
+        let due = [tick, stop, self.clients.next_deadline()].into_iter().flatten().min();
+        let Some(due) = due else { return PollTimeout::NONE };
+        // Rounded up: waking a moment too early would spin.
+        let wait = due.saturating_duration_since(now) + Duration::from_millis(1);
         PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)
     }
 
@@ -221,9 +229,25 @@ impl<C: Core> Server<C> {
     fn take_signals(&mut self) {
         while let Some(Ok(Some(signal))) = self.signals.as_ref().map(SignalFd::read_signal) {
             tracing::info!(signal = signal.ssi_signo, "asked to end by a signal");
-            let request = ControlRequest::Stop { force: true };
+            let now = Instant::now();
+            let stopping = Stopping { next_attempt: now, deadline: now + STOP_TIME_MAX };
+            self.stopping.get_or_insert(stopping);
+        }
+    }
+
+    /// Asks the core to stop if a signal wants it. It may refuse for a while:
+    /// whatever it is busy with has a limit of its own.
+    fn try_stop(&mut self, now: Instant) {
+        let Some(stopping) = &mut self.stopping else { return };
+        if now >= stopping.deadline {
+            tracing::error!("could not settle in time; ending as it is");
+            self.workers.detach();
+            self.ending = true;
+        } else if now >= stopping.next_attempt {
+            stopping.next_attempt = now + STOP_RETRY;
+            let call = Call { id: 0, request: ControlRequest::Stop { force: true } };
             let stats = self.guests.stats(self.clients.transmitting());
-            self.core.call(self.now_us(), PeerId::SELF, Call { id: 0, request }, &stats);
+            self.core.call(self.now_us(), PeerId::SELF, call, &stats);
         }
     }
 

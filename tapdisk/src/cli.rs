@@ -1,0 +1,178 @@
+//! The process: arguments in, a served disk out.
+//!
+//! Order matters here: the image is opened, and for writing locked, before
+//! the sockets are bound, so that whoever reaches them reaches its holder;
+//! and "ready" is said last.
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::Parser;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use uuid::Uuid;
+use vhd::record::TmpfsRecords;
+use vhd::storage::{FileVolumes, PosixFs, VolumeName};
+
+use crate::datapath::DataPath;
+use crate::disk::{Files, Opener};
+use crate::nbd::Export;
+use crate::server::{Parts, Server};
+use crate::service::Service;
+
+/// Name of the NBD socket in the run folder.
+const NBD_SOCKET: &str = "nbd.sock";
+/// Name of the control socket in the run folder.
+const CONTROL_SOCKET: &str = "ctl.sock";
+
+/// Serves one virtual disk of a file repository over NBD.
+#[derive(Debug, Parser)]
+#[command(name = "tapdisk", version)]
+struct Args {
+    /// The repository's folder
+    #[arg(long)]
+    sr_path: PathBuf,
+    /// The leaf, by its name in the repository
+    #[arg(long)]
+    volume: String,
+    /// The VDI served
+    #[arg(long)]
+    vdi: Uuid,
+    /// The repository
+    #[arg(long)]
+    sr: Uuid,
+    /// Where the sockets go
+    #[arg(long)]
+    run: PathBuf,
+    /// Where the pending records are, on memory that survives this process
+    #[arg(long)]
+    records: PathBuf,
+    /// This boot of the host
+    #[arg(long)]
+    boot_id: Uuid,
+    /// The repository's attach epoch
+    #[arg(long)]
+    epoch: u64,
+    /// Open everything for reading only
+    #[arg(long)]
+    read_only: bool,
+    /// Name of the export [default: the VDI's uuid]
+    #[arg(long)]
+    export: Option<String>,
+    /// An inherited descriptor whose lock is the lease on the chain; held
+    /// until this process ends
+    #[arg(long)]
+    lease_fd: Option<u32>,
+}
+
+/// Runs a tapdisk; `args` begins with the program's name. Returns when it was
+/// told to stop.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let args = match Args::try_parse_from(args) {
+        Ok(args) => args,
+        Err(error) => {
+            let _ = error.print(); // there is nowhere else to say it
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    // A program that carries this one may have set it up already.
+    let _ = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_target(false)
+        .try_init();
+    let _span = tracing::info_span!("tapdisk", sr = %args.sr, vdi = %args.vdi).entered();
+    match serve(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let message = format!("{error:#}");
+            tracing::error!(error = message, "ended");
+            say(&serde_json::json!({ "ready": false, "error": message }));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(args: &Args) -> anyhow::Result<()> {
+    if let Some(fd) = args.lease_fd {
+        // Nothing here ever closes it, so the lock lasts as long as we do.
+        std::fs::metadata(format!("/proc/self/fd/{fd}")).context("the lease is not open")?;
+    }
+    // Before any thread starts, so that all of them leave signals to the loop.
+    let signals = signals().context("signals")?;
+    let server = open(args, signals)?;
+    say(&serde_json::json!({ "ready": true, "pid": std::process::id() }));
+    tracing::info!(volume = args.volume, read_only = args.read_only, "ready");
+    let served = server.run().context("serving");
+    for socket in [NBD_SOCKET, CONTROL_SOCKET] {
+        let _ = std::fs::remove_file(args.run.join(socket)); // only tidiness
+    }
+    tracing::info!("stopped");
+    served
+}
+
+/// Opens the chain and the sockets.
+fn open(args: &Args, signals: SignalFd) -> anyhow::Result<Server<DataPath>> {
+    let top = VolumeName::new(&args.volume)
+        .with_context(|| format!("{:?} is not a volume name", args.volume))?;
+    let opener = Opener {
+        volumes: Arc::new(FileVolumes::new(Arc::new(PosixFs::new(args.sr_path.clone())))),
+        records: Arc::new(TmpfsRecords::new(args.records.clone(), args.boot_id, args.epoch)),
+        files: Arc::new(Files::default()),
+    };
+    let (engine, meta) = opener.open(&top, args.read_only)?;
+    let leaf = engine.stack().first().and_then(|image| opener.files.get(image.file));
+    let export = Export {
+        name: args.export.clone().unwrap_or_else(|| args.vdi.to_string()),
+        description: format!("VDI {}", args.vdi),
+        virtual_bytes: engine.virtual_bytes(),
+        read_only: args.read_only,
+        // On a file zeroing punches a hole; a device may have to write them.
+        fast_zero: leaf.is_some_and(|leaf| !leaf.is_device()),
+    };
+    let parts = Parts {
+        export,
+        nbd: bind(&args.run.join(NBD_SOCKET))?,
+        control: bind(&args.run.join(CONTROL_SOCKET))?,
+        volumes: Arc::clone(&opener.volumes),
+        files: Arc::clone(&opener.files),
+        signals: Some(signals),
+    };
+    let service = Service::new(opener, meta.map(|meta| (top, meta)));
+    Server::new(DataPath::new(engine, service), parts).context("threads")
+}
+
+/// Binds a socket, taking the place of one left by a process that died.
+fn bind(path: &Path) -> anyhow::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| path.display().to_string());
+        }
+        _ => {}
+    }
+    UnixListener::bind(path).with_context(|| path.display().to_string())
+}
+
+/// The signals that ask for an end, as a descriptor.
+fn signals() -> nix::Result<SignalFd> {
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGTERM);
+    set.add(Signal::SIGINT);
+    set.thread_block()?;
+    SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
+}
+
+/// One line to whoever started this process.
+fn say(document: &serde_json::Value) {
+    let mut stdout = std::io::stdout();
+    let said = writeln!(stdout, "{document}").and_then(|()| stdout.flush());
+    if let Err(error) = said {
+        // Whoever started us does not listen; the disk is served all the same.
+        tracing::warn!(%error, "cannot write to standard output");
+    }
+}
