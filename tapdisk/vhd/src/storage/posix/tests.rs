@@ -131,6 +131,27 @@ fn holes_of_the_source_stay_holes() {
     assert!(b.allocated().unwrap() < 4 << 20);
 }
 
+// Where the filesystem shares extents (TMPDIR on XFS or btrfs) this sees a
+// clone, elsewhere a copy; what can be read must be the same.
+#[test]
+fn a_clone_with_ragged_edges_reads_as_a_copy_and_stays_apart() {
+    let (_folder, fs) = folder();
+    let a = fs.create("a").unwrap();
+    let source: Vec<u8> = (0..3_u32 << 20).map(|n| (n % 253) as u8).collect();
+    a.write_at(&source, 0).unwrap();
+    let b = fs.create("b").unwrap();
+    let (from, to, len) = (1536, 4096 * 5 + 1536, 2 << 20);
+    let kind = b
+        .copy_from(&*a, from as u64, to as u64, len as u64)
+        .unwrap();
+    println!("{kind:?}");
+    a.write_at(&vec![0xff; 3 << 20], 0).unwrap();
+    let mut bytes = vec![0; len];
+    b.read_at(&mut bytes, to as u64).unwrap();
+    assert!(bytes == source[from..from + len]);
+    assert_eq!(b.len().unwrap(), (to + len) as u64);
+}
+
 #[test]
 fn a_device_is_wanted_where_a_device_is_asked_for() {
     let (folder, fs) = folder();

@@ -31,11 +31,54 @@ pub(super) enum RunEvent {
     },
 }
 
+/// Words in a page, the unit of copy-on-write.
+const PAGE: usize = 512;
+
+/// A buffer: half a MiB costs little to copy and nothing to hash.
+#[derive(Clone)]
+struct Words {
+    len: usize,
+    /// `None` reads as zeros.
+    pages: Vec<Option<Arc<[u64; PAGE]>>>,
+    /// The sum of what each word that is not 0 adds.
+    hash: u128,
+}
+
+impl Words {
+    fn new(len: usize) -> Self {
+        let pages = vec![None; len.div_ceil(PAGE)];
+        Self {
+            len,
+            pages,
+            hash: 0,
+        }
+    }
+
+    fn load(&self, index: usize) -> u64 {
+        let page = self.pages.get(index / PAGE).and_then(Option::as_ref);
+        page.map_or(0, |page| page[index % PAGE])
+    }
+
+    fn store(&mut self, index: usize, value: u64) {
+        if index >= self.len {
+            return;
+        }
+        let share = |value: u64| match value {
+            0 => 0,
+            value => mix(index as u128 + 1, value.into()),
+        };
+        let delta = share(value).wrapping_sub(share(self.load(index)));
+        self.hash = self.hash.wrapping_add(delta);
+        let page = self.pages[index / PAGE].get_or_insert_with(|| Arc::new([0; PAGE]));
+        Arc::make_mut(page)[index % PAGE] = value;
+    }
+}
+
 #[derive(Clone, Default)]
 pub(super) struct RunState {
     buffers: BTreeMap<Arc<str>, u64>,
     /// By id: a removed buffer stays usable for who has it mapped.
-    words: BTreeMap<u64, Arc<Vec<u64>>>,
+    words: BTreeMap<u64, Words>,
     files: BTreeMap<Arc<str>, Arc<[u8]>>,
     next_id: u64,
 }
@@ -45,13 +88,12 @@ impl RunState {
         match event {
             RunEvent::Create { name, id, words } => {
                 self.buffers.insert(name.clone(), *id);
-                self.words.insert(*id, Arc::new(vec![0; *words]));
+                self.words.insert(*id, Words::new(*words));
                 self.next_id = self.next_id.max(id + 1);
             }
             RunEvent::Store { id, index, value } => {
-                let words = self.words.get_mut(id).map(Arc::make_mut);
-                if let Some(word) = words.and_then(|words| words.get_mut(*index)) {
-                    *word = *value;
+                if let Some(words) = self.words.get_mut(id) {
+                    words.store(*index, *value);
                 }
             }
             RunEvent::Remove { name } => {
@@ -69,13 +111,8 @@ impl RunState {
         let mut hash = 0;
         for (name, id) in &self.buffers {
             hash = mix(hash, hash_bytes(name.as_bytes()));
-            for word in self
-                .words
-                .get(id)
-                .into_iter()
-                .flat_map(|words| words.iter())
-            {
-                hash = mix(hash, u128::from(*word));
+            if let Some(words) = self.words.get(id) {
+                hash = mix(mix(hash, words.hash), words.len as u128);
             }
         }
         for (name, bytes) in &self.files {
@@ -203,7 +240,7 @@ impl SimBuffer {
                 .run
                 .words
                 .get(&self.id)
-                .map_or(0, |words| words.len())
+                .map_or(0, |words| words.len)
         })
     }
 
@@ -223,10 +260,7 @@ impl SimBuffer {
     pub fn load(&self, index: usize) -> u64 {
         self.disk.with(|live| {
             let words = live.state.run.words.get(&self.id);
-            words
-                .and_then(|words| words.get(index))
-                .copied()
-                .unwrap_or(0)
+            words.map_or(0, |words| words.load(index))
         })
     }
 }
