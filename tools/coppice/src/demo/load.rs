@@ -146,8 +146,9 @@ impl Guest {
             while self.client.in_flight() < IN_FLIGHT {
                 self.issue()?;
             }
-            lock(&self.shared.tally).in_flight(self.client.in_flight());
             self.answer()?;
+            // At its lowest: one was answered, none sent in its place yet.
+            lock(&self.shared.tally).in_flight(self.client.in_flight());
         }
         while self.client.in_flight() > 0 {
             self.answer()?;

@@ -11,15 +11,15 @@
 //! Nothing is simulated, and nothing is taken on trust from the daemons but
 //! the figures they alone know (bytes copied and freed).
 
-mod load;
-mod oracle;
-mod report;
-mod script;
-mod stage;
-mod stamp;
-mod tally;
-mod verify;
-mod watch;
+pub mod load;
+pub mod oracle;
+pub mod report;
+pub mod script;
+pub mod stage;
+pub mod stamp;
+pub mod tally;
+pub mod verify;
+pub mod watch;
 
 use std::time::Instant;
 

@@ -31,6 +31,12 @@ pub struct Tally {
     pub in_flight_min: Option<usize>,
 }
 
+impl Default for Tally {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Tally {
     /// All zero, from now on.
     pub fn new() -> Self {

@@ -1,0 +1,11 @@
+//! Real processes, real files, other people's NBD clients.
+//!
+//! Every test has a host of its own: folders, smd and gcd. Nothing is
+//! mocked; what a test needs beyond our own programs it names, and is skipped
+//! loudly without (never in CI).
+
+mod bad_input;
+mod exclusive;
+mod killed;
+mod main_job;
+mod space;

@@ -1,0 +1,131 @@
+//! Folders that are full, or cannot be written.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::support::host::Host;
+use crate::support::programs::{am_root, have, output, run, skipped};
+
+/// A small file system of its own, unmounted with it.
+struct Mounted {
+    folder: PathBuf,
+}
+
+impl Mounted {
+    /// An ext4 of `mib` MiB on a loop device, or `None` where there is none.
+    fn ext4(host: &Host, mib: u64) -> Option<Self> {
+        if !am_root() || !have("mkfs.ext4") {
+            return None;
+        }
+        let image = host.data().join("small.img");
+        std::fs::File::create(&image).unwrap().set_len(mib << 20).unwrap();
+        run(Command::new("mkfs.ext4").args(["-q", "-m", "0", "-O", "^has_journal"]).arg(&image));
+        let folder = host.data().join("small");
+        std::fs::create_dir(&folder).unwrap();
+        let mounted = output(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&folder));
+        if !mounted.status.success() {
+            skipped("a loop device");
+            return None;
+        }
+        Some(Self { folder })
+    }
+
+    fn remount(&self, how: &str) {
+        run(Command::new("mount").arg("-o").arg(format!("remount,{how}")).arg(&self.folder));
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // Lazily: a tapdisk of a failed test may still hold it.
+        let _ = Command::new("umount").arg("-l").arg(&self.folder).status();
+    }
+}
+
+fn create(path: &Path) -> [&str; 7] {
+    ["sr", "create", "store", "--type", "file", "--path", path.to_str().unwrap()]
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_is_refused() {
+    let host = Host::new();
+    let Some(small) = Mounted::ext4(&host, 16) else { return };
+    small.remount("ro");
+    let said = host.refused(&create(&small.folder), "READ_ONLY");
+    assert!(said.stderr.contains(small.folder.to_str().unwrap()), "{said:?}");
+    assert_eq!(host.ok(&["sr", "list"]).as_array().map(Vec::len), Some(0));
+    small.remount("rw");
+    host.ok(&create(&small.folder));
+}
+
+#[test]
+fn a_missing_folder_is_refused() {
+    let host = Host::new();
+    let said = host.refused(&create(Path::new("/nonexistent/store")), "NOT_FOUND");
+    assert!(said.stderr.contains("/nonexistent/store"), "{said:?}");
+    assert!(!Path::new("/nonexistent").exists());
+}
+
+#[test]
+fn a_full_folder_says_so_and_heals() {
+    let host = Host::new();
+    let Some(small) = Mounted::ext4(&host, 16) else { return };
+    host.ok(&create(&small.folder));
+    let vdi = host.disk("store", "d", "64MiB");
+    let filler = small.folder.join("filler");
+    fill(&filler);
+    let before = listing(&small.folder);
+    host.refused(&["vdi", "create", "store", "e", "--size", "1TiB"], "NO_SPACE");
+    assert_eq!(listing(&small.folder), before, "nothing is left behind");
+    host.ok(&["vdi", "show", &vdi]);
+    std::fs::remove_file(&filler).unwrap();
+    host.disk("store", "e", "64MiB");
+}
+
+#[test]
+fn a_disk_on_a_full_folder_reports_errors_and_goes_on() {
+    if !have("qemu-io") {
+        return;
+    }
+    let host = Host::new();
+    let Some(small) = Mounted::ext4(&host, 32) else { return };
+    host.ok(&create(&small.folder));
+    let vdi = host.disk("store", "d", "64MiB");
+    let at = host.attach(&vdi);
+    let io = |what: &str| {
+        let mut command = Command::new("qemu-io");
+        output(command.args(["-f", "raw", "-t", "none", "-c", what]).arg(&at.uri))
+    };
+    assert!(io("write -P 1 0 1M").status.success());
+    let filler = small.folder.join("filler");
+    fill(&filler);
+    let full = io("write -P 2 40M 8M");
+    assert!(!full.status.success(), "{full:?}");
+    assert!(io("read -P 1 0 1M").status.success(), "what was there stays readable");
+    std::fs::remove_file(&filler).unwrap();
+    let healed = io("write -P 3 40M 8M");
+    assert!(healed.status.success(), "{healed:?}");
+    assert!(io("read -P 3 40M 8M").status.success());
+    host.ok(&["vdi", "detach", &vdi]);
+}
+
+/// Fills the file system to the last byte.
+fn fill(path: &Path) {
+    use std::io::Write;
+    let mut file = std::fs::File::create(path).unwrap();
+    for size in [1 << 20, 4096, 512] {
+        let data = vec![1; size];
+        while file.write_all(&data).is_ok() {}
+    }
+    // Not everything that was written may lie on the disk yet.
+    let _ = file.sync_all();
+}
+
+/// Names in a folder.
+fn listing(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).unwrap();
+    let mut names: Vec<_> =
+        entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}

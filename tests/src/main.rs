@@ -1,0 +1,11 @@
+//! The tests that need more than one crate, in one binary.
+//!
+//! - `interop`: our images read by others, and theirs by us
+//! - `live`: real processes and real NBD clients, killed at random
+
+#[cfg(test)]
+mod interop;
+#[cfg(test)]
+mod live;
+#[cfg(test)]
+mod support;

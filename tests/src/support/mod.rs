@@ -1,0 +1,6 @@
+//! What the tests of this binary share.
+
+pub mod forge;
+pub mod guest;
+pub mod host;
+pub mod programs;
