@@ -1,0 +1,119 @@
+//! The block allocation table, and where everything before the blocks lies.
+
+use crate::error::{Error, Result};
+use crate::footer::Footer;
+use crate::header::DynHeader;
+use crate::limits::SCAN_BYTES;
+use crate::storage::Volume;
+use crate::units::{SECTOR_BYTES, round_up};
+
+/// A BAT entry that names nothing.
+pub const BAT_FREE: u32 = 0xFFFF_FFFF;
+
+/// Where the parts of a dynamic image lie, in bytes unless said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// The BAT.
+    pub table_offset: u64,
+    /// Entries the BAT has room for.
+    pub max_entries: u32,
+    /// Entries in use: blocks of the virtual size.
+    pub entries: u32,
+    /// The BATmap's header, if the image has one.
+    pub batmap_header: Option<u64>,
+    /// The BATmap's bits: offset, and length in sectors.
+    pub batmap_bits: Option<(u64, u32)>,
+    /// End of all headers: no block may begin before.
+    pub data_start: u64,
+    /// Sectors in a block.
+    pub block_sectors: u32,
+}
+
+impl Layout {
+    /// What footer and header say, without the BATmap.
+    ///
+    /// # Errors
+    /// [`Error::BadHeader`] when the BAT is too small for the virtual size or
+    /// overlaps the headers.
+    pub fn of(footer: &Footer, header: &DynHeader) -> Result<Self> {
+        let bad = |reason| Error::BadHeader { reason };
+        let blocks = footer.virtual_bytes.div_ceil(u64::from(header.block_bytes));
+        let entries = u32::try_from(blocks).map_err(|_| bad("more blocks than a BAT can hold"))?;
+        if entries > header.max_entries {
+            return Err(bad("the BAT has fewer entries than the virtual size needs"));
+        }
+        if header.table_offset < footer.data_offset.saturating_add(1024) {
+            return Err(bad("the BAT overlaps the header"));
+        }
+        let table_end = header
+            .table_offset
+            .checked_add(table_bytes(header.max_entries))
+            .ok_or_else(|| bad("the BAT lies past the end of any file"))?;
+        let locators = header.locators.iter().filter(|l| l.space_bytes() > 0 && l.len > 0);
+        let locators_end = locators.map(|l| l.offset.saturating_add(l.space_bytes())).max().unwrap_or(0);
+        Ok(Self {
+            table_offset: header.table_offset,
+            max_entries: header.max_entries,
+            entries,
+            batmap_header: None,
+            batmap_bits: None,
+            // The BAT in use is what blocks must not overlap; a foreign image
+            // may have put its blocks right behind that.
+            data_start: table_end.max(locators_end),
+            block_sectors: header.block_bytes / 512,
+        })
+    }
+
+    /// Sectors of a block's bitmap.
+    #[must_use]
+    pub fn bitmap_sectors(&self) -> u32 {
+        self.block_sectors.div_ceil(8 * 512)
+    }
+}
+
+/// Bytes a BAT of so many entries takes: whole sectors, at least one.
+#[must_use]
+pub fn table_bytes(entries: u32) -> u64 {
+    round_up(u64::from(entries) * 4, SECTOR_BYTES).max(SECTOR_BYTES)
+}
+
+/// Reads the BAT entries in use and checks each: behind the headers, and the
+/// whole block inside the file. Memory: 4 bytes per block of the virtual size.
+/// (Overlaps are [`crate::check`]'s: they cost a sort.)
+///
+/// # Errors
+/// [`Error::BadBat`] naming the entry.
+pub fn read_bat(volume: &dyn Volume, layout: &Layout) -> Result<Vec<u32>> {
+    let len = volume.len()?;
+    let needed = u64::from(layout.entries) * 4;
+    if layout.table_offset.saturating_add(needed) > len {
+        return Err(Error::BadHeader { reason: "the BAT lies past the end of the file" });
+    }
+    let mut bat = Vec::with_capacity(layout.entries as usize);
+    let mut buffer = vec![0; SCAN_BYTES];
+    let mut at = layout.table_offset;
+    let mut left = needed;
+    while left > 0 {
+        let part = left.min(SCAN_BYTES as u64);
+        let Some(chunk) = buffer.get_mut(..part as usize) else { break };
+        volume.read_at(chunk, at)?;
+        bat.extend(chunk.as_chunks::<4>().0.iter().map(|entry| u32::from_be_bytes(*entry)));
+        at += part;
+        left -= part;
+    }
+    let slot_sectors = u64::from(layout.bitmap_sectors() + layout.block_sectors);
+    for (block, &sector) in (0_u32..).zip(&bat) {
+        if sector == BAT_FREE {
+            continue;
+        }
+        let bad = |reason| Err(Error::BadBat { block, sector, reason });
+        let start = u64::from(sector) * SECTOR_BYTES;
+        if start < layout.data_start {
+            return bad("it lies inside the headers");
+        }
+        if start + slot_sectors * SECTOR_BYTES > len {
+            return bad("it lies past the end of the file");
+        }
+    }
+    Ok(bat)
+}

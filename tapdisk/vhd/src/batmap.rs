@@ -1,0 +1,149 @@
+//! The BATmap: one bit per block, set when every sector of the block is
+//! present. The reference tapdisk's extension; a cache that may be thrown
+//! away. Its header is found by computation, right behind the BAT.
+
+use zerocopy::byteorder::big_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::bat::{Layout, table_bytes};
+use crate::error::Result;
+use crate::footer::{CREATOR_TAP, Footer, ones_complement};
+use crate::meta::Meta;
+use crate::storage::Volume;
+use crate::units::{BLOCK_BYTES, SECTOR_BYTES, round_up};
+
+const COOKIE: [u8; 8] = *b"tdbatmap";
+const VERSION_1_1: u32 = 0x0001_0001;
+const VERSION_1_2: u32 = 0x0001_0002;
+
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Raw {
+    cookie: [u8; 8],
+    offset: U64,
+    sectors: U32,
+    version: U32,
+    checksum: U32,
+    /// Marker, key hash and reserve: kept as they are.
+    rest: [u8; 484],
+}
+
+/// Bytes of bits for so many blocks: whole sectors, at least one.
+#[must_use]
+pub fn map_bytes(entries: u32) -> u64 {
+    round_up(u64::from(entries).div_ceil(8), SECTOR_BYTES).max(SECTOR_BYTES)
+}
+
+/// The bytes the checksum covers: bits for the virtual size.
+fn summed_bytes(virtual_bytes: u64) -> usize {
+    let bytes = round_up(virtual_bytes / (8 * BLOCK_BYTES), SECTOR_BYTES).max(SECTOR_BYTES);
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}
+
+/// Adds to a layout where the BATmap lies, if the image has one: the creator
+/// is the reference (or we), of a version that wrote one, and the header's
+/// fields hold water.
+pub fn locate(volume: &dyn Volume, footer: &Footer, layout: &mut Layout) -> Result<()> {
+    if footer.creator != CREATOR_TAP || footer.creator_version < VERSION_1_1 {
+        return Ok(());
+    }
+    let header = layout.table_offset + table_bytes(layout.max_entries);
+    let Some(raw) = read_header(volume, header) else { return Ok(()) };
+    let bits = (raw.offset.get(), raw.sectors.get());
+    let end = bits.0.checked_add(u64::from(bits.1) * SECTOR_BYTES);
+    let needed = map_bytes(layout.entries);
+    if bits.0 < header + SECTOR_BYTES
+        || u64::from(bits.1) * SECTOR_BYTES < needed
+        || u64::from(bits.1) * SECTOR_BYTES > map_bytes(layout.max_entries)
+        || end.is_none_or(|end| end > volume.len().unwrap_or(0))
+    {
+        return Ok(());
+    }
+    layout.batmap_header = Some(header);
+    layout.batmap_bits = Some(bits);
+    layout.data_start = layout.data_start.max(end.unwrap_or(0));
+    Ok(())
+}
+
+fn read_header(volume: &dyn Volume, at: u64) -> Option<Raw> {
+    let mut bytes = [0; 512];
+    volume.read_at(&mut bytes, at).ok()?;
+    let raw = Raw::read_from_bytes(&bytes).ok()?;
+    (raw.cookie == COOKIE && matches!(raw.version.get(), VERSION_1_1 | VERSION_1_2)).then_some(raw)
+}
+
+/// The bits for the virtual size, bit 0x80 of byte 0 first; `None` where
+/// there is no BATmap or a torn one (its checksum fails): then nothing is
+/// known to be whole (invariant 7).
+#[must_use]
+pub fn read_batmap(volume: &dyn Volume, meta: &Meta) -> Option<Vec<u8>> {
+    let layout = meta.layout.as_ref()?;
+    let (bits, sectors) = layout.batmap_bits?;
+    let raw = read_header(volume, layout.batmap_header?)?;
+    let summed = summed_bytes(meta.virtual_bytes());
+    let mut map = vec![0; summed.min(sectors as usize * 512)];
+    volume.read_at(&mut map, bits).ok()?;
+    let sum = match raw.version.get() {
+        // Version 1.1 summed signed bytes.
+        VERSION_1_1 => !map.iter().fold(0_u32, |sum, byte| {
+            sum.wrapping_add_signed(i32::from(byte.cast_signed()))
+        }),
+        _ => ones_complement(&map),
+    };
+    if sum != raw.checksum.get() {
+        return None;
+    }
+    // The reference sums by a rounding that can leave out the last bits.
+    let needed = usize::try_from(map_bytes(layout.entries)).unwrap_or(usize::MAX);
+    map.resize(needed, 0);
+    Some(map)
+}
+
+/// Whether the file's BATmap, sound or torn, has any bit set.
+#[must_use]
+pub fn batmap_has_bits(volume: &dyn Volume, meta: &Meta) -> bool {
+    let Some((bits, sectors)) = meta.layout.as_ref().and_then(|layout| layout.batmap_bits) else {
+        return false;
+    };
+    let mut sector = [0; 512];
+    (0..u64::from(sectors)).any(|n| {
+        volume.read_at(&mut sector, bits + n * SECTOR_BYTES).is_err() || sector.iter().any(|byte| *byte != 0)
+    }) || read_batmap(volume, meta).is_none()
+}
+
+/// Writes the BATmap: `bits` (the rest zero), then its header with the
+/// checksum. Not flushed: torn, it is ignored. Nothing where the image has
+/// none.
+///
+/// # Errors
+/// What writing said.
+pub fn write_batmap(volume: &dyn Volume, meta: &Meta, bits: &[u8]) -> Result<()> {
+    let Some(layout) = &meta.layout else { return Ok(()) };
+    let (Some(header), Some((offset, sectors))) = (layout.batmap_header, layout.batmap_bits) else {
+        return Ok(());
+    };
+    let mut map = bits.to_vec();
+    map.resize(sectors as usize * 512, 0);
+    volume.write_at(&map, offset)?;
+    let Some(mut raw) = read_header(volume, header) else { return Ok(()) };
+    raw.version = VERSION_1_2.into();
+    let summed = summed_bytes(meta.virtual_bytes()).min(map.len());
+    raw.checksum = ones_complement(map.get(..summed).unwrap_or(&map)).into();
+    volume.write_at(raw.as_bytes(), header)?;
+    Ok(())
+}
+
+/// The header sector of a new, empty BATmap.
+#[must_use]
+pub fn new_header(header_offset: u64, max_entries: u32) -> [u8; 512] {
+    let sectors = u32::try_from(map_bytes(max_entries) / SECTOR_BYTES).unwrap_or(u32::MAX);
+    let raw = Raw {
+        cookie: COOKIE,
+        offset: (header_offset + SECTOR_BYTES).into(),
+        sectors: sectors.into(),
+        version: VERSION_1_2.into(),
+        checksum: ones_complement(&[]).into(),
+        rest: [0; 484],
+    };
+    zerocopy::transmute!(raw)
+}
