@@ -238,10 +238,23 @@ impl Chain {
     /// # Errors
     /// Whatever is wrong with an image of the chain, naming the image.
     pub fn open(volumes: &dyn Volumes, top: &VolumeName) -> Result<Self> {
+        Self::walk(volumes, None, Some((top.clone(), open_meta(volumes, top)?)))
+    }
+
+    /// Opens everything below an image that is open already, as `meta` says.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn below(volumes: &dyn Volumes, child: &VolumeName, meta: &Meta) -> Result<Self> {
+        let parent = parent_of(volumes, meta).map_err(|e| e.of(child))?;
+        Self::walk(volumes, Some(child), parent)
+    }
+
+    fn walk(volumes: &dyn Volumes, child: Option<&VolumeName>, top: Option<(VolumeName, Opened)>) -> Result<Self> {
         let mut levels: Vec<Level> = Vec::new();
-        let mut next = Some((top.clone(), open_meta(volumes, top)?));
+        let mut next = top;
         while let Some((name, (volume, meta))) = next {
-            if levels.iter().any(|level| level.node.name == name) {
+            if child == Some(&name) || levels.iter().any(|level| level.node.name == name) {
                 return Err(Error::Cycle.of(&name));
             }
             if levels.len() >= CHAIN_NODES_MAX {

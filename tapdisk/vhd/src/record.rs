@@ -30,6 +30,7 @@ use std::io;
 
 use uuid::Uuid;
 
+pub use crate::record_files::TmpfsRecords;
 use crate::units::{BlockNo, SectorRun, Slot};
 
 /// Entries in one half; a full half starts a write-back, two full ones make

@@ -1,0 +1,146 @@
+//! Opening: from names of volumes to what the engine works on.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vhd::chain::{Chain, Node, Storage};
+use vhd::meta::Meta;
+use vhd::record::RecordStore;
+use vhd::storage::{Access, Volume, VolumeName, Volumes};
+use vhd::writer::{Settled, open_rw, settle_files};
+
+use crate::engine::{Engine, FileId, Image, Lower, SettlePlan};
+
+/// The open volumes, by the names the engine uses for them.
+#[derive(Debug, Default)]
+pub struct Files {
+    inner: Mutex<Table>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    next: u32,
+    open: HashMap<FileId, Arc<dyn Volume>>,
+}
+
+impl Files {
+    /// Takes in a volume.
+    pub fn add(&self, volume: Arc<dyn Volume>) -> FileId {
+        let mut table = self.lock();
+        let id = FileId(table.next);
+        table.next += 1;
+        table.open.insert(id, volume);
+        id
+    }
+
+    /// A volume; `None` once closed.
+    #[must_use]
+    pub fn get(&self, id: FileId) -> Option<Arc<dyn Volume>> {
+        self.lock().open.get(&id).cloned()
+    }
+
+    /// Lets go of a volume; its lock ends with its last user.
+    pub fn close(&self, id: FileId) {
+        self.lock().open.remove(&id);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Table> {
+        // Every method leaves the table whole, so a panic elsewhere does not
+        // matter here.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An image open for writing, with its metadata.
+#[derive(Debug)]
+pub struct OpenImage {
+    /// For the engine.
+    pub image: Image,
+    /// Footer and header as they are on the file.
+    pub meta: Meta,
+}
+
+/// Opens images of one repository for one data path.
+#[derive(Debug, Clone)]
+pub struct Opener {
+    /// The repository.
+    pub volumes: Arc<dyn Volumes>,
+    /// The pending records.
+    pub records: Arc<dyn RecordStore>,
+    /// Where opened volumes go.
+    pub files: Arc<Files>,
+}
+
+impl Opener {
+    /// Opens a chain for serving: its top for writing, or everything for
+    /// reading. Returns the engine and, for writing, the leaf's metadata.
+    ///
+    /// # Errors
+    /// What is wrong with an image, naming it.
+    pub fn open(&self, top: &VolumeName, read_only: bool) -> vhd::error::Result<(Engine, Option<Meta>)> {
+        if read_only {
+            let chain = Chain::open(self.volumes.as_ref(), top)?;
+            let bytes = chain.virtual_bytes();
+            return Ok((Engine::new(bytes, None, self.lower(chain)), None));
+        }
+        let leaf = self.image(top)?;
+        let lower = self.below(top, &leaf.meta)?;
+        Ok((Engine::new(leaf.meta.virtual_bytes(), Some(leaf.image), lower), Some(leaf.meta)))
+    }
+
+    /// Opens an image for writing: locked, its record replayed and renewed.
+    ///
+    /// # Errors
+    /// What is wrong with the image, naming it.
+    pub fn image(&self, name: &VolumeName) -> vhd::error::Result<OpenImage> {
+        let open = open_rw(self.volumes.as_ref(), name, self.records.as_ref())?;
+        let footer = open.meta.uuid();
+        let record = self.records.create(footer).map_err(|e| vhd::error::Error::from(e).of(name))?;
+        let file = self.files.add(open.volume);
+        let image = Image::new(file, name.clone(), footer, open.meta.virtual_bytes(), open.rw, record);
+        Ok(OpenImage { image, meta: open.meta })
+    }
+
+    /// Everything below an image.
+    ///
+    /// # Errors
+    /// What is wrong with an image of the chain, naming it.
+    pub fn below(&self, name: &VolumeName, meta: &Meta) -> vhd::error::Result<Lower> {
+        Ok(self.lower(Chain::below(self.volumes.as_ref(), name, meta)?))
+    }
+
+    fn lower(&self, chain: Chain) -> Lower {
+        let map = chain.into_map();
+        let files = map.nodes().iter().map(|node| self.files.add(Arc::clone(&node.volume))).collect();
+        Lower::new(map, files)
+    }
+
+    /// Settles an image whose metadata is durable.
+    ///
+    /// # Errors
+    /// What writing said.
+    pub fn settle(&self, plan: &SettlePlan, meta: &mut Meta, hidden: Option<bool>) -> vhd::error::Result<()> {
+        let volume = self.files.get(plan.file).ok_or(vhd::error::Error::Unsupported { what: "a closed file" })?;
+        let blocks = meta.layout.as_ref().map_or(0, |layout| layout.entries);
+        let settled = Settled::new(blocks, plan.whole.iter().copied(), plan.data_end);
+        settle_files(volume.as_ref(), meta, &settled, hidden)
+    }
+
+    /// A settled image as a level of the chain, open for reading.
+    ///
+    /// # Errors
+    /// What opening said.
+    pub fn as_level(&self, name: &VolumeName, meta: &Meta) -> std::io::Result<(Node, FileId)> {
+        let volume = self.volumes.open(name, Access::Read)?;
+        let file = self.files.add(Arc::clone(&volume));
+        let node = Node {
+            name: name.clone(),
+            uuid: meta.uuid(),
+            virtual_bytes: meta.virtual_bytes(),
+            hidden: meta.hidden(),
+            storage: Storage::Blocks,
+            volume,
+        };
+        Ok((node, file))
+    }
+}

@@ -1,0 +1,652 @@
+//! The control side of a data path: calls become engine commands and
+//! background jobs, their ends become answers.
+//!
+//! No sockets, threads or clocks: the driver carries [`Step`]s out, so the
+//! crash simulator drives the same code.
+//!
+//! One operation at a time: a second one is refused as busy. Two things span
+//! operations: a pause (from `Pause` to `Resume`, or until its lease ends) and
+//! a merge (from `MergeStart` to `MergeStop` or `MergeCommit`).
+
+use std::collections::HashMap;
+
+use tapdisk_control::{Answer, ImageRef, IntentNames, MergeStatus, Refusal, Reply, Request, Stats};
+use vhd::meta::Meta;
+use vhd::reparent::{ParentLink, set_parent};
+use vhd::storage::VolumeName;
+
+use crate::disk::{OpenImage, Opener};
+use crate::engine::{Command, CommandError, CommandReply, Engine, FileId, NewLeaf, SettlePlan, Token};
+
+/// A control connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Connection(pub u64);
+
+/// Work that may block; its result goes to [`Service::job_done`].
+pub type Job = Box<dyn FnOnce() -> JobResult + Send>;
+
+/// What the driver is to do.
+pub enum Step {
+    /// Send an answer.
+    Answer(Connection, Answer),
+    /// Give the engine a command; its answer goes to [`Service::answered`].
+    Command(Token, Command),
+    /// Run a job off the engine's thread.
+    Job(Token, Job),
+    /// Everything is settled and answered: end the process.
+    Exit,
+}
+
+impl std::fmt::Debug for Step {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Answer(connection, answer) => f.debug_tuple("Answer").field(connection).field(answer).finish(),
+            Self::Command(token, command) => f.debug_tuple("Command").field(token).field(command).finish(),
+            Self::Job(token, _) => f.debug_tuple("Job").field(token).finish_non_exhaustive(),
+            Self::Exit => f.write_str("Exit"),
+        }
+    }
+}
+
+/// What a job brought.
+#[derive(Debug)]
+pub enum JobResult {
+    /// An image to swap in.
+    Child(Box<OpenImage>),
+    /// The parent of a merge and everything below it.
+    Parent(Box<OpenImage>, Box<crate::engine::Lower>),
+    /// The image under the leaf was settled; read through this file.
+    Settled(Box<vhd::chain::Node>, FileId),
+    /// The leaf's header names its new parent, durably.
+    Reparented(Box<Meta>),
+    /// The chain below the leaf, read anew.
+    Below(Box<crate::engine::Lower>),
+    /// Every image was settled.
+    AllSettled,
+    /// How the intent of an ended lease was decided.
+    Decided {
+        /// Whether the swap must happen.
+        swap: bool,
+    },
+    /// It failed.
+    Failed(String),
+}
+
+/// What an operation does next when its command or job ends.
+#[derive(Debug)]
+enum Doing {
+    Preparing(IntentNames),
+    Pausing { intent: IntentNames, limit_us: u64 },
+    Resuming { swapped: Option<Box<Meta>> },
+    CleaningBase { then: AfterFold },
+    SettlingBase { then: AfterFold },
+    Folding { then: AfterFold },
+    Reparenting,
+    Rereading,
+    Refreshing,
+    Cleaning,
+    OpeningParent { rate_bytes_per_s: u64 },
+    StartingMerge(Box<Meta>),
+    StoppingMerge,
+    Committing,
+    Closing,
+    SettlingAll,
+    /// The lease of a pause ended by itself.
+    Deciding,
+}
+
+/// The image under the leaf that is being settled.
+#[derive(Debug, Clone)]
+struct AfterFold {
+    name: VolumeName,
+}
+
+#[derive(Debug)]
+struct Operation {
+    doing: Doing,
+    /// Who gets the answer; nobody for what the tapdisk does by itself.
+    caller: Option<(Connection, u64)>,
+}
+
+/// A pause in force.
+#[derive(Debug)]
+struct Lease {
+    intent: IntentNames,
+    holder: Connection,
+    deadline_us: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Service {
+    opener: Opener,
+    /// Name and metadata of the leaf; `None` when read-only.
+    leaf: Option<(VolumeName, Meta)>,
+    /// Metadata of the second image of the stack: former leaf, or parent.
+    second: Option<Meta>,
+    prepared: Option<(IntentNames, Connection, Option<Box<OpenImage>>)>,
+    lease: Option<Lease>,
+    operations: HashMap<Token, Operation>,
+    next_token: u64,
+}
+
+impl Service {
+    /// For a data path opened by `opener`; `leaf` as [`Opener::open`] gave it.
+    #[must_use]
+    pub fn new(opener: Opener, leaf: Option<(VolumeName, Meta)>) -> Self {
+        Self { opener, leaf, second: None, prepared: None, lease: None, operations: HashMap::new(), next_token: 1 }
+    }
+
+    /// A call came in. `counters` is what the driver counts; the rest of the
+    /// statistics is filled in here.
+    pub fn call(&mut self, engine: &Engine, from: Connection, id: u64, request: Request, counters: &Stats) -> Vec<Step> {
+        let caller = (from, id);
+        match self.begin(engine, caller, request, counters) {
+            Ok(steps) => steps,
+            Err(refusal) => vec![answer(caller, Err(refusal))],
+        }
+    }
+
+    fn begin(
+        &mut self,
+        engine: &Engine,
+        caller: (Connection, u64),
+        request: Request,
+        counters: &Stats,
+    ) -> Result<Vec<Step>, Refusal> {
+        match request {
+            Request::Stats => {
+                return Ok(vec![answer(caller, Ok(Reply::Stats(Box::new(stats(engine, counters)))))]);
+            }
+            Request::MergeStatus => return Ok(vec![answer(caller, Ok(Reply::Merge(merge_status(engine))))]),
+            _ => {}
+        }
+        if !self.operations.is_empty() {
+            return Err(busy("another operation is under way"));
+        }
+        if self.lease.is_some() && !matches!(request, Request::Resume { .. }) {
+            return Err(busy("the disk is paused"));
+        }
+        match request {
+            Request::Stats | Request::MergeStatus => Ok(Vec::new()),
+            Request::Prepare { intent, leaf, child } => self.prepare(caller, intent, &leaf, child),
+            Request::Pause { intent, limit_ms } => {
+                if self.prepared.as_ref().is_none_or(|(prepared, ..)| *prepared != intent) {
+                    return Err(stale("nothing was prepared under this intent"));
+                }
+                let limit_us = limit_ms.saturating_mul(1000);
+                Ok(self.command(caller, Doing::Pausing { intent, limit_us }, Command::Pause))
+            }
+            Request::Resume { intent, swap } => self.resume(caller, &intent, swap),
+            Request::SettleBase { base } => self.settle_base(engine, caller, &base),
+            Request::Refresh { leaf, parent } => self.refresh(engine, caller, &leaf, parent),
+            Request::Settle => Ok(self.command(caller, Doing::Cleaning, Command::Clean { second_only: false })),
+            Request::MergeStart { leaf, parent, rate_bytes_per_s } => {
+                self.merge_start(caller, &leaf, &parent, rate_bytes_per_s)
+            }
+            Request::MergeStop if engine.merge_status().0 == tapdisk_control::MergePhase::None => {
+                Ok(vec![answer(caller, Ok(Reply::Done))])
+            }
+            Request::MergeStop => Ok(self.command(caller, Doing::StoppingMerge, Command::MergeStop)),
+            Request::MergeCommit { leaf, parent } => self.merge_commit(caller, &leaf, &parent),
+            Request::Stop { .. } => Ok(self.command(caller, Doing::Closing, Command::Close)),
+        }
+    }
+
+    fn leaf_checked(&self, leaf: &ImageRef) -> Result<&(VolumeName, Meta), Refusal> {
+        let Some(own) = &self.leaf else { return Err(stale("this disk is attached read-only")) };
+        if own.0.as_str() != leaf.volume || own.1.uuid() != leaf.footer {
+            return Err(stale(&format!("the leaf is {} with footer uuid {}", own.0, own.1.uuid())));
+        }
+        Ok(own)
+    }
+
+    fn prepare(
+        &mut self,
+        caller: (Connection, u64),
+        intent: IntentNames,
+        leaf: &ImageRef,
+        child: Option<ImageRef>,
+    ) -> Result<Vec<Step>, Refusal> {
+        let bytes = self.leaf_checked(leaf)?.1.virtual_bytes();
+        self.drop_prepared();
+        let Some(child) = child else {
+            self.prepared = Some((intent, caller.0, None));
+            return Ok(vec![answer(caller, Ok(Reply::Done))]);
+        };
+        let name = volume_name(&child.volume)?;
+        let opener = self.opener.clone();
+        let job = move || match opener.image(&name) {
+            Err(error) => JobResult::Failed(error.to_string()),
+            Ok(open) if open.meta.uuid() != child.footer => {
+                JobResult::Failed(format!("{name} has footer uuid {}, not {}", open.meta.uuid(), child.footer))
+            }
+            Ok(open) if open.meta.virtual_bytes() != bytes || open.image.rw.allocated_blocks() != 0 => {
+                JobResult::Failed(format!("{name} is not an empty image of {bytes} bytes"))
+            }
+            Ok(open) => JobResult::Child(Box::new(open)),
+        };
+        Ok(self.job(caller, Doing::Preparing(intent), job))
+    }
+
+    fn resume(&mut self, caller: (Connection, u64), intent: &IntentNames, swap: bool) -> Result<Vec<Step>, Refusal> {
+        match &self.lease {
+            Some(lease) if lease.intent == *intent => {}
+            _ => return Err(Refusal::Voided),
+        }
+        Ok(self.end_pause(Some(caller), swap))
+    }
+
+    /// Ends a pause one way or the other.
+    fn end_pause(&mut self, caller: Option<(Connection, u64)>, swap: bool) -> Vec<Step> {
+        self.lease = None;
+        let leaf_name = self.leaf.as_ref().map(|(name, _)| name.clone());
+        let child = self.prepared.take().and_then(|(_, _, child)| child);
+        let (swapped, command) = match (swap, child, leaf_name) {
+            (true, Some(child), Some(name)) => {
+                let leaf = Box::new(NewLeaf { image: child.image, name });
+                (Some(Box::new(child.meta)), Command::Resume { swap: Some(leaf) })
+            }
+            (_, child, _) => {
+                if let Some(child) = child {
+                    self.opener.files.close(child.image.file);
+                }
+                (None, Command::Resume { swap: None })
+            }
+        };
+        self.start(caller, Doing::Resuming { swapped }, command)
+    }
+
+    fn settle_base(&mut self, engine: &Engine, caller: (Connection, u64), base: &ImageRef) -> Result<Vec<Step>, Refusal> {
+        let name = volume_name(&base.volume)?;
+        match &self.second {
+            Some(meta) if engine.has_frozen() && meta.uuid() == base.footer => {}
+            // Settled before: the answer was lost, not the work.
+            _ if engine.images().iter().skip(1).any(|(_, footer)| *footer == base.footer) => {
+                return Ok(vec![answer(caller, Ok(Reply::Done))]);
+            }
+            _ => return Err(stale("this image does not wait to be settled")),
+        }
+        let then = AfterFold { name };
+        Ok(self.command(caller, Doing::CleaningBase { then }, Command::Clean { second_only: true }))
+    }
+
+    /// The second image is clean: settle it, hidden, and read it as a level.
+    fn settle_second(&mut self, caller: Option<(Connection, u64)>, plans: &[SettlePlan], then: AfterFold) -> Vec<Step> {
+        let (Some(plan), Some(meta)) = (plans.first().cloned(), self.second.clone()) else {
+            return self.fail(caller, "no image waits to be settled");
+        };
+        let (opener, name) = (self.opener.clone(), then.name.clone());
+        let job = move || {
+            let mut meta = meta;
+            let settled = opener
+                .settle(&plan, &mut meta, Some(true))
+                .map_err(|e| e.to_string())
+                .and_then(|()| opener.as_level(&name, &meta).map_err(|e| format!("{name}: {e}")));
+            match settled {
+                Ok((node, file)) => JobResult::Settled(Box::new(node), file),
+                Err(error) => JobResult::Failed(error),
+            }
+        };
+        self.start_job(caller, Doing::SettlingBase { then }, job)
+    }
+
+    /// The header first, then the chain is read anew while requests go on.
+    /// The leaf's header and locator sectors are written by nobody else.
+    fn refresh(
+        &mut self,
+        engine: &Engine,
+        caller: (Connection, u64),
+        leaf: &ImageRef,
+        parent: Option<ImageRef>,
+    ) -> Result<Vec<Step>, Refusal> {
+        let meta = self.leaf_checked(leaf)?.1.clone();
+        let Some(parent) = parent else {
+            let mut steps = vec![more(caller, Reply::HeaderDurable)];
+            steps.extend(self.reread(Some(caller)));
+            return Ok(steps);
+        };
+        let link = ParentLink { uuid: parent.footer, volume: volume_name(&parent.volume)?, timestamp_s: 0 };
+        let volume = engine.stack().first().and_then(|image| self.opener.files.get(image.file));
+        let volume = volume.ok_or_else(|| stale("the leaf is not open for writing"))?;
+        let job = move || {
+            let mut meta = meta;
+            match set_parent(volume.as_ref(), &mut meta, &link) {
+                Ok(()) => JobResult::Reparented(Box::new(meta)),
+                Err(error) => JobResult::Failed(error.to_string()),
+            }
+        };
+        Ok(self.job(caller, Doing::Reparenting, job))
+    }
+
+    fn reread(&mut self, caller: Option<(Connection, u64)>) -> Vec<Step> {
+        let Some((name, meta)) = self.leaf.clone() else { return Vec::new() };
+        let opener = self.opener.clone();
+        let job = move || match opener.below(&name, &meta) {
+            Ok(lower) => JobResult::Below(Box::new(lower)),
+            Err(error) => JobResult::Failed(error.to_string()),
+        };
+        self.start_job(caller, Doing::Rereading, job)
+    }
+
+    fn merge_start(
+        &mut self,
+        caller: (Connection, u64),
+        leaf: &ImageRef,
+        parent: &ImageRef,
+        rate_bytes_per_s: u64,
+    ) -> Result<Vec<Step>, Refusal> {
+        let meta = &self.leaf_checked(leaf)?.1;
+        if meta.parent.as_ref().is_none_or(|own| own.uuid != parent.footer) {
+            return Err(stale("that image is not the leaf's parent"));
+        }
+        let (name, footer, bytes) = (volume_name(&parent.volume)?, parent.footer, meta.virtual_bytes());
+        let opener = self.opener.clone();
+        let job = move || match opener.image(&name) {
+            Err(error) => JobResult::Failed(error.to_string()),
+            Ok(open) if open.meta.uuid() != footer => JobResult::Failed(format!("{name} is another image by now")),
+            Ok(open) if open.meta.virtual_bytes() < bytes => {
+                JobResult::Failed(format!("{name} is smaller than the leaf and must be grown first"))
+            }
+            Ok(open) => match opener.below(&name, &open.meta) {
+                Ok(lower) => JobResult::Parent(Box::new(open), Box::new(lower)),
+                Err(error) => JobResult::Failed(error.to_string()),
+            },
+        };
+        Ok(self.job(caller, Doing::OpeningParent { rate_bytes_per_s }, job))
+    }
+
+    fn merge_commit(
+        &mut self,
+        caller: (Connection, u64),
+        leaf: &ImageRef,
+        parent: &ImageRef,
+    ) -> Result<Vec<Step>, Refusal> {
+        self.leaf_checked(leaf)?;
+        let Some(meta) = self.second.clone().filter(|meta| meta.uuid() == parent.footer) else {
+            return Err(stale("no merge into that image is running"));
+        };
+        let mut footer = meta.footer;
+        footer.hidden = false;
+        let footer = Box::new(footer.to_bytes());
+        Ok(self.command(caller, Doing::Committing, Command::MergeCommit { footer }))
+    }
+
+    /// The engine answered a command.
+    pub fn answered(&mut self, token: Token, reply: Result<CommandReply, CommandError>, now_us: u64) -> Vec<Step> {
+        let Some(Operation { doing, caller }) = self.operations.remove(&token) else { return Vec::new() };
+        let reply = match reply {
+            Ok(reply) => reply,
+            Err(error) => return self.command_failed(doing, caller, &error),
+        };
+        match (doing, reply) {
+            (Doing::Pausing { intent, limit_us }, CommandReply::Paused { leaf_is_empty }) => {
+                let holder = caller.map_or(Connection(0), |(connection, _)| connection);
+                self.lease = Some(Lease { intent, holder, deadline_us: now_us.saturating_add(limit_us) });
+                said(caller, Reply::Paused { leaf_is_empty })
+            }
+            (Doing::Resuming { swapped }, _) => {
+                if let (Some(meta), Some((_, leaf))) = (swapped, &mut self.leaf) {
+                    self.second = Some(std::mem::replace(leaf, *meta));
+                }
+                said(caller, Reply::Done)
+            }
+            (Doing::CleaningBase { then }, CommandReply::Clean(plans)) => self.settle_second(caller, &plans, then),
+            (Doing::Folding { .. }, _) => {
+                if let Some(meta) = self.second.take() {
+                    // What the record held is durable in the image by now.
+                    let _ = self.opener.records.remove(meta.uuid());
+                }
+                said(caller, Reply::Done)
+            }
+            (Doing::Refreshing, _) => said(caller, Reply::Drained),
+            (Doing::StartingMerge(meta), _) => {
+                self.second = Some(*meta);
+                said(caller, Reply::Done)
+            }
+            (Doing::StoppingMerge, _) => self.fold_parent(caller),
+            (Doing::Committing, _) => {
+                self.committed();
+                said(caller, Reply::Done)
+            }
+            (Doing::Closing, CommandReply::Clean(plans)) => self.settle_all(caller, plans),
+            _ => said(caller, Reply::Done),
+        }
+    }
+
+    fn command_failed(
+        &mut self,
+        doing: Doing,
+        caller: Option<(Connection, u64)>,
+        error: &CommandError,
+    ) -> Vec<Step> {
+        let refusal = match error {
+            CommandError::Busy(detail) => busy(detail),
+            CommandError::Failed(detail) => Refusal::Failed { detail: detail.clone() },
+        };
+        let mut steps = caller.map(|caller| answer(caller, Err(refusal))).into_iter().collect::<Vec<_>>();
+        // A disk whose metadata cannot be written must still be able to end;
+        // its record stays for whoever opens it next.
+        if matches!(doing, Doing::Closing) {
+            steps.push(Step::Exit);
+        }
+        steps
+    }
+
+    /// A stopped merge: the parent is frozen now; settle and fold it.
+    fn fold_parent(&mut self, caller: Option<(Connection, u64)>) -> Vec<Step> {
+        let name = self.leaf.as_ref().and_then(|(_, meta)| meta.parent.as_ref()).and_then(|parent| {
+            parent.candidates().ok().and_then(|names| names.into_iter().next())
+        });
+        match name {
+            Some(name) => {
+                let then = AfterFold { name };
+                self.start(caller, Doing::CleaningBase { then }, Command::Clean { second_only: true })
+            }
+            None => self.fail(caller, "the leaf has no parent any more"),
+        }
+    }
+
+    fn committed(&mut self) {
+        if let (Some((_, leaf)), Some(mut parent)) = (&mut self.leaf, self.second.take()) {
+            parent.footer.hidden = false;
+            let emptied = std::mem::replace(leaf, parent);
+            let _ = self.opener.records.remove(emptied.uuid());
+        }
+    }
+
+    fn settle_all(&mut self, caller: Option<(Connection, u64)>, plans: Vec<SettlePlan>) -> Vec<Step> {
+        let opener = self.opener.clone();
+        let metas: Vec<Meta> =
+            self.leaf.iter().map(|(_, meta)| meta.clone()).chain(self.second.clone()).collect();
+        let job = move || {
+            for (plan, mut meta) in plans.into_iter().zip(metas) {
+                let settled = opener.settle(&plan, &mut meta, None);
+                if let Err(error) = settled.and_then(|()| Ok(opener.records.remove(meta.uuid())?)) {
+                    return JobResult::Failed(error.to_string());
+                }
+            }
+            JobResult::AllSettled
+        };
+        self.start_job(caller, Doing::SettlingAll, job)
+    }
+
+    /// A job ended.
+    pub fn job_done(&mut self, token: Token, result: JobResult) -> Vec<Step> {
+        let Some(Operation { doing, caller }) = self.operations.remove(&token) else { return Vec::new() };
+        match (doing, result) {
+            (Doing::SettlingAll, JobResult::AllSettled) => {
+                let mut steps = said(caller, Reply::Done);
+                steps.push(Step::Exit);
+                steps
+            }
+            (Doing::SettlingAll, JobResult::Failed(detail)) => {
+                let mut steps = self.fail(caller, &detail);
+                steps.push(Step::Exit);
+                steps
+            }
+            (_, JobResult::Failed(detail)) => self.fail(caller, &detail),
+            (Doing::Preparing(intent), JobResult::Child(child)) => {
+                let holder = caller.map_or(Connection(0), |(connection, _)| connection);
+                self.prepared = Some((intent, holder, Some(child)));
+                said(caller, Reply::Done)
+            }
+            (Doing::SettlingBase { then }, JobResult::Settled(node, file)) => {
+                self.start(caller, Doing::Folding { then }, Command::Fold { node, file })
+            }
+            (Doing::Reparenting, JobResult::Reparented(meta)) => {
+                if let Some((_, leaf)) = &mut self.leaf {
+                    *leaf = *meta;
+                }
+                let mut steps: Vec<Step> = caller.map(|c| more(c, Reply::HeaderDurable)).into_iter().collect();
+                steps.extend(self.reread(caller));
+                steps
+            }
+            (Doing::Rereading, JobResult::Below(lower)) => {
+                self.start(caller, Doing::Refreshing, Command::Refresh { lower })
+            }
+            (Doing::OpeningParent { rate_bytes_per_s }, JobResult::Parent(parent, below)) => {
+                let command = Command::MergeStart { parent: Box::new(parent.image), below, rate_bytes_per_s };
+                self.start(caller, Doing::StartingMerge(Box::new(parent.meta)), command)
+            }
+            (Doing::Deciding, JobResult::Decided { swap }) => self.end_pause(caller, swap),
+            (_, other) => self.fail(caller, &format!("a job brought {other:?}")),
+        }
+    }
+
+    /// A control connection ended. What it had prepared is dropped; a pause
+    /// it held ends.
+    pub fn disconnected(&mut self, connection: Connection) -> Vec<Step> {
+        if self.lease.as_ref().is_some_and(|lease| lease.holder == connection) {
+            return self.lease_ends();
+        }
+        if self.prepared.as_ref().is_some_and(|(_, holder, _)| *holder == connection) && self.operations.is_empty() {
+            self.drop_prepared();
+        }
+        Vec::new()
+    }
+
+    /// Time passed: a pause over its limit ends.
+    pub fn tick(&mut self, now_us: u64) -> Vec<Step> {
+        match &self.lease {
+            Some(lease) if now_us >= lease.deadline_us => self.lease_ends(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Whoever paused is gone or late. The intent is renamed from pending to
+    /// void; if that finds it decided already, the swap is completed. Only
+    /// one of the two renames can win, so both sides agree.
+    fn lease_ends(&mut self) -> Vec<Step> {
+        if !self.operations.is_empty() {
+            return Vec::new();
+        }
+        let Some(lease) = &self.lease else { return Vec::new() };
+        let (volumes, intent) = (self.opener.volumes.clone(), lease.intent.clone());
+        let job = move || {
+            let decided = match volumes.rename_record(&intent.pending, &intent.void) {
+                Ok(true) => false,
+                // Not pending any more, or unreadable: decided only if it says so.
+                Ok(false) | Err(_) => matches!(volumes.record(&intent.decided), Ok(Some(_))),
+            };
+            JobResult::Decided { swap: decided }
+        };
+        self.start_job(None, Doing::Deciding, job)
+    }
+
+    fn drop_prepared(&mut self) {
+        if let Some((_, _, Some(child))) = self.prepared.take() {
+            self.opener.files.close(child.image.file);
+        }
+    }
+
+    fn command(&mut self, caller: (Connection, u64), doing: Doing, command: Command) -> Vec<Step> {
+        self.start(Some(caller), doing, command)
+    }
+
+    fn job(&mut self, caller: (Connection, u64), doing: Doing, job: impl FnOnce() -> JobResult + Send + 'static) -> Vec<Step> {
+        self.start_job(Some(caller), doing, job)
+    }
+
+    fn start(&mut self, caller: Option<(Connection, u64)>, doing: Doing, command: Command) -> Vec<Step> {
+        vec![Step::Command(self.operation(caller, doing), command)]
+    }
+
+    fn start_job(
+        &mut self,
+        caller: Option<(Connection, u64)>,
+        doing: Doing,
+        job: impl FnOnce() -> JobResult + Send + 'static,
+    ) -> Vec<Step> {
+        vec![Step::Job(self.operation(caller, doing), Box::new(job))]
+    }
+
+    fn operation(&mut self, caller: Option<(Connection, u64)>, doing: Doing) -> Token {
+        let token = Token(self.next_token);
+        self.next_token += 1;
+        self.operations.insert(token, Operation { doing, caller });
+        token
+    }
+
+    fn fail(&mut self, caller: Option<(Connection, u64)>, detail: &str) -> Vec<Step> {
+        let refusal = Refusal::Failed { detail: detail.to_owned() };
+        caller.map(|caller| answer(caller, Err(refusal))).into_iter().collect()
+    }
+}
+
+fn answer((connection, id): (Connection, u64), outcome: Result<Reply, Refusal>) -> Step {
+    Step::Answer(connection, Answer { id, last: true, outcome })
+}
+
+fn more((connection, id): (Connection, u64), reply: Reply) -> Step {
+    Step::Answer(connection, Answer { id, last: false, outcome: Ok(reply) })
+}
+
+fn said(caller: Option<(Connection, u64)>, reply: Reply) -> Vec<Step> {
+    caller.map(|caller| answer(caller, Ok(reply))).into_iter().collect()
+}
+
+fn busy(detail: &str) -> Refusal {
+    Refusal::Busy { detail: detail.to_owned() }
+}
+
+fn stale(detail: &str) -> Refusal {
+    Refusal::Stale { detail: detail.to_owned() }
+}
+
+fn volume_name(name: &str) -> Result<VolumeName, Refusal> {
+    VolumeName::new(name).ok_or_else(|| Refusal::Bad { detail: format!("{name:?} is not a volume name") })
+}
+
+fn merge_status(engine: &Engine) -> MergeStatus {
+    let (phase, figures) = engine.merge_status();
+    MergeStatus {
+        phase,
+        blocks_total: figures.blocks_total,
+        blocks_done: figures.blocks_done,
+        bytes_copied: figures.bytes_copied,
+        bytes_cloned: figures.bytes_cloned,
+        bytes_freed: figures.bytes_freed,
+        longest_wait_us: figures.longest_wait_us,
+        error: figures.error,
+    }
+}
+
+fn stats(engine: &Engine, counters: &Stats) -> Stats {
+    let mut chain = engine
+        .images()
+        .into_iter()
+        .map(|(name, footer)| ImageRef { volume: name.to_string(), footer });
+    let leaf = if engine.leaf().is_some() { chain.next() } else { None };
+    Stats {
+        chain: leaf.iter().cloned().chain(chain).collect(),
+        leaf,
+        virtual_bytes: engine.virtual_bytes(),
+        read_only: engine.stack().is_empty(),
+        in_flight: engine.in_flight() as u64,
+        leaf_blocks: u64::from(engine.leaf_blocks()),
+        record_entries: engine.record_entries() as u64,
+        state: engine.state_word(),
+        ..counters.clone()
+    }
+}
