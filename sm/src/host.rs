@@ -70,11 +70,15 @@ pub trait Host: Send + Sync + Debug {
     /// The tapdisk lives but cannot be reached.
     fn tap(&self, vdi: Uuid) -> io::Result<Option<Box<dyn Tap>>>;
 
-    /// Where the live tapdisk of a VDI serves.
+    /// Where the reader of a live lease serves.
+    fn endpoint(&self, lease: &Lease) -> Endpoint;
+
+    /// Waits, with a stated limit, until the reader of a VDI is gone; then
+    /// reaps its lease. Returns false when it is still there.
     ///
     /// # Errors
     /// I/O errors.
-    fn endpoint(&self, vdi: Uuid) -> io::Result<Option<Endpoint>>;
+    fn wait_gone(&self, vdi: Uuid) -> io::Result<bool>;
 
     /// Pending records of the SR's images.
     fn records(&self) -> &dyn RecordStore;

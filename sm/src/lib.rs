@@ -5,20 +5,36 @@
 //! | [`repo`] | one attached SR: volumes, host, labels, limits |
 //! | [`host`], [`lease`] | this machine: locks, leases, tapdisks |
 //! | [`journal`] | what is half done |
-//! | [`tree`] | which image stands on which (pure) |
+//! | [`tree`], [`scan`], [`chain`] | which image stands on which (the first is pure) |
+//! | [`ops`] | create, snapshot, clone, delete, attach, detach, one file each |
+//! | [`recover`] | finishing or undoing what a dead process left |
+//! | [`image`] | single images: where the format crate is called |
+//! | [`catalog`] | labels and history |
 //!
 //! Absent on purpose: the data path (reached only through its control
 //! socket) and the choice of what to coalesce (the `gc` crate).
 
+pub mod attached;
 pub mod catalog;
+pub mod chain;
 pub mod error;
 pub mod host;
 pub mod ids;
+pub mod image;
 pub mod journal;
 pub mod lease;
 pub mod limits;
+pub mod nudge;
+pub mod ops;
+pub mod owner;
+pub mod recover;
 pub mod repo;
+pub mod run_folder;
+pub mod scan;
+pub mod spawn;
+pub mod state;
 pub mod tree;
+pub mod views;
 
 pub use error::{Error, Result};
 pub use repo::Repo;

@@ -4,6 +4,9 @@
 //! data; a scan fills it again from the images. Nothing that decides about
 //! data reads it (invariant 8).
 
+mod sqlite;
+pub use sqlite::SqliteLabels;
+
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 

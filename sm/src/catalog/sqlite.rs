@@ -1,0 +1,266 @@
+//! The catalog on the SR: `<sr>/.coppice/catalog.db`.
+//!
+//! The schema is the sum of numbered steps; `user_version` says how many were
+//! taken. A step is never changed once released, only followed by another.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rusqlite::{Connection, OptionalExtension, Row, params};
+use uuid::Uuid;
+
+use super::{Event, Label, Labels};
+use crate::error::{Error, Result};
+use crate::limits::HISTORY_ROWS_MAX;
+
+const STEPS: &[&str] = &[
+    // 1
+    "CREATE TABLE sr (one INTEGER PRIMARY KEY CHECK (one = 1), uuid TEXT NOT NULL,
+        name TEXT NOT NULL) STRICT;
+     CREATE TABLE vdi (uuid TEXT PRIMARY KEY, name TEXT NOT NULL, description TEXT NOT NULL,
+        snapshot_of TEXT, created_s INTEGER NOT NULL, read_only INTEGER NOT NULL) STRICT;
+     CREATE TABLE history (id INTEGER PRIMARY KEY AUTOINCREMENT, at_s INTEGER NOT NULL,
+        operation TEXT NOT NULL, vdi TEXT NOT NULL, detail TEXT NOT NULL) STRICT;",
+];
+/// How long one process waits for another's transaction.
+const BUSY_WAIT: Duration = Duration::from_secs(10);
+
+impl From<rusqlite::Error> for Error {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Catalog(error.to_string())
+    }
+}
+
+/// Labels in the SR's own database.
+#[derive(Debug)]
+pub struct SqliteLabels {
+    connection: Mutex<Connection>,
+}
+
+impl SqliteLabels {
+    /// Opens the catalog in an SR's dot folder, making it or bringing its
+    /// schema up to date. A file that is no database is moved aside: labels
+    /// are lost then, and the next scan makes new ones.
+    ///
+    /// # Errors
+    /// The database cannot be opened, or a newer version wrote it.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join("catalog.db");
+        let opened = open(&path);
+        let connection = match opened {
+            Err(rusqlite::Error::SqliteFailure(error, _))
+                if matches!(
+                    error.code,
+                    rusqlite::ErrorCode::NotADatabase | rusqlite::ErrorCode::DatabaseCorrupt
+                ) =>
+            {
+                let aside = folder.join("catalog.db.broken");
+                tracing::error!(path = %path.display(), "the catalog is broken: labels are lost");
+                std::fs::rename(&path, aside).map_err(|e| Error::io("move the catalog", e))?;
+                open(&path)?
+            }
+            opened => opened?,
+        };
+        let labels = Self { connection: Mutex::new(connection) };
+        labels.upgrade()?;
+        Ok(labels)
+    }
+
+    fn upgrade(&self) -> Result<()> {
+        let mut connection = self.lock();
+        let taken: usize = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+        if taken > STEPS.len() {
+            return Err(Error::Catalog(format!("a newer version wrote it (schema {taken})")));
+        }
+        for (at, step) in STEPS.iter().enumerate().skip(taken) {
+            let transaction = connection.transaction()?;
+            transaction.execute_batch(step)?;
+            transaction.pragma_update(None, "user_version", at + 1)?;
+            transaction.commit()?;
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Connection> {
+        // An interrupted transaction was rolled back when it was dropped.
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Uuid and name of the SR, if they were ever noted.
+    ///
+    /// # Errors
+    /// The catalog cannot be read.
+    pub fn sr(&self) -> Result<Option<(Uuid, String)>> {
+        let row = |row: &Row<'_>| Ok((uuid(row, 0)?, row.get(1)?));
+        Ok(self.lock().query_row("SELECT uuid, name FROM sr", [], row).optional()?)
+    }
+
+    /// Notes uuid and name of the SR.
+    ///
+    /// # Errors
+    /// The catalog cannot be written.
+    pub fn set_sr(&self, sr: Uuid, name: &str) -> Result<()> {
+        let sql = "INSERT INTO sr VALUES (1, ?1, ?2)
+            ON CONFLICT (one) DO UPDATE SET uuid = ?1, name = ?2";
+        self.lock().execute(sql, params![sr.to_string(), name])?;
+        Ok(())
+    }
+
+    /// The newest lines of history, newest first.
+    ///
+    /// # Errors
+    /// The catalog cannot be read.
+    pub fn history(&self, rows_max: u32) -> Result<Vec<(u64, String, Uuid, String)>> {
+        let connection = self.lock();
+        let sql = "SELECT at_s, operation, vdi, detail FROM history ORDER BY id DESC LIMIT ?1";
+        let mut query = connection.prepare(sql)?;
+        let rows = query.query_map([rows_max], |row| {
+            Ok((row.get(0)?, row.get(1)?, uuid(row, 2)?, row.get(3)?))
+        })?;
+        Ok(rows.collect::<rusqlite::Result<_>>()?)
+    }
+}
+
+fn open(path: &Path) -> rusqlite::Result<Connection> {
+    let connection = Connection::open(path)?;
+    connection.busy_timeout(BUSY_WAIT)?;
+    // A rollback journal works on any filesystem, NFS included.
+    connection.pragma_update(None, "journal_mode", "DELETE")?;
+    connection.pragma_update(None, "synchronous", "NORMAL")?;
+    Ok(connection)
+}
+
+fn uuid(row: &Row<'_>, at: usize) -> rusqlite::Result<Uuid> {
+    let text: String = row.get(at)?;
+    parse(&text, at)
+}
+
+fn parse(text: &str, at: usize) -> rusqlite::Result<Uuid> {
+    Uuid::try_parse(text).map_err(|e| {
+        rusqlite::Error::FromSqlConversionFailure(at, rusqlite::types::Type::Text, Box::new(e))
+    })
+}
+
+/// Columns 1.. of a `vdi` row.
+fn label(row: &Row<'_>) -> rusqlite::Result<Label> {
+    let snapshot_of: Option<String> = row.get(3)?;
+    Ok(Label {
+        name: row.get(1)?,
+        description: row.get(2)?,
+        snapshot_of: snapshot_of.map(|text| parse(&text, 3)).transpose()?,
+        created_s: row.get(4)?,
+        read_only: row.get(5)?,
+    })
+}
+
+const COLUMNS: &str = "uuid, name, description, snapshot_of, created_s, read_only";
+
+impl Labels for SqliteLabels {
+    fn all(&self) -> Result<BTreeMap<Uuid, Label>> {
+        let connection = self.lock();
+        let mut query = connection.prepare(&format!("SELECT {COLUMNS} FROM vdi"))?;
+        let rows = query.query_map([], |row| Ok((uuid(row, 0)?, label(row)?)))?;
+        Ok(rows.collect::<rusqlite::Result<_>>()?)
+    }
+
+    fn get(&self, vdi: Uuid) -> Result<Option<Label>> {
+        let sql = format!("SELECT {COLUMNS} FROM vdi WHERE uuid = ?1");
+        Ok(self.lock().query_row(&sql, [vdi.to_string()], label).optional()?)
+    }
+
+    fn put(&self, vdi: Uuid, label: &Label) -> Result<()> {
+        let sql = format!("INSERT OR REPLACE INTO vdi ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6)");
+        let snapshot_of = label.snapshot_of.map(|uuid| uuid.to_string());
+        self.lock().execute(
+            &sql,
+            params![
+                vdi.to_string(),
+                label.name,
+                label.description,
+                snapshot_of,
+                label.created_s,
+                label.read_only
+            ],
+        )?;
+        Ok(())
+    }
+
+    fn remove(&self, vdi: Uuid) -> Result<()> {
+        self.lock().execute("DELETE FROM vdi WHERE uuid = ?1", [vdi.to_string()])?;
+        Ok(())
+    }
+
+    fn note(&self, event: &Event) -> Result<()> {
+        let mut connection = self.lock();
+        let transaction = connection.transaction()?;
+        transaction.execute(
+            "INSERT INTO history (at_s, operation, vdi, detail) VALUES (?1, ?2, ?3, ?4)",
+            params![event.at_s, event.operation, event.vdi.to_string(), event.detail],
+        )?;
+        transaction.execute(
+            "DELETE FROM history WHERE id <= (SELECT MAX(id) FROM history) - ?1",
+            [HISTORY_ROWS_MAX],
+        )?;
+        transaction.commit()?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn full() -> Label {
+        Label {
+            name: "web".into(),
+            description: "a disk".into(),
+            snapshot_of: Some(Uuid::from_u128(7)),
+            created_s: 1_700_000_000,
+            read_only: true,
+        }
+    }
+
+    #[test]
+    fn labels_and_history_survive_reopening() {
+        let folder = tempfile::tempdir().unwrap();
+        let (a, b) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let labels = SqliteLabels::open(folder.path()).unwrap();
+        assert_eq!(labels.sr().unwrap(), None);
+        labels.set_sr(b, "first").unwrap();
+        labels.set_sr(b, "second").unwrap();
+        labels.put(a, &Label::default()).unwrap();
+        labels.put(a, &full()).unwrap();
+        labels.put(b, &full()).unwrap();
+        labels.remove(b).unwrap();
+        let event = Event { at_s: 5, operation: "create", vdi: a, detail: "x".into() };
+        labels.note(&event).unwrap();
+        drop(labels);
+
+        let labels = SqliteLabels::open(folder.path()).unwrap();
+        assert_eq!(labels.sr().unwrap(), Some((b, "second".into())));
+        assert_eq!(labels.get(a).unwrap(), Some(full()));
+        assert_eq!(labels.all().unwrap(), BTreeMap::from([(a, full())]));
+        assert_eq!(labels.history(9).unwrap(), [(5, "create".into(), a, "x".into())]);
+    }
+
+    #[test]
+    fn a_file_that_is_no_database_costs_labels_only() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("catalog.db"), "x".repeat(5000)).unwrap();
+        let labels = SqliteLabels::open(folder.path()).unwrap();
+        assert_eq!(labels.all().unwrap(), BTreeMap::new());
+        assert!(folder.path().join("catalog.db.broken").exists());
+    }
+
+    #[test]
+    fn a_newer_schema_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        drop(SqliteLabels::open(folder.path()).unwrap());
+        let connection = Connection::open(folder.path().join("catalog.db")).unwrap();
+        connection.pragma_update(None, "user_version", 99).unwrap();
+        drop(connection);
+        assert!(SqliteLabels::open(folder.path()).is_err());
+    }
+}

@@ -1,0 +1,102 @@
+//! VDI operations, one file each.
+//!
+//! All are blocking functions over a [`Repo`]: no process, socket, clock or
+//! file is touched but through it, so that the crash simulator runs them
+//! whole. Each begins by recovering what an earlier one left half done on the
+//! same tree.
+
+mod attach;
+mod create;
+mod delete;
+mod rename;
+mod snapshot;
+mod snapshot_steps;
+mod stat;
+
+pub use attach::{Attached, attach, detach, settle_all};
+pub use create::{VIRTUAL_BYTES_MIN, create};
+pub use delete::{Deleted, delete};
+pub use rename::rename;
+pub use snapshot::{Wanted, snapshot};
+pub(crate) use snapshot_steps::{Decision, decide, finish, swapped, take_back};
+pub use stat::{Stat, stat};
+
+use uuid::Uuid;
+
+use crate::chain::{self, Link};
+use crate::error::{Error, IoContext, Result};
+use crate::host::Guard;
+use crate::journal::{self, Intent, LeafMergeIntent, Stored};
+use crate::lease::Lease;
+use crate::limits::LABEL_BYTES_MAX;
+use crate::recover;
+use crate::repo::Repo;
+
+/// The SR, locked, with everything half done on some VDIs' trees recovered.
+pub(crate) struct Locked {
+    /// The SR lock; dropped last.
+    _guard: Guard,
+    /// Live leases.
+    pub leases: Vec<Lease>,
+    /// What is still half done: operations under way, and the collector's.
+    pub intents: Vec<Stored>,
+}
+
+impl Locked {
+    /// The lease of a VDI.
+    pub fn lease(&self, vdi: Uuid) -> Option<&Lease> {
+        self.leases.iter().find(|lease| lease.vdi == vdi)
+    }
+
+    /// Refuses with [`Error::Busy`] when a snapshot that names the VDI's leaf
+    /// is under way.
+    pub fn no_snapshot_of(&self, leaf: &Link) -> Result<()> {
+        let names = |stored: &&Stored| {
+            matches!(stored.intent, Intent::Snapshot(_))
+                && stored.intent.names(&leaf.volume, leaf.head.footer)
+        };
+        match self.intents.iter().find(names) {
+            Some(stored) => {
+                Err(Error::Busy { reason: format!("snapshot {} is under way", stored.name.id) })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The merge of this leaf into its parent, if there is one.
+    pub fn leaf_merge(&self, leaf: &Link) -> Option<&LeafMergeIntent> {
+        self.intents.iter().find_map(|stored| match &stored.intent {
+            Intent::LeafMerge(merge) if stored.intent.names(&leaf.volume, leaf.head.footer) => {
+                Some(merge)
+            }
+            _ => None,
+        })
+    }
+}
+
+/// Takes the SR lock and recovers what concerns `vdis`.
+pub(crate) fn lock(repo: &Repo, vdis: &[Uuid]) -> Result<Locked> {
+    let guard = repo.host.lock_sr().during(|| format!("lock of SR {}", repo.name))?;
+    recover::recover(repo, recover::Scope::Vdis(vdis))?;
+    let leases = repo.host.leases().during(|| "leases".into())?;
+    let intents = journal::load(repo.volumes.as_ref())?;
+    Ok(Locked { _guard: guard, leases, intents })
+}
+
+/// The chain of a VDI that guests may see.
+pub(crate) fn visible_chain(repo: &Repo, vdi: Uuid) -> Result<Vec<Link>> {
+    let chain = chain::read(repo, vdi)?;
+    if chain[0].head.hidden {
+        return Err(Error::NotFound { what: format!("VDI {vdi}: it is a hidden node") });
+    }
+    Ok(chain)
+}
+
+/// Refuses a label no table could show.
+pub(crate) fn check_label(text: &str) -> Result<()> {
+    if text.len() > LABEL_BYTES_MAX || text.chars().any(char::is_control) {
+        let reason = format!("a name has at most {LABEL_BYTES_MAX} bytes and no control characters");
+        return Err(Error::BadRequest { reason });
+    }
+    Ok(())
+}

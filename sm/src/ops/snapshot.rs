@@ -1,0 +1,371 @@
+//! Snapshot and clone, of one VDI or of several at one instant.
+//!
+//! ```text
+//!   before                 after
+//!   P <- L                 P <- B <- L          B: L's former image, hidden
+//!                                 \- S          S: snapshot or clone, empty
+//!
+//!   P <- L (holds nothing) P <- L, P <- S       no node is added
+//! ```
+//!
+//! The steps, for all members together; `[lock]` is the SR lock.
+//!
+//! ```text
+//!  [lock]
+//!   1  record `pending`, durable
+//!   2  <B> becomes a second name of L's image; new leaf and S are created
+//!      under temporary names, flushed
+//!   3  names synced
+//!  [no lock] attached members:
+//!   4  Prepare: the tapdisk opens its new leaf
+//!   5  Pause, all of them: nothing is in flight anywhere
+//!   6  record renamed to `decided`: THE INSTANT
+//!   7  Resume with swap: new leaf renamed over L, writes go on
+//!   8  swaps synced, then the decision
+//!   9  SettleBase: B settled, then hidden
+//!  [lock]
+//!  10  the same for unattached members (swap, sync, settle, hide), S renamed
+//!      to its name, synced, labels, leases, record removed
+//! ```
+//!
+//! Crash argument. Up to 6 nothing that exists has changed: the second name
+//! and the temporaries are garbage, and while the record says so no scan
+//! shows them. Power may be lost with the record's rename to `decided` not
+//! durable but a swap durable; so a swap that is found decides, too. No swap
+//! is ever durable before step 3 was, so what a swap needs is there. S gets
+//! its name, and B its flag, only after swaps and decision are durable: a
+//! snapshot that is taken back never had either. From `decided` on every step
+//! is idempotent and recovery repeats them from 7; its one `match` is in
+//! [`crate::recover`], the steps in `snapshot_steps`.
+//!
+//! If we vanish between 5 and 7 each tapdisk tries to rename the record to
+//! `void`; only one rename of `pending` can win, so all of them resume the
+//! same way.
+//!
+//! Inside the pause there are one rename and, in each tapdisk, another;
+//! nothing is read and nothing synced.
+
+use tapdisk_control::{Reply, Request};
+use uuid::Uuid;
+use vhd::storage::VolumeName;
+
+use super::Locked;
+use super::snapshot_steps::{self as steps, Decision};
+use crate::chain::Link;
+use crate::error::{Error, IoContext, Result};
+use crate::host::Tap;
+use crate::image::{self, NewVhd};
+use crate::journal::{
+    self, ImageRef, Intent, Member, RecordName, Shape, Sibling, SiblingKind, SnapshotIntent,
+};
+use crate::limits::GROUP_MEMBERS_MAX;
+use crate::repo::Repo;
+
+/// One VDI to snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    /// The VDI.
+    pub vdi: Uuid,
+    /// Name of the new snapshot or clone.
+    pub name: String,
+}
+
+/// A VDI with the tapdisk that serves it for writing.
+struct Target<'a> {
+    wanted: &'a Wanted,
+    live: Option<Live>,
+}
+
+struct Live {
+    tap: Box<dyn Tap>,
+    /// Whether its leaf held nothing when asked. It may since.
+    empty: bool,
+}
+
+/// Makes a sibling of each VDI, all at one instant, all or none. Returns the
+/// siblings' uuids in the order asked for.
+///
+/// # Errors
+/// [`Error::ChainTooLong`], [`Error::NoSpace`], [`Error::Busy`] and whatever
+/// breaks a chain, before anything has changed; [`Error::Busy`] when a guest
+/// did not drain in time: nothing has changed then either. An error after
+/// the decision leaves the record: recovery finishes the snapshot.
+pub fn snapshot(repo: &Repo, kind: SiblingKind, wanted: &[Wanted]) -> Result<Vec<Uuid>> {
+    check(wanted)?;
+    // A leaf that looked empty may have been written to before the pause;
+    // then all members are divided, which is right for an empty one as well.
+    match attempt(repo, kind, wanted, false)? {
+        Attempt::Done(siblings) => Ok(siblings),
+        Attempt::NotEmptyAnyMore => match attempt(repo, kind, wanted, true)? {
+            Attempt::Done(siblings) => Ok(siblings),
+            Attempt::NotEmptyAnyMore => {
+                Err(Error::Busy { reason: "the leaf changes while it is looked at".into() })
+            }
+        },
+    }
+}
+
+enum Attempt {
+    Done(Vec<Uuid>),
+    NotEmptyAnyMore,
+}
+
+fn check(wanted: &[Wanted]) -> Result<()> {
+    let bad = |reason: String| Err(Error::BadRequest { reason });
+    if wanted.is_empty() || wanted.len() > GROUP_MEMBERS_MAX {
+        return bad(format!("a snapshot has 1 to {GROUP_MEMBERS_MAX} VDIs"));
+    }
+    for (at, one) in wanted.iter().enumerate() {
+        super::check_label(&one.name)?;
+        if wanted[..at].iter().any(|other| other.vdi == one.vdi) {
+            return bad(format!("VDI {} is named twice", one.vdi));
+        }
+    }
+    Ok(())
+}
+
+fn attempt(
+    repo: &Repo,
+    kind: SiblingKind,
+    wanted: &[Wanted],
+    divide_all: bool,
+) -> Result<Attempt> {
+    let mut targets = wanted.iter().map(|w| target(repo, w)).collect::<Result<Vec<_>>>()?;
+    let id = repo.ids.uuid();
+    let held = repo.host.hold_intent(id).during(|| format!("hold intent {id}"))?;
+    let _held = held.ok_or_else(|| Error::Busy { reason: format!("intent {id} is taken") })?;
+    let intent = prepare(repo, id, kind, &mut targets, divide_all)?;
+    let siblings = intent.members.iter().map(|member| member.sibling.vdi).collect();
+    match decide(repo, &intent, &mut targets) {
+        Ok(Decided::Yes) => {}
+        Ok(Decided::NotEmptyAnyMore) => {
+            take_back(repo, &intent)?;
+            return Ok(Attempt::NotEmptyAnyMore);
+        }
+        Err(error) => {
+            take_back(repo, &intent)?;
+            return Err(error);
+        }
+    }
+    steps::make_decision_durable(repo)?;
+    for (member, target) in intent.members.iter().zip(&mut targets) {
+        if let Some(live) = &mut target.live {
+            steps::settle_base_live(repo, member, live.tap.as_mut())?;
+        }
+    }
+    let _sr = repo.host.lock_sr().during(|| format!("lock of SR {}", repo.name))?;
+    steps::finish(repo, &intent)?;
+    Ok(Attempt::Done(siblings))
+}
+
+/// Connects to the tapdisk of a VDI, outside the lock: one that hangs then
+/// keeps nobody waiting but us.
+fn target<'a>(repo: &Repo, wanted: &'a Wanted) -> Result<Target<'a>> {
+    let lost = |reason: String| Error::NotRunning {
+        what: format!("the tapdisk of VDI {}", wanted.vdi),
+        reason,
+    };
+    let Some(mut tap) = repo.host.tap(wanted.vdi).map_err(|e| lost(e.to_string()))? else {
+        return Ok(Target { wanted, live: None });
+    };
+    let Reply::Stats(stats) = tap.call(Request::Stats).map_err(|e| lost(e.to_string()))? else {
+        return Err(lost("an answer to another question".into()));
+    };
+    let empty = stats.leaf_blocks == 0 && stats.record_entries == 0;
+    // One that only reads changes nothing and need not be paused.
+    let live = (!stats.read_only).then_some(Live { tap, empty });
+    Ok(Target { wanted, live })
+}
+
+/// Steps 1 to 3. On an error everything is taken back.
+fn prepare(
+    repo: &Repo,
+    id: Uuid,
+    kind: SiblingKind,
+    targets: &mut [Target<'_>],
+    divide_all: bool,
+) -> Result<SnapshotIntent> {
+    let vdis: Vec<Uuid> = targets.iter().map(|target| target.wanted.vdi).collect();
+    let locked = super::lock(repo, &vdis)?;
+    let mut members = Vec::new();
+    let mut leaves = Vec::new();
+    for target in targets {
+        let chain = super::visible_chain(repo, target.wanted.vdi)?;
+        members.push(plan(repo, id, &locked, target, &chain, divide_all, &mut leaves)?);
+        leaves.push(chain);
+    }
+    let intent = SnapshotIntent { id, kind, members };
+    let record = Intent::Snapshot(intent.clone());
+    let made = journal::put(repo.volumes.as_ref(), &record, "snapshot: record pending")
+        .and_then(|_| make_images(repo, &intent, &leaves));
+    if let Err(error) = made {
+        // Nobody has been asked to swap: this cannot lose against anybody.
+        steps::decide(repo, id, Decision::Void)?;
+        steps::take_back(repo, &intent)?;
+        return Err(error);
+    }
+    Ok(intent)
+}
+
+/// Checks one member and says how its tree will change. Changes nothing but
+/// settling an image that a killed holder left.
+fn plan(
+    repo: &Repo,
+    id: Uuid,
+    locked: &Locked,
+    target: &mut Target<'_>,
+    chain: &[Link],
+    divide_all: bool,
+    before: &mut [Vec<Link>],
+) -> Result<Member> {
+    let vdi = target.wanted.vdi;
+    let leaf = &chain[0];
+    if leaf.volume.is_raw() {
+        return Err(Error::Unsupported { what: format!("snapshot of raw VDI {vdi}") });
+    }
+    locked.no_snapshot_of(leaf)?;
+    let writer = locked.lease(vdi).filter(|lease| !lease.read_only);
+    if writer.is_some() != target.live.is_some() {
+        let reason = format!("VDI {vdi} is just being attached or detached");
+        return Err(Error::Busy { reason });
+    }
+    steps::stop_leaf_merge(repo, locked, leaf, target.live.as_mut().map(|live| &mut live.tap))?;
+    let empty = match &target.live {
+        Some(live) => live.empty && !divide_all,
+        None => {
+            // Settled when it was attached for reading; not while it is read.
+            if locked.lease(vdi).is_none() {
+                image::settle(repo, &leaf.volume)?;
+            }
+            image::allocated_bytes(repo, &leaf.volume)? == 0
+        }
+    };
+    let depth = u32::try_from(chain.len()).unwrap_or(u32::MAX);
+    if depth >= repo.limits.chain_max && !empty {
+        return Err(Error::ChainTooLong { vdi, depth, depth_max: repo.limits.chain_max });
+    }
+    if !empty && locked.lease(vdi).is_some() && writer.is_none() {
+        let reason = "it is attached read-only and holds data of its own".into();
+        return Err(Error::InUse { what: format!("VDI {vdi}"), reason });
+    }
+    let at = u32::try_from(2 * before.len()).unwrap_or(u32::MAX);
+    let prepared = |n: u32| ImageRef {
+        volume: VolumeName::temporary(id, at + n).as_str().to_owned(),
+        footer: repo.ids.uuid(),
+    };
+    let shape = if empty {
+        Shape::Empty
+    } else {
+        Shape::Divide { base: repo.ids.uuid(), new_leaf: prepared(0) }
+    };
+    let name = target.wanted.name.clone();
+    let sibling = Sibling { image: prepared(1), vdi: repo.ids.uuid(), name };
+    Ok(Member { vdi, leaf_footer: leaf.head.footer, shape, sibling })
+}
+
+/// Steps 2 and 3.
+fn make_images(repo: &Repo, intent: &SnapshotIntent, chains: &[Vec<Link>]) -> Result<()> {
+    for (member, chain) in intent.members.iter().zip(chains) {
+        let virtual_bytes = chain[0].head.virtual_bytes;
+        let make = |image: &ImageRef, parent: Option<(&VolumeName, Uuid)>| {
+            let volume = journal::volume_of(image)?;
+            let new = NewVhd { volume: &volume, footer: image.footer, virtual_bytes, parent };
+            image::create(repo, &new).map(drop)
+        };
+        match &member.shape {
+            Shape::Divide { base, new_leaf } => {
+                let base = VolumeName::vhd(*base);
+                repo.volumes
+                    .link(&chain[0].volume, &base)
+                    .during(|| format!("second name of {}", chain[0].volume))?;
+                let parent = Some((&base, member.leaf_footer));
+                make(new_leaf, parent)?;
+                make(&member.sibling.image, parent)?;
+            }
+            Shape::Empty => {
+                let parent = chain.get(1).map(|link| (&link.volume, link.head.footer));
+                make(&member.sibling.image, parent)?;
+            }
+        }
+    }
+    repo.volumes
+        .sync("snapshot: children and second names")
+        .during(|| "names of a snapshot's images".into())
+}
+
+enum Decided {
+    Yes,
+    NotEmptyAnyMore,
+}
+
+/// Steps 4 to 7. On an error, and when a leaf is not empty any more, the
+/// record is `void` and everybody goes on as before.
+fn decide(repo: &Repo, intent: &SnapshotIntent, targets: &mut [Target<'_>]) -> Result<Decided> {
+    let paused = pause_all(repo, intent, targets);
+    let outcome = match &paused {
+        Ok(Decided::Yes) => steps::decide(repo, intent.id, Decision::Swap),
+        Ok(Decided::NotEmptyAnyMore) | Err(_) => steps::decide(repo, intent.id, Decision::Void),
+    };
+    // An unknown outcome: dropping the connections makes each tapdisk find
+    // out for itself, and recovery does the same for us.
+    let decision = outcome?;
+    let names = RecordName::of_snapshot(intent.id);
+    for target in &mut *targets {
+        let Some(live) = &mut target.live else { continue };
+        let swap = decision == Decision::Swap;
+        // Refused or unanswered: it has resumed by itself, as the record
+        // says, or it is dead; `finish` looks at what became of the leaf.
+        if let Err(error) = live.tap.call(Request::Resume { intent: names.clone(), swap }) {
+            tracing::warn!(sr = %repo.uuid, vdi = %target.wanted.vdi, %error, "resume");
+        }
+    }
+    match (paused?, decision) {
+        (Decided::Yes, Decision::Void) => {
+            let reason = "the pause lasted too long; nothing was changed".into();
+            Err(Error::Busy { reason })
+        }
+        (decided, _) => Ok(decided),
+    }
+}
+
+/// Steps 4 and 5.
+fn pause_all(
+    repo: &Repo,
+    intent: &SnapshotIntent,
+    targets: &mut [Target<'_>],
+) -> Result<Decided> {
+    let names = RecordName::of_snapshot(intent.id);
+    let failed = |vdi: Uuid, error: tapdisk_control::ClientError| Error::Busy {
+        reason: format!("the tapdisk of VDI {vdi} cannot pause: {error}"),
+    };
+    for (member, target) in intent.members.iter().zip(&mut *targets) {
+        let Some(live) = &mut target.live else { continue };
+        let leaf = ImageRef {
+            volume: VolumeName::vhd(member.vdi).as_str().to_owned(),
+            footer: member.leaf_footer,
+        };
+        let child = match &member.shape {
+            Shape::Divide { new_leaf, .. } => Some(new_leaf.clone()),
+            Shape::Empty => None,
+        };
+        let request = Request::Prepare { intent: names.clone(), leaf, child };
+        live.tap.call(request).map_err(|e| failed(member.vdi, e))?;
+    }
+    for (member, target) in intent.members.iter().zip(targets) {
+        let Some(live) = &mut target.live else { continue };
+        let limit_ms = repo.limits.pause_ms_max;
+        let request = Request::Pause { intent: names.clone(), limit_ms };
+        let reply = live.tap.call(request).map_err(|e| failed(member.vdi, e))?;
+        let now_empty = matches!(reply, Reply::Paused { leaf_is_empty: true });
+        if member.shape == Shape::Empty && !now_empty {
+            return Ok(Decided::NotEmptyAnyMore);
+        }
+    }
+    Ok(Decided::Yes)
+}
+
+/// Cleans up after a snapshot that did not happen.
+fn take_back(repo: &Repo, intent: &SnapshotIntent) -> Result<()> {
+    let _sr = repo.host.lock_sr().during(|| format!("lock of SR {}", repo.name))?;
+    steps::take_back(repo, intent)
+}
