@@ -319,3 +319,68 @@ mod simulated {
 
     suite!(make());
 }
+
+/// Random operations on both filesystems at once: what one reads the other
+/// reads.
+#[cfg(feature = "sim")]
+mod differential {
+    use rand::rngs::SmallRng;
+    use rand::{Rng, SeedableRng};
+
+    use super::*;
+
+    const FILE_BYTES_MAX: u64 = 40_000;
+    const STEPS: usize = 150;
+
+    /// Mostly aligned to something, as real offsets are.
+    fn place(rng: &mut SmallRng) -> u64 {
+        let unit = [1, 512, 4096][rng.random_range(0..3)];
+        rng.random_range(0..FILE_BYTES_MAX) / unit * unit
+    }
+
+    /// One random operation on both pairs of files.
+    fn step(rng: &mut SmallRng, worlds: &[Vec<Arc<dyn Volume>>]) -> String {
+        let (at, len) = (place(rng), place(rng).min(9_000));
+        let (which, kind) = (rng.random_range(0..2), rng.random_range(0..4));
+        let (from, byte) = (place(rng), rng.random());
+        for world in worlds {
+            let (volume, other) = (&world[which], &world[1 - which]);
+            match kind {
+                0 => volume
+                    .write_at(&vec![byte; usize::try_from(len).unwrap()], at)
+                    .unwrap(),
+                1 => volume.zero(at, len).unwrap(),
+                2 => volume.set_len(at).unwrap(),
+                _ => {
+                    let len = len.min(other.len().unwrap().saturating_sub(from));
+                    volume.copy_from(&**other, from, at, len).unwrap();
+                }
+            }
+        }
+        format!("kind {kind} file {which} at {at} from {from} len {len}")
+    }
+
+    fn run(seed: u64) {
+        let folder = tempfile::tempdir().unwrap();
+        let real = super::super::PosixFs::new(folder.path().to_owned());
+        let simulated = super::super::sim::SimDisk::new();
+        let open = |fs: &dyn Fs| ["a", "b"].map(|name| fs.create(name).unwrap()).to_vec();
+        let worlds = [open(&real), open(&simulated)];
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let mut done = Vec::new();
+        for _ in 0..STEPS {
+            done.push(step(&mut rng, &worlds));
+            for (real, simulated) in worlds[0].iter().zip(&worlds[1]) {
+                let same = all(&**real) == all(&**simulated);
+                assert!(same, "seed {seed}: differs after {done:#?}");
+            }
+        }
+    }
+
+    #[test]
+    fn both_filesystems_read_the_same_after_anything() {
+        for seed in 0..40 {
+            run(seed);
+        }
+    }
+}

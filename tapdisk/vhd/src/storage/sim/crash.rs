@@ -26,8 +26,9 @@ use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
 
 use super::disk::SimDisk;
+use super::effect::{Change, Effect, Ino};
 use super::sector::Content;
-use super::state::{Change, Effect, Ino, Inode, State};
+use super::state::{Inode, State};
 
 /// No limit on space, in sectors.
 pub(super) const UNLIMITED: u64 = u64::MAX >> 10;
@@ -231,6 +232,7 @@ fn power_cut(state: &State, strategy: Strategy, rng: &mut SmallRng) -> State {
         durable_names: names.clone(),
         names,
         folders: state.folders.clone(),
+        devices: state.devices.clone(),
         inodes,
         next_ino: state.next_ino.max(last + 1),
         next_seq: state.next_seq,

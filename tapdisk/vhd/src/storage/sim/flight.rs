@@ -8,10 +8,11 @@ use std::io;
 use std::sync::Arc;
 
 use super::super::{CopyKind, Volume, Why};
-use super::disk::{SimDisk, SimVolume, copy_kind};
+use super::disk::SimDisk;
+use super::effect::Ino;
 use super::log::{OpNo, What};
 use super::sabotage::{OpClass, Step};
-use super::state::Ino;
+use super::volume::{SimVolume, copy_kind};
 
 /// Which file an operation is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

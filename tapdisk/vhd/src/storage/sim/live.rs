@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex};
 
 use super::super::Why;
 use super::crash::UNLIMITED;
+use super::effect::{Ino, folder_of};
 use super::log::{Cursor, Event, Op, OpNo, Outcome, What};
 use super::sabotage::{Fault, OpClass, Sabotage, Step};
 use super::sector::SECTOR;
-use super::state::{Ino, State};
+use super::state::State;
 
 /// Shared by a disk and all states made from it: which steps were seen in the
 /// run and its recoveries, and which one is left out in all of them.
@@ -197,7 +198,7 @@ impl Live {
         };
         let free = |path: &str| match found(path) {
             Ok(()) => Err(io::Error::from(io::ErrorKind::AlreadyExists)),
-            Err(_) => self.folder_exists(super::state::folder_of(path)),
+            Err(_) => self.folder_exists(folder_of(path)),
         };
         match what {
             What::Write { ino, offset, bytes } => self.room(*ino, *offset, bytes.len() as u64),
@@ -208,18 +209,21 @@ impl Live {
                 to_at,
                 len,
             } => {
-                if from_at.saturating_add(*len) > self.state.content(*from).len {
+                if *len > 0 && from_at.saturating_add(*len) > self.state.content(*from).len {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
                 self.room(*to, *to_at, *len)
             }
-            What::Create { path, .. } => free(path),
+            What::Create { path, .. } | What::MakeDevice { path, .. } => free(path),
             What::Link { from, to } => found(from).and_then(|()| free(to)),
             What::Rename { from, to } => {
-                found(from).and_then(|()| self.folder_exists(super::state::folder_of(to)))
+                found(from).and_then(|()| self.folder_exists(folder_of(to)))
             }
             What::Unlink { path } => found(path),
             What::SyncNames { folder } => self.folder_exists(folder),
+            What::SetLen { ino, .. } if self.state.devices.contains(ino) => {
+                Err(io::ErrorKind::Unsupported.into())
+            }
             _ => Ok(()),
         }
     }
@@ -234,13 +238,18 @@ impl Live {
     /// Whether the holes in a range can be filled. All or nothing: a real
     /// filesystem may write a part, but no caller may rely on either.
     fn room(&self, ino: Ino, offset: u64, len: u64) -> io::Result<()> {
+        let full = || Err(io::Error::from_raw_os_error(nix::libc::ENOSPC));
+        if self.state.devices.contains(&ino) {
+            let inside = offset.saturating_add(len) <= self.state.content(ino).len;
+            return if inside { Ok(()) } else { full() };
+        }
         if self.capacity == UNLIMITED || len == 0 {
             return Ok(());
         }
         let (first, end) = (offset / SECTOR, (offset + len).div_ceil(SECTOR));
         let set = self.state.content(ino).set_within(first, end).len() as u64;
         if end - first - set > self.capacity.saturating_sub(self.used()) {
-            return Err(io::Error::from_raw_os_error(nix::libc::ENOSPC));
+            return full();
         }
         Ok(())
     }

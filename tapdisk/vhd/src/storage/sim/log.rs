@@ -4,8 +4,9 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::super::Why;
+use super::effect::Ino;
 use super::run::RunEvent;
-use super::state::{Ino, State};
+use super::state::State;
 
 /// Names an operation in the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -86,6 +87,15 @@ pub(super) enum What {
     MakeFolder {
         folder: Arc<str>,
     },
+    MakeDevice {
+        path: Arc<str>,
+        ino: Ino,
+        len: u64,
+    },
+    ResizeDevice {
+        ino: Ino,
+        len: u64,
+    },
 }
 
 impl fmt::Debug for What {
@@ -123,6 +133,10 @@ impl fmt::Debug for What {
             Self::Rename { from, to } => write!(f, "rename {from} {to}"),
             Self::Unlink { path } => write!(f, "unlink {path}"),
             Self::SyncNames { folder } => write!(f, "sync names of {folder:?}"),
+            Self::MakeDevice { path, ino, len } => {
+                write!(f, "make device {path} #{} of {len}", ino.0)
+            }
+            Self::ResizeDevice { ino, len } => write!(f, "resize device #{} {len}", ino.0),
             Self::MakeFolder { folder } => write!(f, "make folder {folder}"),
         }
     }

@@ -17,10 +17,11 @@
 //! | file | what |
 //! |---|---|
 //! | `sector` | bytes of a file, cheap to copy, hashed as they change |
+//! | `effect` | what operations do, in pieces a crash can keep or lose |
 //! | `state` | everything at one instant, and the one transition |
 //! | `log` | events, and walking along them |
 //! | `live` | the running machine: locks, limits, faults |
-//! | `disk` | [`SimDisk`], the handle: [`Fs`](super::Fs) and [`Volume`](super::Volume) |
+//! | `disk`, `volume` | the handles: [`Fs`](super::Fs) and [`Volume`](super::Volume) |
 //! | `flight` | operations in flight, completed in any order |
 //! | `run` | memory that survives a process but not the power |
 //! | `crash` | the states a crash can leave |
@@ -28,15 +29,18 @@
 //!
 //! What is assumed of a real machine: a sector is written whole or not at
 //! all; a rename is atomic; a flush covers what completed before it began,
-//! and no names; a sync of names covers no bytes. A folder is durable once
-//! made, because the real one syncs its parent at once.
+//! and no names; a sync of names covers no bytes; a lock is only free again
+//! once nothing its holder began is in flight. A folder is durable once
+//! made, because the real one syncs its parent at once, and a block device is
+//! durable with its length, as a volume manager promises.
 //!
-//! Absent on purpose: time, block devices, and any knowledge of VHD.
+//! Absent on purpose: time, and any knowledge of VHD.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 mod crash;
 mod disk;
+mod effect;
 mod flight;
 mod live;
 mod log;
@@ -44,12 +48,14 @@ mod run;
 mod sabotage;
 mod sector;
 mod state;
+mod volume;
 
 pub use crash::{CrashKind, Strategy};
-pub use disk::{SimDisk, SimVolume};
+pub use disk::SimDisk;
 pub use flight::{SimDone, SimFile, SimOp, SimRequest};
 pub use run::{SimBuffer, SimRun};
 pub use sabotage::{Fault, OpClass, Sabotage, Step};
+pub use volume::SimVolume;
 
 /// A panic in a test must not hide behind a poisoned lock.
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

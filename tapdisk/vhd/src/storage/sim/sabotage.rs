@@ -66,13 +66,13 @@ pub enum OpClass {
     Write,
     /// Zeroing or punching.
     Zero,
-    /// Setting a length.
+    /// Setting a length, a device's too.
     SetLen,
     /// Copying between files.
     Copy,
     /// Flushing a file.
     Flush,
-    /// Creating, linking, renaming, unlinking, making a folder.
+    /// Creating, linking, renaming, unlinking, making a folder or device.
     Name,
     /// Syncing names.
     SyncNames,
@@ -83,7 +83,7 @@ impl OpClass {
         match what {
             What::Write { .. } => Self::Write,
             What::Zero { .. } => Self::Zero,
-            What::SetLen { .. } => Self::SetLen,
+            What::SetLen { .. } | What::ResizeDevice { .. } => Self::SetLen,
             What::Copy { .. } => Self::Copy,
             What::Flush { .. } => Self::Flush,
             What::SyncNames { .. } => Self::SyncNames,
@@ -91,7 +91,8 @@ impl OpClass {
             | What::Link { .. }
             | What::Rename { .. }
             | What::Unlink { .. }
-            | What::MakeFolder { .. } => Self::Name,
+            | What::MakeFolder { .. }
+            | What::MakeDevice { .. } => Self::Name,
         }
     }
 }

@@ -49,6 +49,22 @@ impl Sector {
         }))
     }
 
+    /// What a device's unused space holds: the worst of it looks like the
+    /// metadata of an image, or like a full bitmap.
+    fn garbage(sector_no: u64) -> Self {
+        static KINDS: OnceLock<Vec<Sector>> = OnceLock::new();
+        let cookies: [&[u8]; 4] = [b"conectix", b"cxsparse", b"tdbatmap", &[0xff; 512]];
+        let kinds = KINDS.get_or_init(|| {
+            let kind = |cookie: &[u8]| {
+                let mut bytes = [0xa5; SECTOR as usize];
+                bytes[..cookie.len()].copy_from_slice(cookie);
+                Self::new(bytes)
+            };
+            cookies.into_iter().map(kind).collect()
+        });
+        kinds[usize_of(sector_no % kinds.len() as u64)].clone()
+    }
+
     pub(super) fn bytes(&self) -> &[u8; SECTOR as usize] {
         &self.0.bytes
     }
@@ -193,6 +209,16 @@ impl Content {
         self.len = len_bytes;
         if shorter {
             self.cut();
+        }
+    }
+
+    /// Sets the length of a device, whose new space holds what somebody left
+    /// there.
+    pub(super) fn resize_with_garbage(&mut self, len_bytes: u64) {
+        let old = self.len;
+        self.set_len(len_bytes);
+        for sector_no in old.div_ceil(SECTOR)..len_bytes / SECTOR {
+            self.set(sector_no, Some(Sector::garbage(sector_no)));
         }
     }
 

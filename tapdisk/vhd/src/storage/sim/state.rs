@@ -14,114 +14,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use super::effect::{Change, Effect, Ino, NameOp, Names, folder_of, hash_names};
 use super::log::{Event, Op, OpNo, Outcome, What};
 use super::run::RunState;
-use super::sector::{Content, SECTOR, Slot, hash_bytes, hash_slot, mix};
-
-/// Names a file, whatever it is called.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct Ino(pub(super) u64);
-
-/// Path to file.
-pub(super) type Names = BTreeMap<Arc<str>, Ino>;
-
-/// One indivisible change of the names.
-#[derive(Debug, Clone)]
-pub(super) enum NameOp {
-    /// `to` leads to the file from now on (create, link).
-    Add {
-        to: Arc<str>,
-        ino: Ino,
-        from: Option<Arc<str>>,
-    },
-    /// `to` leads to the file, `from` nowhere.
-    Rename {
-        from: Arc<str>,
-        to: Arc<str>,
-        ino: Ino,
-    },
-    /// The name leads nowhere.
-    Remove { name: Arc<str> },
-}
-
-impl NameOp {
-    /// The names whose earlier changes this builds on.
-    pub(super) fn touches(&self) -> impl Iterator<Item = &Arc<str>> {
-        let (a, b) = match self {
-            Self::Add { to, from, .. } => (to, from.as_ref()),
-            Self::Rename { from, to, .. } => (to, Some(from)),
-            Self::Remove { name } => (name, None),
-        };
-        std::iter::once(a).chain(b)
-    }
-
-    pub(super) fn apply(&self, names: &mut Names) {
-        match self {
-            Self::Add { to, ino, .. } => {
-                names.insert(to.clone(), *ino);
-            }
-            Self::Rename { from, to, ino } => {
-                names.remove(from);
-                names.insert(to.clone(), *ino);
-            }
-            Self::Remove { name } => {
-                names.remove(name);
-            }
-        }
-    }
-}
-
-/// One change of a file's bytes that can be kept or lost on its own.
-#[derive(Clone)]
-pub(super) enum Change {
-    /// Sectors get these values.
-    Data(Arc<[(u64, Slot)]>),
-    /// Sectors `first .. end` become zeros.
-    Zero { first: u64, end: u64, keep: bool },
-    /// The length, growing or cut.
-    Len(u64),
-}
-
-impl Change {
-    pub(super) fn apply(&self, content: &mut Content) {
-        match self {
-            Self::Data(values) => {
-                for (sector_no, slot) in values.iter() {
-                    content.set(*sector_no, slot.clone());
-                }
-            }
-            Self::Zero { first, end, keep } => content.zero(*first, *end, *keep),
-            Self::Len(len) => content.set_len(*len),
-        }
-    }
-}
-
-/// What a completed operation left to be made durable.
-#[derive(Clone)]
-pub(super) enum Effect {
-    Name(NameOp),
-    Bytes(Ino, Change),
-}
-
-impl Effect {
-    fn hash(&self) -> u128 {
-        match self {
-            Self::Name(op) => hash_bytes(format!("{op:?}").as_bytes()),
-            Self::Bytes(ino, change) => {
-                let hash = match change {
-                    Change::Data(values) => values.iter().fold(1, |hash, (sector_no, slot)| {
-                        mix(mix(hash, u128::from(*sector_no)), hash_slot(slot))
-                    }),
-                    Change::Zero { first, end, keep } => {
-                        mix(2 + u128::from(*keep), mix((*first).into(), (*end).into()))
-                    }
-                    Change::Len(len) => mix(4, u128::from(*len)),
-                };
-                mix(hash, u128::from(ino.0))
-            }
-        }
-    }
-}
+use super::sector::{Content, SECTOR, Slot, mix};
 
 #[derive(Clone)]
 pub(super) struct Pending {
@@ -152,6 +48,7 @@ pub(super) struct State {
     pub(super) durable_names: Names,
     pub(super) names: Names,
     pub(super) folders: BTreeSet<Arc<str>>,
+    pub(super) devices: BTreeSet<Ino>,
     pub(super) inodes: BTreeMap<Ino, Inode>,
     pub(super) pending: Vec<Pending>,
     pub(super) in_flight: BTreeMap<OpNo, InFlight>,
@@ -191,11 +88,27 @@ impl State {
             What::MakeFolder { folder } => {
                 self.folders.insert(folder.clone());
             }
+            What::MakeDevice { path, ino, len } => {
+                self.devices.insert(*ino);
+                self.next_ino = self.next_ino.max(ino.0 + 1);
+                self.names.insert(path.clone(), *ino);
+                self.durable_names.insert(path.clone(), *ino);
+                self.resize_device(*ino, *len);
+            }
+            What::ResizeDevice { ino, len } => self.resize_device(*ino, *len),
             what => {
                 for effect in self.effects(what) {
                     self.perform(effect);
                 }
             }
+        }
+    }
+
+    /// What is on a device's new space has always been there.
+    fn resize_device(&mut self, ino: Ino, len: u64) {
+        let inode = self.inodes.entry(ino).or_default();
+        for content in [&mut inode.durable, &mut inode.volatile] {
+            Arc::make_mut(content).resize_with_garbage(len);
         }
     }
 
@@ -257,6 +170,7 @@ impl State {
             }),
             What::Unlink { path } => self.name_op(path, |_| NameOp::Remove { name: path.clone() }),
             What::Flush { .. } | What::SyncNames { .. } | What::MakeFolder { .. } => Vec::new(),
+            What::MakeDevice { .. } | What::ResizeDevice { .. } => Vec::new(),
         }
     }
 
@@ -273,6 +187,9 @@ impl State {
     }
 
     fn write(&self, ino: Ino, bytes: &[u8], offset: u64) -> Vec<Effect> {
+        if bytes.is_empty() {
+            return Vec::new();
+        }
         let content = self.content(ino);
         self.put(
             ino,
@@ -294,6 +211,7 @@ impl State {
     /// Whole sectors as a range, edges as written zeros; never past the end.
     fn zero(&self, ino: Ino, offset: u64, len: u64, keep: bool) -> Vec<Effect> {
         let content = self.content(ino);
+        let keep = keep || self.devices.contains(&ino);
         let end = offset.saturating_add(len).min(content.len);
         if offset >= end {
             return Vec::new();
@@ -328,6 +246,9 @@ impl State {
 
     /// Holes stay holes where sectors line up.
     fn copy(&self, from: Ino, from_at: u64, to: Ino, to_at: u64, len: u64) -> Vec<Effect> {
+        if len == 0 {
+            return Vec::new();
+        }
         let source = self.content(from);
         if [from_at, to_at, len]
             .iter()
@@ -452,22 +373,4 @@ impl State {
             .flat_map(|flight| self.effects(&flight.op.what));
         flying.fold(hash, |hash, effect| mix(hash, effect.hash()))
     }
-}
-
-/// Names, which of them lead to one file, and the files.
-fn hash_names(names: &Names, file: impl Fn(Ino) -> u128) -> u128 {
-    let mut first_name: BTreeMap<Ino, &Arc<str>> = BTreeMap::new();
-    let mut hash = 0;
-    for (name, ino) in names {
-        let first = *first_name.entry(*ino).or_insert(name);
-        hash = mix(hash, hash_bytes(name.as_bytes()));
-        hash = mix(hash, hash_bytes(first.as_bytes()));
-        hash = mix(hash, file(*ino));
-    }
-    hash
-}
-
-/// The folder part of a path, `""` for the root.
-pub(super) fn folder_of(path: &str) -> &str {
-    path.rsplit_once('/').map_or("", |(folder, _)| folder)
 }

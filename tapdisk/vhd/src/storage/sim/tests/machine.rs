@@ -135,6 +135,7 @@ fn a_process_dies_alone_after_so_many_changes() {
         other.list("").unwrap_err().kind(),
         ErrorKind::ConnectionAborted
     );
+    assert!(!other.is_alive() && disk.is_alive());
     assert_eq!(sectors(&disk, "a"), [1, 2]);
     assert!(disk.open("a", Access::Write).is_ok());
 }
@@ -160,4 +161,26 @@ fn marks_tell_what_was_acknowledged_before_an_instant() {
     drop(a);
     assert_eq!(disk.marks(), [(0, 1), (before, 2)]);
     assert!(disk.log_text(0..disk.log_len()).contains("create a #0"));
+}
+
+#[test]
+fn a_device_keeps_its_length_and_starts_as_garbage() {
+    let disk = SimDisk::new();
+    disk.create_device("lv.vhd", 4096).unwrap();
+    let lv = disk.open("lv.vhd", Access::Write).unwrap();
+    assert!(lv.is_device());
+    assert_eq!(&bytes(&disk, "lv.vhd")[..8], b"conectix");
+    assert_eq!(lv.set_len(8192).unwrap_err().kind(), ErrorKind::Unsupported);
+    let past = lv.write_at(&[1; 1024], 3584).unwrap_err();
+    assert_eq!(past.raw_os_error(), Some(nix::libc::ENOSPC));
+    lv.zero(0, 1024).unwrap();
+    lv.flush("zeros").unwrap();
+    lv.write_at(&[7; 512], 512).unwrap();
+    disk.resize_device("lv.vhd", 8192).unwrap();
+    let after = crash(&disk, PowerCut, AllLost);
+    assert_eq!(sectors(&after, "lv.vhd")[..2], [0, 0]);
+    assert!(sectors(&after, "lv.vhd")[2..].iter().all(|byte| *byte != 0));
+    assert_eq!(sectors(&crash(&disk, Kill, AllLost), "lv.vhd")[..2], [0, 7]);
+    assert!(after.open("lv.vhd", Access::Read).unwrap().is_device());
+    assert_eq!(lv.allocated().unwrap(), 8192);
 }
