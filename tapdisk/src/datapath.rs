@@ -13,7 +13,6 @@ use crate::service::{Connection, JobResult, Service, Step};
 pub type JobDone = (Token, JobResult);
 
 /// Engine and service as one [`Core`].
-#[derive(Debug)]
 pub struct DataPath {
     engine: Engine,
     service: Service,
