@@ -1,7 +1,33 @@
-//! The collector: deletes what nobody needs and merges what need not be apart.
+//! The garbage collector: deletes what nobody needs and merges what need not
+//! be apart, while everything is in use.
+//!
+//! | where | what |
+//! |---|---|
+//! | [`forest`], [`survey`] | what stands on an SR, as data; where it comes from |
+//! | [`candidates`], [`plan`], [`reason`] | what to do next and why the rest waits (pure) |
+//! | [`job`] | a merge's record: how it begins, how it is carried on |
+//! | [`run`], [`leaf`], [`garbage`] | inner coalesce, leaf coalesce, deletion |
+//! | [`budget`], [`watch`], [`limits`] | pace, progress, every bound |
+//!
+//! Everything blocks and reaches the world only through [`sm::Repo`] and
+//! [`watch::Watch`], so that the crash simulator runs whole jobs. Absent on
+//! purpose: the data path (a live leaf is merged by its tapdisk), labels, and
+//! any knowledge of backends.
 
+pub mod budget;
 pub mod candidates;
+mod copy;
+pub mod cost;
 pub mod forest;
+pub mod garbage;
+pub mod job;
+pub mod leaf;
 pub mod limits;
 pub mod plan;
 pub mod reason;
+pub mod report;
+pub mod retry;
+pub mod run;
+mod sources;
+pub mod survey;
+pub mod watch;

@@ -42,3 +42,7 @@ pub const RETRY_MAX: Duration = Duration::from_secs(600);
 pub const LOOK_EVERY: Duration = Duration::from_secs(30);
 /// Failures kept for the report.
 pub const FAILURES_KEPT: usize = 256;
+/// Times an inner merge looks for children that came late.
+pub const RELINK_ROUNDS_MAX: u32 = 8;
+/// Extra room counted for one window of a merge that a tapdisk runs.
+pub const LIVE_WINDOW_BYTES: u64 = 8 << 20;

@@ -1,0 +1,199 @@
+//! The windows of a merge with blocking I/O: for hidden nodes and for leaves
+//! nobody has attached.
+
+use sm::{Repo, image};
+use vhd::merge::{BlockCopy, Merge, Mode, Piece, Step, Window, WindowLimits};
+use vhd::meta::{FooterState, Meta};
+use vhd::rw::Presence;
+use vhd::storage::{Access, CopyKind, VolumeName};
+use vhd::units::{BLOCK_BYTES, BlockNo};
+use vhd::writer::Writer;
+
+use crate::job::{Result, Stop};
+use crate::limits;
+use crate::sources::Sources;
+use crate::watch::{Event, Watch};
+
+/// Bytes looked at in one go when a block may be all zeros.
+const ZERO_CHECK_BYTES: u64 = 64 << 10;
+
+/// A copy under way. The parent is open for writing and locked by us.
+pub(crate) struct Copying<'a> {
+    pub repo: &'a Repo,
+    pub watch: &'a dyn Watch,
+    pub sources: Sources,
+    pub parent: Writer,
+    /// The sources, open for writing, when they are emptied on the way; same
+    /// order as `sources`.
+    pub emptied: Vec<Writer>,
+}
+
+impl Copying<'_> {
+    /// Runs all windows. Crash argument: see [`vhd::merge`]; each step here
+    /// is one of its steps, done completely before the next.
+    ///
+    /// # Errors
+    /// [`Stop::Aborted`] between two windows; then everything copied so far
+    /// is durable, or will be after [`Self::settle`].
+    pub fn run(&mut self) -> Result<()> {
+        let mode = if self.emptied.is_empty() {
+            Mode::Shadow
+        } else {
+            Mode::Empty
+        };
+        let mut merge = Merge::new(mode, window_limits(mode), BlockNo(0));
+        while let Some(window) = self.sources.next(&mut merge)? {
+            self.watch.allow(window.bytes())?;
+            self.window(&window)?;
+        }
+        Ok(())
+    }
+
+    fn window(&mut self, window: &Window) -> Result<()> {
+        for step in window.steps() {
+            match step {
+                Step::Copy(copy) => self.block(&copy)?,
+                Step::CommitParent => self.parent.commit().map_err(format)?,
+                // Clearing and giving back are one call: an image is only
+                // emptied while nobody else reads it.
+                Step::Clear { source, blocks } => {
+                    if let Some(writer) = self.emptied.get_mut(source) {
+                        writer.clear_blocks(&blocks).map_err(format)?;
+                        self.sources.cleared(source, &blocks);
+                        self.watch
+                            .note(Event::Freed(blocks.len() as u64 * BLOCK_BYTES));
+                    }
+                }
+                Step::Release { .. } => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn block(&mut self, copy: &BlockCopy) -> Result<()> {
+        if !copy.below && is_zero(&self.sources, copy)? {
+            self.watch.note(Event::Dropped(copy.bytes()));
+            return Ok(());
+        }
+        let gained = self.parent.presence(copy.block) == Presence::Absent;
+        let below = self.sources.under_parent(copy.block);
+        for Piece { source, run } in &copy.pieces {
+            let Some((volume, offset)) = self.sources.place(*source, copy.block, run.first) else {
+                continue;
+            };
+            let kind = self
+                .parent
+                .copy_in(copy.block, *run, volume, offset, below)
+                .map_err(format)?;
+            self.watch.note(Event::Copied {
+                bytes: run.bytes(),
+                cloned: kind == CopyKind::Cloned,
+            });
+        }
+        if gained {
+            self.watch.note(Event::Gained(BLOCK_BYTES));
+        }
+        Ok(())
+    }
+
+    /// Settles everything that is open for writing.
+    ///
+    /// # Errors
+    /// What writing said; the images then wait for whoever opens them next.
+    pub fn settle(&mut self) -> Result<()> {
+        self.parent.settle(None).map_err(format)?;
+        for writer in &mut self.emptied {
+            writer.settle(None).map_err(format)?;
+        }
+        Ok(())
+    }
+}
+
+fn window_limits(mode: Mode) -> WindowLimits {
+    match mode {
+        Mode::Shadow => WindowLimits {
+            bytes_max: limits::WINDOW_BYTES_MAX,
+            blocks_max: limits::WINDOW_BLOCKS_MAX,
+        },
+        Mode::Empty => WindowLimits {
+            bytes_max: limits::SLICE_BYTES_MAX,
+            blocks_max: limits::SLICE_BLOCKS_MAX,
+        },
+    }
+}
+
+/// Whether every piece of a block reads as zeros. Ends at the first byte
+/// that is not, so data costs one small read.
+pub(crate) fn is_zero(sources: &Sources, copy: &BlockCopy) -> Result<bool> {
+    let mut buf = vec![0; usize::try_from(ZERO_CHECK_BYTES).unwrap_or(usize::MAX)];
+    for Piece { source, run } in &copy.pieces {
+        let Some((volume, offset)) = sources.place(*source, copy.block, run.first) else {
+            continue;
+        };
+        let mut at = 0;
+        while at < run.bytes() {
+            let len = (run.bytes() - at).min(ZERO_CHECK_BYTES);
+            let part = buf
+                .get_mut(..usize::try_from(len).unwrap_or(0))
+                .unwrap_or_default();
+            volume
+                .read_at(part, offset + at)
+                .map_err(|e| sm::Error::io("read a source", e))?;
+            if part.iter().any(|byte| *byte != 0) {
+                return Ok(false);
+            }
+            at += len;
+        }
+    }
+    Ok(true)
+}
+
+/// An error of the format crate, which names the image itself.
+pub(crate) fn format(error: vhd::error::Error) -> Stop {
+    let what = error.to_string();
+    match error {
+        vhd::error::Error::Of { source, image } => match *source {
+            vhd::error::Error::Io(source) => Stop::Failed(sm::Error::io(image, source)),
+            _ => Stop::Later(what),
+        },
+        vhd::error::Error::Io(source) => Stop::Failed(sm::Error::io("merge", source)),
+        _ => Stop::Later(what),
+    }
+}
+
+/// Settles an image unless it is settled already: a killed holder may have
+/// left it so, and then nobody else may read it.
+pub(crate) fn settle_if_needed(repo: &Repo, name: &VolumeName) -> Result<()> {
+    let meta = image::meta(repo, name)?;
+    let record = repo
+        .host
+        .records()
+        .existing(meta.uuid())
+        .map_err(|e| sm::Error::io(format!("pending record of {name}"), e))?;
+    if meta.footer_state != FooterState::Settled || record.is_some() {
+        drop(record);
+        image::settle(repo, name)?;
+    }
+    Ok(())
+}
+
+/// Grows the parent to `virtual_bytes` if it is smaller.
+///
+/// Its children see its tail as zeros before and after: what lies past its
+/// old end is no data of its own, and the planner saw to it that no ancestor
+/// is larger. So it is harmless if nothing comes of the merge.
+pub(crate) fn grow(
+    repo: &Repo,
+    name: &VolumeName,
+    virtual_bytes: u64,
+    is_read: bool,
+) -> Result<()> {
+    if image::meta(repo, name)?.virtual_bytes() >= virtual_bytes {
+        return Ok(());
+    }
+    let volume = image::open(repo, name, Access::Write)?;
+    let bad = |error| Stop::from(image::bad(name, error));
+    let mut meta = Meta::read(volume.as_ref()).map_err(bad)?;
+    let _ = (is_read, &mut meta);
+    Err(Stop::Later(format!("{name} must grow to {virtual_bytes} bytes, which is not offered yet")))
+}
