@@ -76,7 +76,7 @@ impl Unit {
     fn keys(&self) -> Vec<Key> {
         match &self.effect {
             Effect::Name(op) => op.touches().cloned().map(Key::Name).collect(),
-            Effect::Bytes(ino, Change::Len(_)) => vec![Key::Length(*ino)],
+            Effect::Bytes(ino, Change::Len(_) | Change::Grow(_)) => vec![Key::Length(*ino)],
             Effect::Bytes(..) => Vec::new(),
         }
     }
@@ -150,7 +150,7 @@ fn torn(change: &Change, content: &Content, rng: &mut SmallRng) -> Change {
             let some = set.filter(|_| rng.random_bool(odds));
             Change::Data(some.map(|sector_no| (sector_no, zero.clone())).collect())
         }
-        Change::Len(len) => Change::Len(*len),
+        Change::Len(_) | Change::Grow(_) => change.clone(),
     }
 }
 
@@ -278,8 +278,7 @@ impl SimDisk {
 
     /// The strategies worth trying at this instant: the two extremes, each
     /// unit alone lost and alone kept (at most `singles_max` of each, spread
-    /// evenly over the units), and `randoms` of both random
-    /// kinds. One that can show nothing new is left out.
+    /// evenly over the units), and `randoms` of both random kinds. One that can show nothing new is left out.
     #[must_use]
     pub fn strategies(
         &self,

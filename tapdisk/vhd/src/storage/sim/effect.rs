@@ -65,8 +65,11 @@ pub(super) enum Change {
     Data(Arc<[(u64, Slot)]>),
     /// Sectors `first .. end` become zeros.
     Zero { first: u64, end: u64, keep: bool },
-    /// The length, growing or cut.
+    /// The length is set.
     Len(u64),
+    /// A write reached past the end. Of two in flight the longer wins,
+    /// whichever comes last.
+    Grow(u64),
 }
 
 impl Change {
@@ -79,6 +82,7 @@ impl Change {
             }
             Self::Zero { first, end, keep } => content.zero(*first, *end, *keep),
             Self::Len(len) => content.set_len(*len),
+            Self::Grow(len) => content.set_len(content.len.max(*len)),
         }
     }
 }
@@ -103,6 +107,7 @@ impl Effect {
                         mix(2 + u128::from(*keep), mix((*first).into(), (*end).into()))
                     }
                     Change::Len(len) => mix(4, u128::from(*len)),
+                    Change::Grow(len) => mix(5, u128::from(*len)),
                 };
                 mix(hash, u128::from(ino.0))
             }

@@ -202,7 +202,7 @@ impl State {
     fn put(&self, ino: Ino, values: Vec<(u64, Slot)>, end: u64) -> Vec<Effect> {
         let mut effects = Vec::new();
         if end > self.content(ino).len {
-            effects.push(Effect::Bytes(ino, Change::Len(end)));
+            effects.push(Effect::Bytes(ino, Change::Grow(end)));
         }
         effects.push(Effect::Bytes(ino, Change::Data(values.into())));
         effects

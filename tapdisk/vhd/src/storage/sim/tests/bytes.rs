@@ -171,3 +171,15 @@ fn unaligned_writes_keep_their_neighbours() {
     };
     assert!(bytes.iter().enumerate().all(|(at, byte)| *byte == want(at)));
 }
+
+#[test]
+fn of_two_growing_writes_in_flight_the_longer_sets_the_length() {
+    let disk = SimDisk::new();
+    let a = file(&disk, "a", 1, 1);
+    let (long, short) = (write(&disk, &*a, 2, 2, 1), write(&disk, &*a, 1, 3, 1));
+    assert_eq!(sectors(&crash(&disk, Kill, AllKept), "a"), [1, 3, 2]);
+    assert_eq!(sectors(&crash(&disk, PowerCut, AllKept), "a"), [1, 3, 2]);
+    disk.complete(long).unwrap();
+    disk.complete(short).unwrap();
+    assert_eq!(sectors(&disk, "a"), [1, 3, 2]);
+}
