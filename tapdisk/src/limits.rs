@@ -73,3 +73,5 @@ pub const STOP_RETRY: Duration = Duration::from_millis(100);
 /// Time after a signal until the process ends all the same, as if killed: it
 /// loses nothing that was acknowledged, and the next opening settles.
 pub const STOP_TIME_MAX: Duration = Duration::from_secs(60);
+/// Failed operations are logged at most this often.
+pub const FAILURE_LOG_PAUSE: Duration = Duration::from_secs(1);

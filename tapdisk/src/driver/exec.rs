@@ -191,10 +191,30 @@ pub fn prepare(
 
 impl Work {
     /// Carries it out; blocks.
-    #[must_use]
-    pub fn run(self) -> Completion {
-        self.try_run()
-            .unwrap_or_else(|error| Completion::Failed(errno(&error)))
+    ///
+    /// # Errors
+    /// What failed, and how.
+    pub fn run(self) -> Result<Completion, Failure> {
+        let (what, offset, len) = self.label();
+        self.try_run().map_err(|error| Failure { what, offset, len, error })
+    }
+
+    /// A word for it, and the range in its file.
+    fn label(&self) -> (&'static str, u64, u64) {
+        match self {
+            Self::ReadGuest { offset, into, .. } => ("read", *offset, into.len() as u64),
+            Self::WriteGuest { offset, from, .. } => ("write", *offset, from.len() as u64),
+            Self::ReadMeta { offset, len, .. } => ("metadata read", *offset, u64::from(*len)),
+            Self::WriteMeta { offset, bytes, .. } => {
+                ("metadata write", *offset, bytes.len() as u64)
+            }
+            Self::Copy { to_offset, len, .. } => ("copy", *to_offset, *len),
+            Self::Zero { offset, len, .. } => ("zeroing", *offset, *len),
+            Self::SetLen { len, .. } => ("setting the length", *len, 0),
+            Self::Flush { .. } => ("flush", 0, 0),
+            Self::Replace { .. } => ("rename", 0, 0),
+            Self::SyncNames { .. } => ("sync of names", 0, 0),
+        }
     }
 
     fn try_run(self) -> io::Result<Completion> {
@@ -236,6 +256,24 @@ impl Work {
             Self::SyncNames { volumes, why } => volumes.sync(why)?,
         }
         Ok(Completion::Done)
+    }
+}
+
+/// An operation that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} of {len} bytes at {offset}: {error}")]
+pub struct Failure {
+    what: &'static str,
+    offset: u64,
+    len: u64,
+    error: io::Error,
+}
+
+impl Failure {
+    /// Its errno.
+    #[must_use]
+    pub fn errno(&self) -> i32 {
+        errno(&self.error)
     }
 }
 

@@ -17,6 +17,8 @@ use tapdisk_control::{Answer, Call, Stats};
 use crate::engine::{Completion, OpId, Output, Request};
 
 pub mod exec;
+#[cfg(feature = "sim")]
+pub mod sim;
 pub mod threads;
 
 /// A control connection, or the process itself.

@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use crossbeam_channel::{Receiver, Sender};
 
 use super::Job;
-use super::exec::Work;
+use super::exec::{Failure, Work};
 use crate::engine::{Completion, OpId};
 use crate::limits::{JOB_WORKERS, WORKERS};
 
@@ -21,7 +21,7 @@ use crate::limits::{JOB_WORKERS, WORKERS};
 #[derive(Debug)]
 pub enum Ended<D> {
     /// An operation.
-    Op(OpId, Completion),
+    Op(OpId, Result<Completion, Failure>),
     /// A background job.
     Job(D),
 }

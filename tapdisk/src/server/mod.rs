@@ -30,12 +30,14 @@ mod counters;
 mod guests;
 mod peers;
 
-use crate::driver::exec::{Tables, prepare};
+use crate::driver::exec::{Failure, Tables, prepare};
 use crate::driver::threads::{Ended, Workers};
 use crate::disk::Files;
 use crate::driver::{Core, Effect, PeerId};
 use crate::engine::{BufferRange, Completion, Op, OpId, Output};
-use crate::limits::{COMPLETIONS_PER_TURN, FAREWELL_TIME_MAX, STOP_RETRY, STOP_TIME_MAX};
+use crate::limits::{
+    COMPLETIONS_PER_TURN, FAILURE_LOG_PAUSE, FAREWELL_TIME_MAX, STOP_RETRY, STOP_TIME_MAX,
+};
 use crate::nbd::Export;
 use clients::{ClientId, Clients};
 use guests::Guests;
@@ -71,6 +73,7 @@ pub struct Server<C: Core> {
     clients: Clients,
     peers: Peers,
     guests: Guests,
+    failures: FailureLog,
     /// When a signal asked for the end, and when to try next.
     stopping: Option<Stopping>,
     ending: bool,
@@ -81,6 +84,26 @@ pub struct Server<C: Core> {
 struct Stopping {
     next_attempt: Instant,
     deadline: Instant,
+}
+
+/// Says that operations fail, but not each time: a full disk fails thousands
+/// of them in a second.
+#[derive(Debug, Default)]
+struct FailureLog {
+    last: Option<Instant>,
+    unsaid: u64,
+}
+
+impl FailureLog {
+    fn note(&mut self, failure: &Failure) {
+        let now = Instant::now();
+        if self.last.is_some_and(|last| now < last + FAILURE_LOG_PAUSE) {
+            self.unsaid += 1;
+            return;
+        }
+        tracing::warn!(error = %failure, unsaid = self.unsaid, "an operation failed");
+        (self.last, self.unsaid) = (Some(now), 0);
+    }
 }
 
 /// What a poll was for.
@@ -114,6 +137,7 @@ impl<C: Core> Server<C> {
             clients: Clients::new(Arc::new(parts.export)),
             peers: Peers::default(),
             guests: Guests::default(),
+            failures: FailureLog::default(),
             stopping: None,
             ending: false,
         })
@@ -219,7 +243,11 @@ impl<C: Core> Server<C> {
         for _ in 0..COMPLETIONS_PER_TURN {
             match self.workers.next_ended() {
                 None => return,
-                Some(Ended::Op(id, completion)) => self.core.complete(now_us, id, completion),
+                Some(Ended::Op(id, Ok(completion))) => self.core.complete(now_us, id, completion),
+                Some(Ended::Op(id, Err(failure))) => {
+                    self.failures.note(&failure);
+                    self.core.complete(now_us, id, Completion::Failed(failure.errno()));
+                }
                 Some(Ended::Job(done)) => self.core.job_done(now_us, done),
             }
         }
