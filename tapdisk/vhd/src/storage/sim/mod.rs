@@ -25,6 +25,7 @@
 //! | `flight` | operations in flight, completed in any order |
 //! | `run` | memory that survives a process but not the power |
 //! | `crash` | the states a crash can leave |
+//! | `explore` | going through all of them |
 //! | `sabotage` | steps left out, operations that fail |
 //!
 //! What is assumed of a real machine: a sector is written whole or not at
@@ -41,6 +42,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 mod crash;
 mod disk;
 mod effect;
+mod explore;
 mod flight;
 mod live;
 mod log;
@@ -52,6 +54,7 @@ mod volume;
 
 pub use crash::{CrashKind, Strategy};
 pub use disk::SimDisk;
+pub use explore::{Crashed, Effort, Seen, Tally};
 pub use flight::{SimDone, SimFile, SimOp, SimRequest};
 pub use run::{SimBuffer, SimRun};
 pub use sabotage::{Fault, OpClass, Sabotage, Step};
