@@ -459,7 +459,7 @@ fn below_runs(below: &Below, run: SectorRun) -> Vec<(SectorRun, Source)> {
                     Owner::Zero => Source::Zero,
                     Owner::Node { node, slot } => Source::Lower { node, slot },
                 };
-                (first < end).then_some((SectorRun { first, count: end - first }, source))
+                (first < end).then(|| (SectorRun { first, count: end - first }, source))
             })
             .collect(),
     }
