@@ -121,12 +121,21 @@ fn open(args: &Args, signals: SignalFd) -> anyhow::Result<Server<DataPath>> {
     let top = VolumeName::new(&args.volume)
         .with_context(|| format!("{:?} is not a volume name", args.volume))?;
     let opener = Opener {
-        volumes: Arc::new(FileVolumes::new(Arc::new(PosixFs::new(args.sr_path.clone())))),
-        records: Arc::new(TmpfsRecords::new(args.records.clone(), args.boot_id, args.epoch)),
+        volumes: Arc::new(FileVolumes::new(Arc::new(PosixFs::new(
+            args.sr_path.clone(),
+        )))),
+        records: Arc::new(TmpfsRecords::new(
+            args.records.clone(),
+            args.boot_id,
+            args.epoch,
+        )),
         files: Arc::new(Files::default()),
     };
     let (engine, meta) = opener.open(&top, args.read_only)?;
-    let leaf = engine.stack().first().and_then(|image| opener.files.get(image.file));
+    let leaf = engine
+        .stack()
+        .first()
+        .and_then(|image| opener.files.get(image.file));
     let export = Export {
         name: args.export.clone().unwrap_or_else(|| args.vdi.to_string()),
         description: format!("VDI {}", args.vdi),

@@ -18,32 +18,30 @@ const META_BYTES_MAX: u32 = 64 << 20;
 
 /// An operation with all it needs.
 #[derive(Debug)]
-pub enum Work {
-    /// See [`Op::ReadGuest`].
+pub struct Work(Task);
+
+#[derive(Debug)]
+enum Task {
     ReadGuest {
         file: Arc<dyn Volume>,
         offset: u64,
         into: Exclusive,
     },
-    /// See [`Op::WriteGuest`].
     WriteGuest {
         file: Arc<dyn Volume>,
         offset: u64,
         from: Shared,
     },
-    /// See [`Op::ReadMeta`].
     ReadMeta {
         file: Arc<dyn Volume>,
         offset: u64,
         len: u32,
     },
-    /// See [`Op::WriteMeta`].
     WriteMeta {
         file: Arc<dyn Volume>,
         offset: u64,
         bytes: Arc<[u8]>,
     },
-    /// See [`Op::Copy`].
     Copy {
         from: Arc<dyn Volume>,
         from_offset: u64,
@@ -51,24 +49,28 @@ pub enum Work {
         to_offset: u64,
         len: u64,
     },
-    /// See [`Op::Zero`].
     Zero {
         file: Arc<dyn Volume>,
         offset: u64,
         len: u64,
     },
-    /// See [`Op::SetLen`].
-    SetLen { file: Arc<dyn Volume>, len: u64 },
-    /// See [`Op::Flush`].
-    Flush { file: Arc<dyn Volume>, why: Why },
-    /// See [`Op::Replace`].
+    SetLen {
+        file: Arc<dyn Volume>,
+        len: u64,
+    },
+    Flush {
+        file: Arc<dyn Volume>,
+        why: Why,
+    },
     Replace {
         volumes: Arc<dyn Volumes>,
         from: VolumeName,
         over: VolumeName,
     },
-    /// See [`Op::SyncNames`].
-    SyncNames { volumes: Arc<dyn Volumes>, why: Why },
+    SyncNames {
+        volumes: Arc<dyn Volumes>,
+        why: Why,
+    },
 }
 
 /// Where [`prepare`] looks things up.
@@ -92,7 +94,7 @@ pub fn prepare(
 ) -> Result<Work, i32> {
     let file = |id: FileId| tables.files.get(id).ok_or(libc::EBADF);
     let volumes = || Arc::clone(tables.volumes);
-    Ok(match op {
+    Ok(Work(match op {
         Op::ReadGuest {
             file: id,
             offset,
@@ -102,7 +104,7 @@ pub fn prepare(
             let into = buffer
                 .lend_mut(into.at as usize, into.len as usize)
                 .ok_or(libc::EFAULT)?;
-            Work::ReadGuest {
+            Task::ReadGuest {
                 file: file(id)?,
                 offset,
                 into,
@@ -117,7 +119,7 @@ pub fn prepare(
             let from = buffer
                 .lend(from.at as usize, from.len as usize)
                 .ok_or(libc::EFAULT)?;
-            Work::WriteGuest {
+            Task::WriteGuest {
                 file: file(id)?,
                 offset,
                 from,
@@ -127,7 +129,7 @@ pub fn prepare(
             file: id,
             offset,
             len,
-        } if len <= META_BYTES_MAX => Work::ReadMeta {
+        } if len <= META_BYTES_MAX => Task::ReadMeta {
             file: file(id)?,
             offset,
             len,
@@ -138,7 +140,7 @@ pub fn prepare(
             offset,
             bytes,
             why: _,
-        } => Work::WriteMeta {
+        } => Task::WriteMeta {
             file: file(id)?,
             offset,
             bytes,
@@ -149,7 +151,7 @@ pub fn prepare(
             to,
             to_offset,
             len,
-        } => Work::Copy {
+        } => Task::Copy {
             from: file(from)?,
             from_offset,
             to: file(to)?,
@@ -164,29 +166,29 @@ pub fn prepare(
             len,
             keep: _,
             why: _,
-        } => Work::Zero {
+        } => Task::Zero {
             file: file(id)?,
             offset,
             len,
         },
-        Op::SetLen { file: id, len } => Work::SetLen {
+        Op::SetLen { file: id, len } => Task::SetLen {
             file: file(id)?,
             len,
         },
-        Op::Flush { file: id, why } => Work::Flush {
+        Op::Flush { file: id, why } => Task::Flush {
             file: file(id)?,
             why,
         },
-        Op::Replace { from, over, why: _ } => Work::Replace {
+        Op::Replace { from, over, why: _ } => Task::Replace {
             volumes: volumes(),
             from,
             over,
         },
-        Op::SyncNames { why } => Work::SyncNames {
+        Op::SyncNames { why } => Task::SyncNames {
             volumes: volumes(),
             why,
         },
-    })
+    }))
 }
 
 impl Work {
@@ -195,10 +197,17 @@ impl Work {
     /// # Errors
     /// What failed, and how.
     pub fn run(self) -> Result<Completion, Failure> {
-        let (what, offset, len) = self.label();
-        self.try_run().map_err(|error| Failure { what, offset, len, error })
+        let (what, offset, len) = self.0.label();
+        self.0.run().map_err(|error| Failure {
+            what,
+            offset,
+            len,
+            error,
+        })
     }
+}
 
+impl Task {
     /// A word for it, and the range in its file.
     fn label(&self) -> (&'static str, u64, u64) {
         match self {
@@ -217,7 +226,7 @@ impl Work {
         }
     }
 
-    fn try_run(self) -> io::Result<Completion> {
+    fn run(self) -> io::Result<Completion> {
         match self {
             Self::ReadGuest {
                 file,

@@ -30,9 +30,9 @@ mod counters;
 mod guests;
 mod peers;
 
+use crate::disk::Files;
 use crate::driver::exec::{Failure, Tables, prepare};
 use crate::driver::threads::{Ended, Workers};
-use crate::disk::Files;
 use crate::driver::{Core, Effect, PeerId};
 use crate::engine::{BufferRange, Completion, Op, OpId, Output};
 use crate::limits::{
@@ -211,10 +211,18 @@ impl<C: Core> Server<C> {
 
     fn timeout(&self) -> PollTimeout {
         let now = Instant::now();
-        let tick = self.core.tick_due_us().map(|due_us| self.started + Duration::from_micros(due_us));
+        let tick = self
+            .core
+            .tick_due_us()
+            .map(|due_us| self.started + Duration::from_micros(due_us));
         let stop = self.stopping.map(|stopping| stopping.next_attempt);
-        let due = [tick, stop, self.clients.next_deadline()].into_iter().flatten().min();
-        let Some(due) = due else { return PollTimeout::NONE };
+        let due = [tick, stop, self.clients.next_deadline()]
+            .into_iter()
+            .flatten()
+            .min();
+        let Some(due) = due else {
+            return PollTimeout::NONE;
+        };
         // Rounded up: waking a moment too early would spin.
         let wait = due.saturating_duration_since(now) + Duration::from_millis(1);
         PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)
@@ -228,7 +236,12 @@ impl<C: Core> Server<C> {
             Source::Control => self.peers.accept(&self.control),
             Source::Client(id) => {
                 let now_us = self.now_us();
-                let Self { clients, core, guests, .. } = self;
+                let Self {
+                    clients,
+                    core,
+                    guests,
+                    ..
+                } = self;
                 clients.serve(id, flags, |request| {
                     guests.submit(core, now_us, id, request);
                 });
@@ -246,7 +259,8 @@ impl<C: Core> Server<C> {
                 Some(Ended::Op(id, Ok(completion))) => self.core.complete(now_us, id, completion),
                 Some(Ended::Op(id, Err(failure))) => {
                     self.failures.note(&failure);
-                    self.core.complete(now_us, id, Completion::Failed(failure.errno()));
+                    self.core
+                        .complete(now_us, id, Completion::Failed(failure.errno()));
                 }
                 Some(Ended::Job(done)) => self.core.job_done(now_us, done),
             }
@@ -258,7 +272,10 @@ impl<C: Core> Server<C> {
         while let Some(Ok(Some(signal))) = self.signals.as_ref().map(SignalFd::read_signal) {
             tracing::info!(signal = signal.ssi_signo, "asked to end by a signal");
             let now = Instant::now();
-            let stopping = Stopping { next_attempt: now, deadline: now + STOP_TIME_MAX };
+            let stopping = Stopping {
+                next_attempt: now,
+                deadline: now + STOP_TIME_MAX,
+            };
             self.stopping.get_or_insert(stopping);
         }
     }
@@ -266,14 +283,19 @@ impl<C: Core> Server<C> {
     /// Asks the core to stop if a signal wants it. It may refuse for a while:
     /// whatever it is busy with has a limit of its own.
     fn try_stop(&mut self, now: Instant) {
-        let Some(stopping) = &mut self.stopping else { return };
+        let Some(stopping) = &mut self.stopping else {
+            return;
+        };
         if now >= stopping.deadline {
             tracing::error!("could not settle in time; ending as it is");
             self.workers.detach();
             self.ending = true;
         } else if now >= stopping.next_attempt {
             stopping.next_attempt = now + STOP_RETRY;
-            let call = Call { id: 0, request: ControlRequest::Stop { force: true } };
+            let call = Call {
+                id: 0,
+                request: ControlRequest::Stop { force: true },
+            };
             let stats = self.guests.stats(self.clients.transmitting());
             self.core.call(self.now_us(), PeerId::SELF, call, &stats);
         }
@@ -295,7 +317,12 @@ impl<C: Core> Server<C> {
                 }
                 peers::Event::Gone(peer) => self.core.peer_gone(now_us, peer),
             });
-            let Self { clients, core, guests, .. } = self;
+            let Self {
+                clients,
+                core,
+                guests,
+                ..
+            } = self;
             handed_over |= clients.flush(|client, request| {
                 guests.submit(core, now_us, client, request);
             });
@@ -314,7 +341,8 @@ impl<C: Core> Server<C> {
             }
             Effect::Engine(Output::Done(id, result)) => {
                 if let Some(guest) = self.guests.done(self.now_us(), id, result.is_err()) {
-                    self.clients.finish(guest.client, guest.slot, result, &guest.extents);
+                    self.clients
+                        .finish(guest.client, guest.slot, result, &guest.extents);
                 }
             }
             Effect::Engine(Output::Close(file)) => self.files.close(file),

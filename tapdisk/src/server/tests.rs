@@ -137,7 +137,10 @@ impl Core for Plain {
         match call.request {
             ControlRequest::Stats => {
                 let state = format!("{:?}", self.gone);
-                let stats = Stats { state, ..counters.clone() };
+                let stats = Stats {
+                    state,
+                    ..counters.clone()
+                };
                 self.answer(peer, call.id, Ok(Reply::Stats(Box::new(stats))));
             }
             // A background job, to see one run.
