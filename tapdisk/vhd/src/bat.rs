@@ -1,9 +1,10 @@
 //! The block allocation table, and where everything before the blocks lies.
 
+use crate::bitmap::SectorBitmap;
 use crate::error::{Error, Result};
 use crate::footer::Footer;
 use crate::header::DynHeader;
-use crate::limits::SCAN_BYTES;
+use crate::limits::{BAT_ENTRIES_MAX, SCAN_BYTES};
 use crate::storage::Volume;
 use crate::units::{SECTOR_BYTES, round_up};
 
@@ -39,6 +40,9 @@ impl Layout {
         let bad = |reason| Error::BadHeader { reason };
         let blocks = footer.virtual_bytes.div_ceil(u64::from(header.block_bytes));
         let entries = u32::try_from(blocks).map_err(|_| bad("more blocks than a BAT can hold"))?;
+        if entries > BAT_ENTRIES_MAX {
+            return Err(Error::TooLarge { what: "a BAT", bytes: u64::from(entries) * 4 });
+        }
         if entries > header.max_entries {
             return Err(bad("the BAT has fewer entries than the virtual size needs"));
         }
@@ -57,8 +61,6 @@ impl Layout {
             entries,
             batmap_header: None,
             batmap_bits: None,
-            // The BAT in use is what blocks must not overlap; a foreign image
-            // may have put its blocks right behind that.
             data_start: table_end.max(locators_end),
             block_sectors: header.block_bytes / 512,
         })
@@ -101,19 +103,59 @@ pub fn read_bat(volume: &dyn Volume, layout: &Layout) -> Result<Vec<u32>> {
         at += part;
         left -= part;
     }
-    let slot_sectors = u64::from(layout.bitmap_sectors() + layout.block_sectors);
-    for (block, &sector) in (0_u32..).zip(&bat) {
+    // The length as it is now: a merge may be filling the image meanwhile, and
+    // it lengthens the file before it names a block there.
+    check_places(volume, layout, &bat, volume.len()?)?;
+    Ok(bat)
+}
+
+/// Each block must lie behind the headers and inside the file, and must not
+/// cover a sector that reads as the footer: then the guest would have chosen
+/// it (invariant 10).
+///
+/// One block, the last, may stick out of a file: the reference can die while
+/// it allocates one. Then no sector past the end may be marked present.
+fn check_places(volume: &dyn Volume, layout: &Layout, bat: &[u32], len: u64) -> Result<()> {
+    let bitmap_bytes = u64::from(layout.bitmap_sectors()) * SECTOR_BYTES;
+    let block_bytes = bitmap_bytes + u64::from(layout.block_sectors) * SECTOR_BYTES;
+    let footer_at = len.checked_sub(SECTOR_BYTES).filter(|at| {
+        let mut bytes = [0; 512];
+        volume.read_at(&mut bytes, *at).is_ok() && Footer::parse(&bytes).is_ok()
+    });
+    let mut sticks_out = false;
+    for (block, &sector) in (0_u32..).zip(bat) {
         if sector == BAT_FREE {
             continue;
         }
         let bad = |reason| Err(Error::BadBat { block, sector, reason });
         let start = u64::from(sector) * SECTOR_BYTES;
+        let end = start + block_bytes;
         if start < layout.data_start {
             return bad("it lies inside the headers");
         }
-        if start + slot_sectors * SECTOR_BYTES > len {
-            return bad("it lies past the end of the file");
+        if footer_at.is_some_and(|at| start < at + SECTOR_BYTES && end > at) {
+            return bad("it covers the footer");
+        }
+        if end > len {
+            if sticks_out || start + bitmap_bytes > len || volume.is_device() {
+                return bad("it lies past the end of the file");
+            }
+            sticks_out = true;
+            let mut bytes = [0; 512];
+            volume.read_at(&mut bytes, start)?;
+            let inside = u32::try_from((len - start - bitmap_bytes) / SECTOR_BYTES).unwrap_or(u32::MAX);
+            if SectorBitmap::from_bytes(&bytes).present().any(|run| run.end() > inside) {
+                return bad("it has sectors past the end of the file");
+            }
         }
     }
-    Ok(bat)
+    Ok(())
+}
+
+/// One past the last byte any block takes, at least the end of the headers.
+#[must_use]
+pub fn data_end(bat: &[u32], layout: &Layout) -> u64 {
+    let sectors = u64::from(layout.bitmap_sectors() + layout.block_sectors);
+    let last = bat.iter().filter(|entry| **entry != BAT_FREE).max();
+    last.map_or(0, |entry| (u64::from(*entry) + sectors) * SECTOR_BYTES).max(layout.data_start)
 }

@@ -99,6 +99,29 @@ pub fn read_batmap(volume: &dyn Volume, meta: &Meta) -> Option<Vec<u8>> {
     Some(map)
 }
 
+/// What can be told of an image's BATmap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BatmapState {
+    /// Its checksum holds.
+    Sound,
+    /// Its header stands, its checksum fails: ignored, and rebuilt when the
+    /// image is settled.
+    Torn,
+    /// No header behind the BAT, or one that makes no sense.
+    Missing,
+}
+
+/// Looks at the BATmap.
+#[must_use]
+pub fn state(volume: &dyn Volume, meta: &Meta) -> BatmapState {
+    let found = meta.layout.as_ref().is_some_and(|layout| layout.batmap_bits.is_some());
+    match read_batmap(volume, meta) {
+        Some(_) => BatmapState::Sound,
+        None if found => BatmapState::Torn,
+        None => BatmapState::Missing,
+    }
+}
+
 /// Whether the file's BATmap, sound or torn, has any bit set.
 #[must_use]
 pub fn batmap_has_bits(volume: &dyn Volume, meta: &Meta) -> bool {
@@ -131,6 +154,17 @@ pub fn write_batmap(volume: &dyn Volume, meta: &Meta, bits: &[u8]) -> Result<()>
     raw.checksum = ones_complement(map.get(..summed).unwrap_or(&map)).into();
     volume.write_at(raw.as_bytes(), header)?;
     Ok(())
+}
+
+/// The header sector of an empty BATmap that takes the place of the one an
+/// image has: marker and key hash go along.
+pub(crate) fn header_for(volume: &dyn Volume, old: &Layout, header_offset: u64, max_entries: u32) -> [u8; 512] {
+    let mut bytes = new_header(header_offset, max_entries);
+    if let Some(raw) = old.batmap_header.and_then(|at| read_header(volume, at)) {
+        let rest = bytes.len() - raw.rest.len();
+        bytes[rest..].copy_from_slice(&raw.rest);
+    }
+    bytes
 }
 
 /// The header sector of a new, empty BATmap.

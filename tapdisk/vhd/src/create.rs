@@ -7,9 +7,10 @@ use crate::batmap::{map_bytes, new_header};
 use crate::error::{Error, Result};
 use crate::footer::{CREATOR_TAP, CREATOR_VERSION, DiskType, Footer, Geometry, HEADER_OFFSET};
 use crate::header::DynHeader;
+use crate::limits::BAT_ENTRIES_MAX;
 use crate::locator::{Code, LocatorEntry, encode, space_for};
 use crate::meta::Meta;
-use crate::reparent::ParentLink;
+pub use crate::reparent::ParentLink;
 use crate::storage::Volume;
 use crate::units::{BLOCK_BYTES, SECTOR_BYTES, VIRTUAL_BYTES_MAX, round_up};
 
@@ -23,8 +24,11 @@ pub enum NewKind {
     Fixed,
     /// Empty, without a parent.
     Dynamic,
-    /// Empty, over this parent.
-    Child(ParentLink),
+    /// Empty, over a parent.
+    Child {
+        /// Which.
+        parent: ParentLink,
+    },
 }
 
 /// What a new image is to be.
@@ -55,7 +59,7 @@ pub fn create(volume: &dyn Volume, new: &NewImage) -> Result<Meta> {
     let disk_type = match new.kind {
         NewKind::Fixed => DiskType::Fixed,
         NewKind::Dynamic => DiskType::Dynamic,
-        NewKind::Child(_) => DiskType::Differencing,
+        NewKind::Child { .. } => DiskType::Differencing,
     };
     let footer = Footer {
         features: 2,
@@ -76,7 +80,7 @@ pub fn create(volume: &dyn Volume, new: &NewImage) -> Result<Meta> {
     let end = match &new.kind {
         NewKind::Fixed => virtual_bytes,
         NewKind::Dynamic => write_headers(volume, new, &footer, None)?,
-        NewKind::Child(parent) => write_headers(volume, new, &footer, Some(parent))?,
+        NewKind::Child { parent } => write_headers(volume, new, &footer, Some(parent))?,
     };
     let end = if volume.is_device() { volume.len()?.saturating_sub(SECTOR_BYTES) } else { end };
     volume.write_at(&footer.to_bytes(), end)?;
@@ -100,6 +104,9 @@ pub fn checked_size(virtual_bytes: u64) -> Result<u64> {
 fn write_headers(volume: &dyn Volume, new: &NewImage, footer: &Footer, parent: Option<&ParentLink>) -> Result<u64> {
     let blocks = u32::try_from(footer.virtual_bytes / BLOCK_BYTES).unwrap_or(u32::MAX);
     let max_entries = new.bat_entries_max.unwrap_or(blocks).max(blocks);
+    if max_entries > BAT_ENTRIES_MAX {
+        return Err(Error::BadSize { reason: "a BAT of more entries than any image needs" });
+    }
     let batmap = TABLE_OFFSET + table_bytes(max_entries);
     let locators_at = batmap + SECTOR_BYTES + map_bytes(max_entries);
     let mut header = DynHeader {

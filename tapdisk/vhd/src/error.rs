@@ -83,6 +83,12 @@ pub enum Error {
         /// How large.
         bytes: u64,
     },
+    /// The undo journal of a reference resize is wrong.
+    #[error("bad resize journal: {reason}")]
+    BadJournal {
+        /// What.
+        reason: &'static str,
+    },
     /// A size that cannot be had.
     #[error("bad size: {reason}")]
     BadSize {

@@ -25,11 +25,15 @@ pub fn set_hidden(volume: &dyn Volume, meta: &mut Meta, hidden: bool) -> Result<
     if meta.footer_state != FooterState::EndMissing {
         let len = volume.len()?;
         let at = len - SECTOR_BYTES.min(len);
-        volume.write_at(&footer, if len % SECTOR_BYTES == 511 { len - 511 } else { at })?;
+        let short = len % SECTOR_BYTES == 511;
+        volume.write_at(&footer, if short { len - 511 } else { at })?;
     }
     if meta.disk_type() != DiskType::Fixed {
         volume.write_at(&footer, 0)?;
     }
     volume.flush("hidden: both footers")?;
+    if meta.footer_state != FooterState::EndMissing {
+        meta.footer_state = FooterState::Settled;
+    }
     Ok(())
 }

@@ -8,3 +8,13 @@ pub const CLEAN_BITMAPS_MAX: usize = 16 * 1024;
 pub const LOCATOR_BYTES_MAX: u32 = 4096;
 /// Bytes of a BAT or BATmap read at once while looking for something.
 pub const SCAN_BYTES: usize = 64 * 1024;
+/// Entries of a BAT that are read: 16 MiB of it. More than 2040 GiB of 2 MiB
+/// blocks has; foreign images of smaller blocks are smaller.
+pub const BAT_ENTRIES_MAX: u32 = 1 << 22;
+/// Entries of a reference resize journal: blocks move from under at most a
+/// few MiB of metadata.
+pub const JOURNAL_ENTRIES_MAX: u64 = 4096;
+/// Bytes one entry of such a journal restores: a whole BAT at most.
+pub const JOURNAL_PAYLOAD_MAX: u32 = 8 << 20;
+/// Problems a check lists before it stops looking.
+pub const PROBLEMS_MAX: usize = 100;

@@ -41,21 +41,24 @@ impl ParentRef {
     /// The volumes the locators name, each once, in slot order. All of them
     /// are to be tried: the parent is the first that carries the uuid.
     ///
+    /// A path that leads out of the image's folder is left out as long as
+    /// another stays inside: Microsoft's images carry an absolute path besides
+    /// the relative one.
+    ///
     /// # Errors
-    /// [`Error::ParentOutside`] if a path leads out of the image's folder,
+    /// [`Error::ParentOutside`] if every path leads out of the image's folder,
     /// [`Error::ParentMissing`] if there is no path at all.
     pub fn candidates(&self) -> Result<Vec<VolumeName>> {
         let mut names: Vec<VolumeName> = Vec::new();
+        let mut failure = Error::ParentMissing { name: self.name.clone() };
         for path in &self.paths {
-            let name = volume_of(path)?;
-            if !names.contains(&name) {
-                names.push(name);
+            match volume_of(path) {
+                Ok(name) if names.contains(&name) => {}
+                Ok(name) => names.push(name),
+                Err(outside) => failure = outside,
             }
         }
-        if names.is_empty() {
-            return Err(Error::ParentMissing { name: self.name.clone() });
-        }
-        Ok(names)
+        if names.is_empty() { Err(failure) } else { Ok(names) }
     }
 
     /// The first of [`Self::candidates`].
@@ -105,7 +108,8 @@ impl Meta {
         let file_len = volume.len()?;
         let (footer, footer_state) = read_footers(volume, file_len)?;
         if footer.disk_type == DiskType::Fixed {
-            if footer.virtual_bytes > file_len {
+            // A 511-byte footer counts whole.
+            if footer.virtual_bytes > file_len.next_multiple_of(SECTOR_BYTES).saturating_sub(SECTOR_BYTES) {
                 return Err(Error::BadFooter { reason: "the file is shorter than its fixed size" });
             }
             return Ok(Self { footer, header: None, parent: None, layout: None, footer_state, file_len });
@@ -151,13 +155,26 @@ fn read_footers(volume: &dyn Volume, file_len: u64) -> Result<(Footer, FooterSta
     let mut bytes = [0; 512];
     let copy = volume.read_at(&mut bytes, 0).map_err(Error::from).and_then(|()| Footer::parse(&bytes));
     match (end, copy) {
-        (Ok(end), _) if end.disk_type == DiskType::Fixed => Ok((end, FooterState::Settled)),
+        (Ok(end), Ok(copy)) if end.disk_type == DiskType::Fixed => {
+            // What a fixed image has at its front is the guest's, and looks
+            // like a footer only by design. But with a header behind it, it
+            // may as well be a dynamic image at whose end a guest's data came
+            // to stand: nobody can tell, so neither is believed.
+            if copy.disk_type != DiskType::Fixed && read_header(volume, &copy, file_len).is_ok() {
+                return Err(Error::FootersDisagree { what: "type" });
+            }
+            Ok((end, FooterState::Settled))
+        }
+        (Ok(end), Err(_)) if end.disk_type == DiskType::Fixed => Ok((end, FooterState::Settled)),
         (Ok(end), Ok(copy)) => {
             if end.uuid != copy.uuid {
                 return Err(Error::FootersDisagree { what: "uuid" });
             }
             if end.disk_type != copy.disk_type {
                 return Err(Error::FootersDisagree { what: "type" });
+            }
+            if end.data_offset != copy.data_offset {
+                return Err(Error::FootersDisagree { what: "the place of the header" });
             }
             let state = if end == copy { FooterState::Settled } else { FooterState::CopyDiffers };
             Ok((end, state))
