@@ -21,6 +21,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open, openat, renameat};
@@ -38,6 +39,10 @@ pub use volume::PosixVolume;
 /// How often a name may be replaced under our hands between opening and
 /// locking before we report it as busy.
 const LOCK_TRIES_MAX: u32 = 8;
+/// How often a taken lock is tried again: see [`lock`].
+const FORK_TRIES_MAX: u32 = 10;
+/// And how long between.
+const FORK_WAIT: Duration = Duration::from_millis(2);
 
 /// A folder of the host's filesystem, as an [`Fs`].
 #[derive(Debug, Clone)]
@@ -114,11 +119,25 @@ fn check_type(stat: &FileStat) -> io::Result<()> {
 }
 
 /// Takes the exclusive lock of this description, or `WouldBlock`.
+///
+/// A process that this one is just starting holds copies of all descriptors
+/// until its exec, and with them the locks we gave up meanwhile. So a lock
+/// that is taken is tried again, for longer than that can last.
 fn lock(file: &File) -> io::Result<()> {
-    file.try_lock().map_err(|error| match error {
-        TryLockError::WouldBlock => io::ErrorKind::WouldBlock.into(),
-        TryLockError::Error(error) => error,
-    })
+    let mut tries = 0;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::Error(error)) => return Err(error),
+            Err(TryLockError::WouldBlock) if tries == FORK_TRIES_MAX => {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            Err(TryLockError::WouldBlock) => {
+                tries += 1;
+                std::thread::sleep(FORK_WAIT);
+            }
+        }
+    }
 }
 
 fn busy() -> io::Error {

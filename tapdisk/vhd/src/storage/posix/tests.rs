@@ -5,8 +5,9 @@ use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
+use std::process::Command;
 
-use super::super::{Access, CopyKind, Fs};
+use super::super::{Access, CopyKind, Fs, Volume};
 use super::{PosixFs, PosixVolume};
 
 fn folder() -> (tempfile::TempDir, PosixFs) {
@@ -164,4 +165,62 @@ fn space_is_that_of_the_filesystem() {
     let (_folder, fs) = folder();
     let space = fs.space().unwrap();
     assert!(space.total >= space.free && space.total > 0);
+}
+
+/// A loop device over a file; detached when dropped.
+struct Loop(String);
+
+impl Loop {
+    fn over(file: &std::path::Path) -> Self {
+        let made = Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(file)
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{made:?}");
+        Self(String::from_utf8(made.stdout).unwrap().trim().to_owned())
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+#[test]
+#[ignore = "needs root and a loop device"]
+fn a_block_device_is_a_volume_of_fixed_length() {
+    let (folder, fs) = folder();
+    let backing = folder.path().join("backing");
+    fs::write(&backing, vec![7; 1 << 20]).unwrap();
+    let device = Loop::over(&backing);
+    let path = std::path::Path::new(&device.0);
+    let volume = PosixVolume::open_device(path, Access::Write).unwrap();
+    let busy = PosixVolume::open_device(path, Access::Write).unwrap_err();
+    assert_eq!(busy.kind(), ErrorKind::WouldBlock);
+    assert!(volume.is_device());
+    assert_eq!(volume.len().unwrap(), 1 << 20);
+    assert_eq!(volume.allocated().unwrap(), 1 << 20);
+    assert_eq!(
+        volume.set_len(0).unwrap_err().kind(),
+        ErrorKind::Unsupported
+    );
+    assert!(volume.write_at(&[1; 1024], (1 << 20) - 512).is_err());
+    volume.zero(4096, 8192).unwrap();
+    volume.zero(512 * 100, 512).unwrap();
+    volume.zero((1 << 20) - 512, 4096).unwrap();
+    let file = fs.create("a").unwrap();
+    file.write_at(&[9; 8192], 0).unwrap();
+    volume.copy_from(&*file, 0, 65_536, 8192).unwrap();
+    file.copy_from(&volume, 0, 0, 1 << 20).unwrap();
+    volume.flush("test").unwrap();
+    let mut bytes = vec![1; 1 << 20];
+    file.read_at(&mut bytes, 0).unwrap();
+    let want = |at: usize| match at {
+        4096..12_288 | 51_200..51_712 | 1_048_064.. => 0,
+        65_536..73_728 => 9,
+        _ => 7,
+    };
+    assert!(bytes.iter().enumerate().all(|(at, byte)| *byte == want(at)));
 }

@@ -160,6 +160,7 @@ fn kill(state: &State, strategy: Strategy, rng: &mut SmallRng) -> State {
     let units = units(state, CrashKind::Kill);
     let mut after = state.clone();
     after.in_flight.clear();
+    after.run.unmap();
     for (unit, kept) in units.iter().zip(decide(&units, strategy, rng)) {
         if !kept {
             continue;

@@ -1,6 +1,6 @@
 //! The run folder: memory that outlives a process and not the power.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
 
@@ -104,6 +104,12 @@ impl RunState {
                 self.files.insert(name.clone(), bytes.clone());
             }
         }
+    }
+
+    /// All processes died: nobody has a removed buffer mapped any more.
+    pub(super) fn unmap(&mut self) {
+        let named: BTreeSet<u64> = self.buffers.values().copied().collect();
+        self.words.retain(|id, _| named.contains(id));
     }
 
     /// What a new process can find.
