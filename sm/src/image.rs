@@ -167,9 +167,9 @@ pub fn create(repo: &Repo, new: &NewVhd<'_>) -> Result<Arc<dyn Volume>> {
     let timestamp_s = u32::try_from(now_s).unwrap_or(u32::MAX);
     let kind = match new.parent {
         None => NewKind::Dynamic,
-        Some((parent, uuid)) => {
-            NewKind::Child(ParentLink { uuid, volume: parent.clone(), timestamp_s })
-        }
+        Some((parent, uuid)) => NewKind::Child {
+            parent: ParentLink { uuid, volume: parent.clone(), timestamp_s },
+        },
     };
     let image = NewImage {
         uuid: new.footer,
