@@ -10,13 +10,17 @@
 //! | [`recover`] | finishing or undoing what a dead process left |
 //! | [`image`] | single images: where the format crate is called |
 //! | [`catalog`] | labels and history |
+//! | [`owner`], [`run_folder`], [`spawn`] | the real host: locks, leases, processes |
+//! | [`manager`], [`api`], [`views`] | smd: SRs, requests, what is shown |
 //!
 //! Absent on purpose: the data path (reached only through its control
 //! socket) and the choice of what to coalesce (the `gc` crate).
 
+pub mod api;
 pub mod attached;
 pub mod catalog;
 pub mod chain;
+mod daemon;
 pub mod error;
 pub mod host;
 pub mod ids;
@@ -24,6 +28,7 @@ pub mod image;
 pub mod journal;
 pub mod lease;
 pub mod limits;
+pub mod manager;
 pub mod nudge;
 pub mod ops;
 pub mod owner;
@@ -36,5 +41,6 @@ pub mod state;
 pub mod tree;
 pub mod views;
 
+pub use daemon::run;
 pub use error::{Error, Result};
 pub use repo::Repo;

@@ -1,0 +1,62 @@
+//! HTTP and JSON on `smd.sock`.
+//!
+//! ```text
+//!   listener.rs   who may connect (peer credentials)
+//!   routes.rs     which request calls what; `GET /openapi.json` lists them
+//!   answer.rs     results and errors as JSON
+//! ```
+//!
+//! Requests are blocking work: each runs on a thread of its own, a stated
+//! number at once; the others wait.
+
+mod answer;
+mod listener;
+mod openapi;
+mod routes;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use anyhow::Context;
+use tokio::sync::Semaphore;
+
+use crate::limits::REQUESTS_AT_ONCE_MAX;
+use crate::manager::Manager;
+
+/// What every handler gets.
+#[derive(Debug, Clone)]
+struct App {
+    manager: Arc<Manager>,
+    slots: Arc<Semaphore>,
+    counters: Arc<Counters>,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    requests: AtomicU64,
+    refused: AtomicU64,
+}
+
+/// Serves the API until `ended` resolves; attached disks are not concerned.
+///
+/// # Errors
+/// The socket cannot be made.
+pub async fn serve(
+    manager: Arc<Manager>,
+    socket: &Path,
+    ended: impl Future<Output = ()> + Send + 'static,
+) -> anyhow::Result<()> {
+    let listener = listener::Checked::bind(socket)
+        .with_context(|| format!("listen on {}", socket.display()))?;
+    let app = App {
+        manager,
+        slots: Arc::new(Semaphore::new(REQUESTS_AT_ONCE_MAX)),
+        counters: Arc::default(),
+    };
+    tracing::info!(socket = %socket.display(), "smd serves");
+    let served = axum::serve(listener, routes::router(app)).with_graceful_shutdown(ended).await;
+    // Only tidiness: a socket nobody listens on says the same.
+    let _ = std::fs::remove_file(socket);
+    served.context("serve the API")
+}

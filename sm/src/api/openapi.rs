@@ -1,0 +1,108 @@
+//! `GET /openapi.json`: the routes as data.
+
+use serde_json::{Map, Value, json};
+
+/// Method, path, what it does, fields of its body (`?`: may be left out).
+type Route = (&'static str, &'static str, &'static str, &'static [&'static str]);
+
+const ROUTES: &[Route] = &[
+    ("get", "/srs", "All SRs", &[]),
+    ("post", "/srs", "Create or introduce an SR", &["name", "type", "path", "uuid?", "introduce?"]),
+    ("get", "/srs/{sr}", "One SR", &[]),
+    ("get", "/srs/{sr}/tree", "All trees of an SR", &[]),
+    ("get", "/srs/{sr}/history", "What was done, newest first", &[]),
+    ("post", "/srs/{sr}/scan", "Recover, label new images, nudge the collector", &[]),
+    ("post", "/srs/{sr}/attach", "Use an SR on this host", &[]),
+    ("post", "/srs/{sr}/detach", "Stop using an SR", &[]),
+    ("post", "/srs/{sr}/forget", "Forget a detached SR", &[]),
+    ("post", "/srs/{sr}/destroy", "Destroy an SR without VDIs", &[]),
+    ("get", "/vdis", "All VDIs of attached SRs, or of ?sr=; hidden nodes with ?hidden=true", &[]),
+    ("post", "/vdis", "Create a VDI", &["sr", "name", "virtual_size"]),
+    ("post", "/vdis/snapshot", "Snapshot VDIs at one instant", &["vdis", "name?"]),
+    ("get", "/vdis/{vdi}", "One VDI or hidden node", &[]),
+    ("delete", "/vdis/{vdi}", "Delete a VDI", &[]),
+    ("get", "/vdis/{vdi}/stat", "What it takes and what deleting it frees", &[]),
+    ("post", "/vdis/{vdi}/clone", "A writable clone", &["name?"]),
+    ("post", "/vdis/{vdi}/rename", "New words", &["name?", "description?"]),
+    ("post", "/vdis/{vdi}/attach", "Serve it over NBD", &["read_only?"]),
+    ("post", "/vdis/{vdi}/detach", "Stop serving it", &["force?"]),
+    ("get", "/metrics", "Prometheus text", &[]),
+];
+
+/// The document.
+pub fn document() -> Value {
+    let mut paths = Map::new();
+    for route in ROUTES {
+        let (method, path, ..) = *route;
+        let methods = paths.entry(path).or_insert_with(|| json!({}));
+        methods[method] = operation(route);
+    }
+    json!({
+        "openapi": "3.1.0",
+        "info": {
+            "title": "smd",
+            "version": env!("CARGO_PKG_VERSION"),
+            "description": "Storage repositories and virtual disks of one host",
+        },
+        "paths": paths,
+        "components": { "schemas": { "Error": error_schema() } },
+    })
+}
+
+fn operation((_, path, summary, fields): &Route) -> Value {
+    let failed = json!({
+        "description": "Refused or failed",
+        "content": { "application/json": { "schema": { "$ref": "#/components/schemas/Error" } } },
+    });
+    let mut operation = json!({
+        "summary": summary,
+        "responses": { "200": { "description": "Done" }, "default": failed },
+    });
+    let parameters: Vec<Value> = path
+        .split('/')
+        .filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'))
+        .map(|name| {
+            json!({
+                "name": name, "in": "path", "required": true,
+                "description": "uuid, or a name that is unique", "schema": { "type": "string" },
+            })
+        })
+        .collect();
+    if !parameters.is_empty() {
+        operation["parameters"] = parameters.into();
+    }
+    if !fields.is_empty() {
+        let required: Vec<&str> = fields.iter().filter(|f| !f.ends_with('?')).copied().collect();
+        let properties: Map<String, Value> =
+            fields.iter().map(|f| (f.trim_end_matches('?').to_owned(), json!({}))).collect();
+        let schema = json!({ "type": "object", "required": required, "properties": properties });
+        operation["requestBody"] = json!({ "content": { "application/json": { "schema": schema } } });
+    }
+    operation
+}
+
+fn error_schema() -> Value {
+    let text = json!({ "type": "string" });
+    let fields = json!({
+        "type": "object",
+        "required": ["code", "message"],
+        "properties": { "code": text, "message": text },
+    });
+    json!({ "type": "object", "required": ["error"], "properties": { "error": fields } })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_route_is_in_the_document() {
+        let document = document();
+        for (method, path, summary, _) in ROUTES {
+            assert_eq!(document["paths"][path][method]["summary"], *summary);
+        }
+        let create = &document["paths"]["/vdis"]["post"]["requestBody"];
+        let schema = &create["content"]["application/json"]["schema"];
+        assert_eq!(schema["required"], json!(["sr", "name", "virtual_size"]));
+    }
+}

@@ -1,0 +1,350 @@
+//! Which request calls what. One function per request, each a few lines:
+//! resolve names, call the operation, show the result.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, Path, Query, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::json;
+
+use super::App;
+use super::answer::{Failure, Outcome, document};
+use crate::error::{Error, Result};
+use crate::journal::SiblingKind;
+use crate::limits::{BODY_BYTES_MAX, BUSY_RETRY_MS_MAX};
+use crate::manager::{Manager, NewSr};
+use crate::ops::{self, Wanted};
+use crate::repo::Repo;
+use crate::views::Look;
+
+/// How often an operation that found another one under way is tried again.
+const BUSY_POLL: Duration = Duration::from_millis(50);
+
+/// All routes.
+pub fn router(app: App) -> Router {
+    Router::new()
+        .route("/srs", get(list_srs).post(add_sr))
+        .route("/srs/{sr}", get(show_sr))
+        .route("/srs/{sr}/tree", get(tree))
+        .route("/srs/{sr}/history", get(history))
+        .route("/srs/{sr}/{verb}", post(sr_verb))
+        .route("/vdis", get(list_vdis).post(create_vdi))
+        .route("/vdis/snapshot", post(snapshot))
+        .route("/vdis/{vdi}", get(show_vdi).delete(delete_vdi))
+        .route("/vdis/{vdi}/stat", get(stat))
+        .route("/vdis/{vdi}/clone", post(clone))
+        .route("/vdis/{vdi}/rename", post(rename))
+        .route("/vdis/{vdi}/attach", post(attach))
+        .route("/vdis/{vdi}/detach", post(detach))
+        .route("/openapi.json", get(async || document(super::openapi::document())))
+        .route("/metrics", get(metrics))
+        .fallback(async || {
+            Failure(Error::NotFound { what: "such request; see /openapi.json".into() })
+        })
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .with_state(app)
+}
+
+/// Runs blocking work on a thread of its own, as soon as a slot is free.
+async fn run<T: Send + 'static>(
+    app: &App,
+    mut work: impl FnMut(&Manager) -> Result<T> + Send + 'static,
+) -> Result<T, Failure> {
+    app.counters.requests.fetch_add(1, Ordering::Relaxed);
+    let ended = |_| Failure(Error::NotRunning { what: "smd".into(), reason: "it ends".into() });
+    let slot = app.slots.clone().acquire_owned().await.map_err(|e| ended(e.to_string()))?;
+    let manager = app.manager.clone();
+    let task = tokio::task::spawn_blocking(move || {
+        let _slot = slot;
+        let deadline = Instant::now() + Duration::from_millis(BUSY_RETRY_MS_MAX);
+        loop {
+            match work(&manager) {
+                Err(error) if error.is_busy() && Instant::now() < deadline => {
+                    std::thread::sleep(BUSY_POLL);
+                }
+                outcome => return outcome,
+            }
+        }
+    });
+    let outcome = task.await.map_err(|e| ended(e.to_string()))?;
+    outcome.map_err(|error| {
+        app.counters.refused.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!(code = error.code(), %error, "request refused");
+        Failure(error)
+    })
+}
+
+/// The body as JSON; an empty one counts as `{}`.
+fn read<T: DeserializeOwned>(body: &Bytes) -> Result<T> {
+    let bytes: &[u8] = if body.is_empty() { b"{}" } else { body };
+    serde_json::from_slice(bytes).map_err(|e| Error::BadRequest { reason: e.to_string() })
+}
+
+async fn list_srs(State(app): State<App>) -> Outcome {
+    let srs = run(&app, |manager| {
+        manager.known().iter().map(|sr| manager.view_sr(sr.uuid)).collect::<Result<Vec<_>>>()
+    });
+    document(json!({ "srs": srs.await? }))
+}
+
+async fn add_sr(State(app): State<App>, body: Bytes) -> Outcome {
+    let new: NewSr = read(&body)?;
+    document(run(&app, move |manager| manager.view_sr(manager.add_sr(&new)?)).await?)
+}
+
+async fn show_sr(State(app): State<App>, Path(sr): Path<String>) -> Outcome {
+    document(run(&app, move |manager| manager.view_sr(manager.sr_uuid(&sr)?)).await?)
+}
+
+async fn tree(State(app): State<App>, Path(sr): Path<String>) -> Outcome {
+    document(run(&app, move |manager| manager.view_tree(manager.sr_uuid(&sr)?)).await?)
+}
+
+/// Lines of history shown when nobody says how many.
+const HISTORY_ROWS: u32 = 100;
+
+#[derive(Debug, Deserialize)]
+struct Rows {
+    rows: Option<u32>,
+}
+
+async fn history(
+    State(app): State<App>,
+    Path(sr): Path<String>,
+    Query(rows): Query<Rows>,
+) -> Outcome {
+    let rows_max = rows.rows.unwrap_or(HISTORY_ROWS);
+    let lines = run(&app, move |manager| {
+        manager.open_sr(manager.sr_uuid(&sr)?)?.labels.history(rows_max)
+    });
+    let lines = lines.await?.into_iter().map(|(at, operation, vdi, detail)| {
+        json!({ "at": at, "operation": operation, "vdi": vdi, "detail": detail })
+    });
+    document(json!({ "history": lines.collect::<Vec<_>>() }))
+}
+
+async fn sr_verb(
+    State(app): State<App>,
+    Path((sr, verb)): Path<(String, String)>,
+    _body: Bytes,
+) -> Outcome {
+    let done = run(&app, move |manager| {
+        let uuid = manager.sr_uuid(&sr)?;
+        let before = manager.view_sr(uuid)?;
+        match verb.as_str() {
+            "scan" => manager.scan_sr(uuid)?,
+            "attach" => manager.attach_sr(uuid)?,
+            "detach" => manager.detach_sr(uuid)?,
+            "forget" => manager.forget_sr(uuid)?,
+            "destroy" => manager.destroy_sr(uuid)?,
+            _ => return Err(Error::NotFound { what: format!("request {verb:?} on an SR") }),
+        }
+        // One that is gone is shown as it was.
+        match manager.view_sr(uuid) {
+            Err(Error::NotFound { .. }) => Ok(crate::views::SrView { attached: false, ..before }),
+            view => view,
+        }
+    });
+    document(done.await?)
+}
+
+#[derive(Debug, Deserialize)]
+struct Listing {
+    sr: Option<String>,
+    #[serde(default)]
+    hidden: bool,
+}
+
+async fn list_vdis(State(app): State<App>, Query(listing): Query<Listing>) -> Outcome {
+    let vdis = run(&app, move |manager| {
+        let srs = match &listing.sr {
+            Some(sr) => vec![manager.sr_uuid(sr)?],
+            None => manager.known().iter().map(|sr| sr.uuid).collect(),
+        };
+        let mut vdis = Vec::new();
+        for sr in srs {
+            match manager.open_sr(sr) {
+                Ok(open) => vdis.extend(Look::at(&open.repo)?.vdis(listing.hidden)),
+                Err(Error::SrDetached { .. }) if listing.sr.is_none() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(vdis)
+    });
+    document(json!({ "vdis": vdis.await? }))
+}
+
+#[derive(Debug, Deserialize)]
+struct NewVdi {
+    sr: String,
+    name: String,
+    virtual_size: u64,
+}
+
+async fn create_vdi(State(app): State<App>, body: Bytes) -> Outcome {
+    let new: NewVdi = read(&body)?;
+    let made = run(&app, move |manager| {
+        let open = manager.open_sr(manager.sr_uuid(&new.sr)?)?;
+        let vdi = ops::create(&open.repo, &new.name, new.virtual_size)?;
+        Look::at(&open.repo)?.one(vdi)
+    });
+    document(made.await?)
+}
+
+async fn show_vdi(State(app): State<App>, Path(vdi): Path<String>) -> Outcome {
+    let shown = run(&app, move |manager| {
+        let (repo, vdi) = manager.find_vdi(&vdi)?;
+        Look::at(&repo)?.one(vdi)
+    });
+    document(shown.await?)
+}
+
+async fn delete_vdi(State(app): State<App>, Path(vdi): Path<String>) -> Outcome {
+    let gone = run(&app, move |manager| {
+        let (repo, vdi) = manager.find_vdi(&vdi)?;
+        let before = Look::at(&repo)?.one(vdi)?;
+        ops::delete(&repo, vdi)?;
+        manager.kick(repo.uuid);
+        Ok(before)
+    });
+    document(gone.await?)
+}
+
+async fn stat(State(app): State<App>, Path(vdi): Path<String>) -> Outcome {
+    let stat = run(&app, move |manager| {
+        let (repo, vdi) = manager.find_vdi(&vdi)?;
+        ops::stat(&repo, vdi)
+    });
+    document(stat.await?)
+}
+
+#[derive(Debug, Deserialize)]
+struct Group {
+    vdis: Vec<String>,
+    name: Option<String>,
+}
+
+/// Siblings of some VDIs, which must be of one SR: one record makes them all
+/// or none.
+fn siblings(manager: &Manager, kind: SiblingKind, group: &Group) -> Result<(Repo, Vec<uuid::Uuid>)> {
+    let mut repo: Option<Repo> = None;
+    let mut wanted = Vec::new();
+    for text in &group.vdis {
+        let (of, vdi) = manager.find_vdi(text)?;
+        if repo.get_or_insert_with(|| of.clone()).uuid != of.uuid {
+            let what = "one snapshot of VDIs in several SRs".into();
+            return Err(Error::Unsupported { what });
+        }
+        let name = match &group.name {
+            Some(name) => name.clone(),
+            None => default_name(&of, kind, vdi)?,
+        };
+        wanted.push(Wanted { vdi, name });
+    }
+    let nothing = || Error::BadRequest { reason: "no VDI is named".into() };
+    let repo = repo.ok_or_else(nothing)?;
+    let made = ops::snapshot(&repo, kind, &wanted)?;
+    Ok((repo, made))
+}
+
+fn default_name(repo: &Repo, kind: SiblingKind, vdi: uuid::Uuid) -> Result<String> {
+    let of = repo.labels.get(vdi)?.map(|label| label.name).unwrap_or_default();
+    Ok(match kind {
+        SiblingKind::Snapshot => format!("{of} snapshot"),
+        SiblingKind::Clone => format!("{of} clone"),
+    })
+}
+
+async fn snapshot(State(app): State<App>, body: Bytes) -> Outcome {
+    let group: Group = read(&body)?;
+    let made = run(&app, move |manager| {
+        let (repo, made) = siblings(manager, SiblingKind::Snapshot, &group)?;
+        let look = Look::at(&repo)?;
+        made.into_iter().map(|vdi| look.one(vdi)).collect::<Result<Vec<_>>>()
+    });
+    document(json!({ "vdis": made.await? }))
+}
+
+#[derive(Debug, Deserialize)]
+struct Words {
+    name: Option<String>,
+    description: Option<String>,
+}
+
+async fn clone(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) -> Outcome {
+    let words: Words = read(&body)?;
+    let group = Group { vdis: vec![vdi], name: words.name };
+    let made = run(&app, move |manager| {
+        let (repo, made) = siblings(manager, SiblingKind::Clone, &group)?;
+        let vdi = made.first().ok_or_else(|| Error::NotFound { what: "clone".into() })?;
+        Look::at(&repo)?.one(*vdi)
+    });
+    document(made.await?)
+}
+
+async fn rename(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) -> Outcome {
+    let words: Words = read(&body)?;
+    let renamed = run(&app, move |manager| {
+        let (repo, vdi) = manager.find_vdi(&vdi)?;
+        ops::rename(&repo, vdi, words.name.as_deref(), words.description.as_deref())?;
+        Look::at(&repo)?.one(vdi)
+    });
+    document(renamed.await?)
+}
+
+#[derive(Debug, Deserialize)]
+struct AttachHow {
+    #[serde(default)]
+    read_only: bool,
+}
+
+async fn attach(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) -> Outcome {
+    let how: AttachHow = read(&body)?;
+    let attached = run(&app, move |manager| {
+        let (repo, vdi) = manager.find_vdi(&vdi)?;
+        ops::attach(&repo, vdi, how.read_only)?;
+        Look::at(&repo)?.one(vdi)
+    });
+    document(attached.await?)
+}
+
+#[derive(Debug, Deserialize)]
+struct DetachHow {
+    #[serde(default)]
+    force: bool,
+}
+
+async fn detach(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) -> Outcome {
+    let how: DetachHow = read(&body)?;
+    let detached = run(&app, move |manager| {
+        let (repo, vdi) = manager.find_vdi(&vdi)?;
+        if ops::detach(&repo, vdi, how.force)? {
+            manager.kick(repo.uuid);
+        }
+        Look::at(&repo)?.one(vdi)
+    });
+    document(detached.await?)
+}
+
+async fn metrics(State(app): State<App>) -> Response {
+    let known = app.manager.known();
+    let attached = known.iter().filter(|sr| sr.attached).count();
+    let text = format!(
+        "# TYPE coppice_smd_requests_total counter\ncoppice_smd_requests_total {}\n\
+         # TYPE coppice_smd_requests_refused_total counter\ncoppice_smd_requests_refused_total {}\n\
+         # TYPE coppice_srs gauge\ncoppice_srs{{state=\"attached\"}} {attached}\n\
+         coppice_srs{{state=\"detached\"}} {}\n",
+        app.counters.requests.load(Ordering::Relaxed),
+        app.counters.refused.load(Ordering::Relaxed),
+        known.len() - attached,
+    );
+    let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
+    (StatusCode::OK, kind, text).into_response()
+}
