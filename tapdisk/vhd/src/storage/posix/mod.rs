@@ -17,7 +17,7 @@
 
 use std::fs::{File, TryLockError};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -237,14 +237,15 @@ impl Fs for PosixFs {
                 Ok(()) | Err(Errno::EEXIST) => {}
                 Err(errno) => return Err(errno.into()),
             }
-            nix::unistd::fsync(fd.as_fd())?;
-            fd = openat(&fd, part, flags, Mode::empty())?;
+            let parent = File::from(fd);
+            parent.sync_all()?;
+            fd = openat(&parent, part, flags, Mode::empty())?;
         }
         Ok(())
     }
 
     fn sync_names(&self, folder: &str, _why: Why) -> io::Result<()> {
-        Ok(nix::unistd::fsync(self.folder(folder)?.as_fd())?)
+        File::from(self.folder(folder)?).sync_all()
     }
 
     fn same_file(&self, a: &str, b: &str) -> io::Result<bool> {
