@@ -1,8 +1,11 @@
 //! The tests that need more than one crate, in one binary.
 //!
+//! - `crash`: every state a power cut or a kill leaves, recovered from
 //! - `interop`: our images read by others, and theirs by us
 //! - `live`: real processes and real NBD clients, killed at random
 
+#[cfg(test)]
+mod crash;
 #[cfg(test)]
 mod interop;
 #[cfg(test)]

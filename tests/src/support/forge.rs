@@ -64,11 +64,6 @@ impl Forged {
         self
     }
 
-    /// The footer's uuid.
-    pub fn footer_uuid(&self) -> Uuid {
-        Uuid::from_slice(&self.bytes[FOOTER_UUID]).unwrap()
-    }
-
     /// Another uuid, in both footers.
     pub fn with_footer_uuid(mut self, uuid: Uuid) -> Self {
         self.each_footer(|footer| footer[FOOTER_UUID].copy_from_slice(uuid.as_bytes()));

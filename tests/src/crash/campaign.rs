@@ -1,0 +1,192 @@
+//! Crashing, recovering, comparing, counting.
+
+use std::collections::HashSet;
+
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use sm::recover::{Scope, recover, sweep};
+use uuid::Uuid;
+use vhd::chain::Chain;
+use vhd::storage::sim::{CrashKind, Sabotage, SimDisk};
+use vhd::storage::VolumeName;
+
+use super::oracle::{At, Value, tracked, unstamp};
+use super::scenarios::{ALL, Expected, Ran, Scenario, collect_garbage};
+use super::world::{BLOCKS, World};
+
+/// How thoroughly to look.
+#[derive(Clone, Copy)]
+pub struct Effort {
+    /// Every n-th prefix of the log.
+    pub stride: usize,
+    /// Units tried alone, lost and kept.
+    pub singles_max: usize,
+    /// Random choices of each kind per prefix.
+    pub randoms: usize,
+}
+
+/// What was found.
+#[derive(Default)]
+pub struct Findings {
+    pub states: HashSet<u128>,
+    pub tried: usize,
+    pub failures: Vec<String>,
+}
+
+/// Crashes a run everywhere. Stops at the first failure if asked.
+pub fn crash_everywhere(name: &str, ran: &Ran, effort: Effort, seed: u64, found: &mut Findings, first_only: bool) {
+    let mut rng = SmallRng::seed_from_u64(seed);
+    for failure in &ran.failures {
+        found.failures.push(format!("{name}, seed {seed}, without any crash: {failure}"));
+    }
+    let mut at = ran.from + rng.random_range(0..effort.stride);
+    while at <= ran.disk.log_len() {
+        for kind in [CrashKind::Kill, CrashKind::PowerCut] {
+            for strategy in ran.disk.strategies(at, kind, effort.singles_max, effort.randoms) {
+                let state = ran.disk.crash(at, kind, &mut rng, strategy);
+                found.tried += 1;
+                if !found.states.insert(state.state_hash()) {
+                    continue;
+                }
+                if let Err(failure) = survives(ran, &state, at, kind, &mut rng, found.tried) {
+                    let text = format!("{name}, seed {seed}, {kind:?} at {at}, {strategy:?}: {failure}");
+                    found.failures.push(text);
+                    if first_only || found.failures.len() > 20 {
+                        return;
+                    }
+                }
+            }
+        }
+        at += effort.stride;
+    }
+}
+
+/// Recovers a state, sometimes with a second crash inside, and compares.
+fn survives(ran: &Ran, state: &SimDisk, at: At, kind: CrashKind, rng: &mut SmallRng, n: usize) -> Result<(), String> {
+    let again = n.is_multiple_of(5);
+    // To crash inside a recovery, it is run once to its end to know its log.
+    let (state, kind) = if again {
+        let _ = recovered(state, n as u64);
+        let second = if rng.random_range(0..2) == 0 { kind } else { CrashKind::PowerCut };
+        let inside = rng.random_range(0..=state.log_len());
+        let strategies = state.strategies(inside, second, 2, 2);
+        let strategy = strategies[rng.random_range(0..strategies.len())];
+        let worst = kind.max(second);
+        (state.crash(inside, second, rng, strategy), worst)
+    } else {
+        (state.clone(), kind)
+    };
+    let world = recovered(&state, n as u64 + 1)?;
+    compare(ran, &world, at, kind)?;
+    if n.is_multiple_of(7) {
+        collect_garbage(&world).map_err(|e| format!("collecting after recovery: {e}"))?;
+        compare(ran, &world, at, kind).map_err(|e| format!("after collecting: {e}"))?;
+    }
+    Ok(())
+}
+
+fn recovered(state: &SimDisk, seed: u64) -> Result<World, String> {
+    let world = World::over(state.clone(), 1000 + seed);
+    recover(&world.repo, Scope::All).map_err(|e| format!("recovery: {e}"))?;
+    sweep(&world.repo).map_err(|e| format!("sweep: {e}"))?;
+    sm::ops::settle_all(&world.repo).map_err(|e| format!("settling: {e}"))?;
+    Ok(world)
+}
+
+/// Every visible disk is there and holds only what it may.
+fn compare(ran: &Ran, world: &World, at: At, kind: CrashKind) -> Result<(), String> {
+    let scan = sm::scan::scan(&world.repo).map_err(|e| format!("scan: {e}"))?;
+    for node in &scan.tree.nodes {
+        if let Some(broken) = node.broken() {
+            return Err(format!("{} is broken: {broken}", node.volume));
+        }
+    }
+    let snapshots = scan.intents.iter().filter(|stored| matches!(stored.intent, sm::journal::Intent::Snapshot(_)));
+    if let Some(left) = snapshots.map(|stored| stored.name).next() {
+        return Err(format!("recovery left the record {left}"));
+    }
+    let visible = |vdi: Uuid| scan.tree.by_uuid(vdi).is_some_and(|ix| !scan.tree.nodes[ix].is_hidden());
+    for expected in &ran.expected {
+        match expected {
+            Expected::Disk { vdi, oracle } => {
+                if !visible(*vdi) {
+                    return Err(format!("disk {vdi} is gone"));
+                }
+                let allowed = |sector| oracle.after_crash(sector, kind, at);
+                holds(world, *vdi, allowed).map_err(|e| format!("the disk: {e}"))?;
+            }
+            Expected::Snapshot { vdi, of, instant, deleted } => {
+                let answered = instant.ended <= at;
+                let may_be_gone = deleted.is_some_and(|deleted| deleted <= at);
+                if visible(*vdi) && instant.began <= at {
+                    // Not answered yet, it may lack what was not flushed.
+                    let allowed = |sector| {
+                        let mut values = of.in_snapshot(sector, *instant);
+                        if !answered {
+                            values.extend(of.after_crash(sector, kind, at));
+                        }
+                        values
+                    };
+                    holds(world, *vdi, allowed).map_err(|e| format!("a snapshot: {e}"))?;
+                } else if answered && !may_be_gone {
+                    return Err(format!("snapshot {vdi} is gone"));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn holds(
+    world: &World,
+    vdi: Uuid,
+    allowed: impl Fn(u64) -> std::collections::BTreeSet<Value>,
+) -> Result<(), String> {
+    let chain = Chain::open(world.repo.volumes.as_ref(), &VolumeName::vhd(vdi)).map_err(|e| e.to_string())?;
+    let mut bytes = [0; 512];
+    for sector in tracked(BLOCKS) {
+        chain.read_at(&mut bytes, sector * 512).map_err(|e| e.to_string())?;
+        let value = unstamp(&bytes, sector).map_err(|e| format!("sector {sector} holds {e}"))?;
+        let allowed = allowed(sector);
+        if !allowed.contains(&value) {
+            return Err(format!("sector {sector} holds {value:x}, allowed {allowed:x?}"));
+        }
+    }
+    // Sectors nobody ever wrote.
+    for sector in (0..BLOCKS).map(|block| block * 4096 + 1000) {
+        chain.read_at(&mut bytes, sector * 512).map_err(|e| e.to_string())?;
+        if bytes != [0; 512] {
+            return Err(format!("sector {sector}, never written, is not zero"));
+        }
+    }
+    Ok(())
+}
+
+/// Plays and crashes one scenario with one seed.
+pub fn campaign(scenario: &Scenario, seed: u64, sabotage: Option<Sabotage>, effort: Effort, found: &mut Findings, first_only: bool) {
+    let ran = scenario.play(seed, sabotage);
+    crash_everywhere(scenario.name, &ran, effort, seed, found, first_only);
+}
+
+/// The long run is `COPPICE_CRASH_SEEDS=200 tests/run crash`.
+fn seeds() -> u64 {
+    std::env::var("COPPICE_CRASH_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2)
+}
+
+#[test]
+fn no_crash_loses_a_promised_byte() {
+    let effort = Effort { stride: 2, singles_max: 3, randoms: 2 };
+    let mut total = 0;
+    let mut failures = Vec::new();
+    for scenario in &ALL {
+        let mut found = Findings::default();
+        for seed in 0..seeds() {
+            campaign(scenario, seed, None, effort, &mut found, false);
+        }
+        println!("{}: {} crashes tried, {} distinct states", scenario.name, found.tried, found.states.len());
+        total += found.states.len();
+        failures.append(&mut found.failures);
+    }
+    println!("{total} distinct states in all");
+    assert!(failures.is_empty(), "{} failures, first ones:\n{}", failures.len(), failures[..failures.len().min(10)].join("\n"));
+}

@@ -1,0 +1,29 @@
+//! Every state a crash leaves, recovered from and compared with what was
+//! promised.
+//!
+//! ```text
+//!   scenario   real sm, gc and engine code on a simulated machine, guests
+//!              writing all along; every guest write and flush is noted in
+//!              an oracle with its place in the machine's log
+//!   campaign   for every prefix of the log: kills and power cuts, by several
+//!              strategies -> recover -> maybe crash inside that, recover
+//!              again -> every visible disk holds only what it may
+//!   teeth      the same with one labelled step left out, for every label:
+//!              some state must lose something
+//! ```
+//!
+//! | file | what |
+//! |---|---|
+//! | `oracle` | which values a sector may have after a crash |
+//! | `guest` | random guest traffic on a simulated tapdisk |
+//! | `world` | a machine with an SR: the `Host` and `Tap` of the simulator |
+//! | `scenarios` | what happens before the crash |
+//! | `campaign` | crashing, recovering, comparing, counting |
+//! | `teeth` | leaving steps out |
+
+mod campaign;
+mod guest;
+mod oracle;
+mod scenarios;
+mod teeth;
+mod world;

@@ -1,0 +1,291 @@
+//! What happens before the crash: real operations under guest traffic.
+
+use std::sync::Arc;
+
+use gc::candidates::candidates;
+use gc::forest::Role;
+use gc::job::Job;
+use gc::{garbage, survey};
+use sm::journal::SiblingKind;
+use sm::ops::{self, Wanted};
+use uuid::Uuid;
+use vhd::storage::sim::{Sabotage, SimDisk};
+
+use super::oracle::{At, Instant, Oracle};
+use super::world::{BLOCKS, SharedGuest, World, locked};
+
+/// A visible disk and what it may hold.
+pub enum Expected {
+    /// Writable, with everything that was written to it.
+    Disk { vdi: Uuid, oracle: Oracle },
+    /// A snapshot or clone nobody wrote to.
+    Snapshot {
+        vdi: Uuid,
+        of: Oracle,
+        instant: Instant,
+        /// From here on it may be gone.
+        deleted: Option<At>,
+    },
+}
+
+/// A scenario that ran to its end.
+pub struct Ran {
+    pub disk: SimDisk,
+    /// From here on crashes are tried: the first disk exists.
+    pub from: At,
+    pub expected: Vec<Expected>,
+    /// What went wrong without any crash.
+    pub failures: Vec<String>,
+}
+
+/// A scenario: what it is called, and how it goes.
+#[derive(Clone, Copy)]
+pub struct Scenario {
+    pub name: &'static str,
+    go: fn(&mut Play),
+}
+
+/// All of them.
+pub const ALL: [Scenario; 6] = [
+    Scenario { name: "writes", go: writes },
+    Scenario { name: "snapshots", go: snapshots },
+    Scenario { name: "offline", go: offline },
+    Scenario { name: "leaf merge", go: leaf_merge },
+    Scenario { name: "merge stopped", go: merge_stopped },
+    Scenario { name: "inner merge", go: inner_merge },
+];
+
+impl Scenario {
+    /// Plays it, perhaps with a step left out.
+    pub fn play(&self, seed: u64, sabotage: Option<Sabotage>) -> Ran {
+        let disk = SimDisk::new();
+        if let Some(sabotage) = sabotage {
+            disk.sabotage(sabotage);
+        }
+        let world = World::over(disk.clone(), seed);
+        let vdi = ops::create(&world.repo, "disk", BLOCKS << 21).expect("create");
+        let mut play = Play { from: disk.log_len(), world, vdi, guest: None, oracle: Oracle::default(), snapshots: Vec::new(), failures: Vec::new() };
+        (self.go)(&mut play);
+        play.end()
+    }
+}
+
+struct Snapshot {
+    vdi: Uuid,
+    instant: Instant,
+    deleted: Option<At>,
+}
+
+struct Play {
+    world: World,
+    vdi: Uuid,
+    guest: Option<SharedGuest>,
+    oracle: Oracle,
+    from: At,
+    snapshots: Vec<Snapshot>,
+    failures: Vec<String>,
+}
+
+impl Play {
+    fn attach(&mut self) {
+        let oracle = std::mem::take(&mut self.oracle);
+        self.guest = Some(self.world.attach(self.vdi, oracle));
+    }
+
+    fn traffic(&mut self, requests: u32) {
+        if let Some(guest) = &self.guest {
+            locked(guest).run(requests);
+        }
+    }
+
+    /// Allows so many requests while operations run.
+    fn meanwhile(&mut self, requests: u32) {
+        if let Some(guest) = &self.guest {
+            locked(guest).budget = requests;
+        }
+    }
+
+    fn detach(&mut self) {
+        let Some(guest) = self.guest.take() else { return };
+        locked(&guest).drain();
+        if let Err(error) = ops::detach(&self.world.repo, self.vdi, true) {
+            self.failures.push(format!("detach: {error}"));
+        }
+        let mut guest = locked(&guest);
+        self.failures.append(&mut guest.failures);
+        self.oracle = std::mem::take(&mut guest.oracle);
+    }
+
+    fn snapshot(&mut self) -> usize {
+        let began = self.world.disk.log_len();
+        let wanted = Wanted { vdi: self.vdi, name: "snap".to_owned() };
+        match ops::snapshot(&self.world.repo, SiblingKind::Snapshot, &[wanted]) {
+            Ok(siblings) => {
+                let instant = Instant { began, ended: self.world.disk.log_len() };
+                self.snapshots.extend(siblings.into_iter().map(|vdi| Snapshot { vdi, instant, deleted: None }));
+            }
+            Err(error) => self.failures.push(format!("snapshot: {error}")),
+        }
+        self.snapshots.len() - 1
+    }
+
+    fn delete(&mut self, snapshot: usize) {
+        self.snapshots[snapshot].deleted = Some(self.world.disk.log_len());
+        if let Err(error) = ops::delete(&self.world.repo, self.snapshots[snapshot].vdi) {
+            self.failures.push(format!("delete: {error}"));
+        }
+    }
+
+    fn collect(&mut self) {
+        if let Err(error) = collect_garbage(&self.world) {
+            self.failures.push(error);
+        }
+    }
+
+    fn end(mut self) -> Ran {
+        self.detach();
+        let snapshots = self.snapshots.into_iter().map(|snapshot| Expected::Snapshot {
+            vdi: snapshot.vdi,
+            of: self.oracle.clone(),
+            instant: snapshot.instant,
+            deleted: snapshot.deleted,
+        });
+        let expected = snapshots.collect::<Vec<_>>();
+        let disk = Expected::Disk { vdi: self.vdi, oracle: self.oracle };
+        Ran {
+            disk: self.world.disk.clone(),
+            from: self.from,
+            expected: expected.into_iter().chain([disk]).collect(),
+            failures: self.failures,
+        }
+    }
+}
+
+/// Deletes and merges until nothing is left to do.
+pub fn collect_garbage(world: &World) -> Result<(), String> {
+    let repo = &world.repo;
+    for stored in sm::journal::load(repo.volumes.as_ref()).map_err(|e| e.to_string())? {
+        let taken = Job::take_over(repo, world, stored.name.id).map_err(|e| e.to_string())?;
+        if let Some((job, intent)) = taken {
+            job.carry_on(intent).map_err(|e| format!("carrying on: {e}"))?;
+        }
+    }
+    for _ in 0..50 {
+        let forest = survey::glance(repo).map_err(|e| e.to_string())?;
+        let hidden = |node: &&gc::forest::Node| node.role == Role::Hidden;
+        let childless = |node: &&gc::forest::Node| forest.children(node.uuid).next().is_none();
+        let dead: Vec<Uuid> = forest.nodes().filter(hidden).filter(childless).map(|node| node.uuid).collect();
+        if !dead.is_empty() {
+            garbage::delete(repo, world, &dead).map_err(|e| e.to_string())?;
+            continue;
+        }
+        let merge = candidates(&forest).into_iter().find(|(_, against)| against.is_none());
+        let Some((merge, _)) = merge else { return Ok(()) };
+        let (job, intent) = Job::begin(repo, world, &merge).map_err(|e| format!("{merge:?}: {e}"))?;
+        job.carry_on(intent).map_err(|e| format!("{merge:?}: {e}"))?;
+    }
+    Err("collecting does not end".to_owned())
+}
+
+/// Writes, zeros, trims and flushes; attached twice.
+fn writes(play: &mut Play) {
+    play.attach();
+    play.traffic(60);
+    play.detach();
+    play.attach();
+    play.traffic(30);
+}
+
+/// Snapshots under writes.
+fn snapshots(play: &mut Play) {
+    play.attach();
+    play.traffic(15);
+    play.meanwhile(40);
+    play.snapshot();
+    play.traffic(10);
+    play.meanwhile(40);
+    play.snapshot();
+    play.traffic(10);
+}
+
+/// Snapshots and merges of a disk nobody uses.
+fn offline(play: &mut Play) {
+    play.attach();
+    play.traffic(15);
+    play.detach();
+    let first = play.snapshot();
+    play.attach();
+    play.traffic(15);
+    play.detach();
+    let second = play.snapshot();
+    play.attach();
+    play.traffic(10);
+    play.detach();
+    play.delete(first);
+    play.delete(second);
+    play.collect();
+}
+
+/// A leaf merged into its parent while it is written.
+fn leaf_merge(play: &mut Play) {
+    play.attach();
+    play.traffic(20);
+    let snapshot = play.snapshot();
+    play.traffic(20);
+    play.delete(snapshot);
+    play.meanwhile(60);
+    play.collect();
+    play.traffic(10);
+}
+
+/// A snapshot that arrives while the leaf is being merged.
+fn merge_stopped(play: &mut Play) {
+    play.attach();
+    play.traffic(20);
+    let snapshot = play.snapshot();
+    play.traffic(20);
+    play.delete(snapshot);
+    play.meanwhile(40);
+    begin_leaf_merge(play);
+    play.snapshot();
+    play.traffic(10);
+}
+
+/// Starts a leaf merge and leaves it running, as if the collector died.
+fn begin_leaf_merge(play: &mut Play) {
+    let repo = play.world.repo.clone();
+    let forest = survey::glance(&repo).expect("survey");
+    let Some((merge, _)) = candidates(&forest).into_iter().find(|(_, against)| against.is_none()) else {
+        return play.failures.push("no leaf to merge".to_owned());
+    };
+    let begun = Job::begin(&repo, &play.world, &merge);
+    let Ok((_, sm::journal::Intent::LeafMerge(intent))) = begun else {
+        return play.failures.push("the leaf merge did not begin".to_owned());
+    };
+    let mut tap = repo.host.tap(intent.vdi).expect("tap").expect("a live tapdisk");
+    let order = tapdisk_control::Request::MergeStart { leaf: intent.leaf, parent: intent.parent, rate_bytes_per_s: 0 };
+    if let Err(error) = tap.call(order) {
+        play.failures.push(format!("merge start: {error}"));
+    }
+    let guest = play.guest.as_ref().map(Arc::clone);
+    for _ in 0..30 {
+        guest.iter().for_each(|guest| locked(guest).pump());
+    }
+}
+
+/// Hidden nodes merged below an attached leaf and a snapshot.
+fn inner_merge(play: &mut Play) {
+    play.attach();
+    play.traffic(15);
+    let first = play.snapshot();
+    play.traffic(15);
+    let second = play.snapshot();
+    play.traffic(15);
+    play.snapshot();
+    play.traffic(10);
+    play.delete(first);
+    play.delete(second);
+    play.meanwhile(40);
+    play.collect();
+    play.traffic(5);
+}

@@ -1,0 +1,229 @@
+//! A simulated machine with an SR on it: what `sm` and `gc` see of the run
+//! folder and of running tapdisks, and the guests behind those.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use gc::watch::{Aborted, Event, Watch};
+use sm::catalog::MemoryLabels;
+use sm::host::{Endpoint, Guard, Host, LeaseHold, Tap};
+use sm::ids::CountedIds;
+use sm::lease::Lease;
+use sm::limits::Limits;
+use sm::repo::Repo;
+use tapdisk::driver::PeerId;
+use tapdisk::driver::sim::{SimRecords, SimTap};
+use tapdisk_control::{Answer, ClientError, ImageRef, Reply, Request};
+use uuid::Uuid;
+use vhd::record::RecordStore;
+use vhd::storage::VolumeName;
+use vhd::storage::sim::SimDisk;
+
+use super::guest::Guest;
+use super::oracle::Oracle;
+
+/// Blocks of every disk in these tests.
+pub const BLOCKS: u64 = 3;
+/// Steps a control call may take.
+const STEPS_MAX: usize = 50_000;
+
+/// A guest shared by the scenario and by control connections.
+pub type SharedGuest = Arc<Mutex<Guest>>;
+
+/// See the module.
+#[derive(Clone)]
+pub struct World {
+    pub disk: SimDisk,
+    pub repo: Repo,
+    pub host: Arc<SimHost>,
+}
+
+impl World {
+    /// A machine in a given state, nobody running.
+    pub fn over(disk: SimDisk, seed: u64) -> Self {
+        let host = Arc::new(SimHost {
+            records: SimRecords::new(&disk),
+            disk: disk.clone(),
+            seed,
+            inner: Mutex::default(),
+        });
+        let repo = Repo {
+            uuid: Uuid::from_u128(0x5E),
+            name: "sim".to_owned(),
+            volumes: disk.volumes(),
+            host: host.clone(),
+            labels: Arc::new(MemoryLabels::default()),
+            ids: Arc::new(CountedIds::from(seed << 16 | 1)),
+            limits: Limits { scan_threads: 1, ..Limits::default() },
+        };
+        Self { disk, repo, host }
+    }
+
+    /// Attaches a VDI and returns its guest.
+    pub fn attach(&self, vdi: Uuid, oracle: Oracle) -> SharedGuest {
+        locked(&self.host.inner).oracles.insert(vdi, oracle);
+        sm::ops::attach(&self.repo, vdi, false).expect("attach");
+        Arc::clone(&locked(&self.host.inner).guests[&vdi])
+    }
+}
+
+/// Lets guests work while a job waits.
+impl Watch for World {
+    fn now(&self) -> Duration {
+        Duration::from_millis(self.disk.log_len() as u64)
+    }
+
+    fn sleep(&self, _time: Duration) -> Result<(), Aborted> {
+        let guests: Vec<SharedGuest> = locked(&self.host.inner).guests.values().cloned().collect();
+        for guest in guests {
+            for _ in 0..4 {
+                locked(&guest).pump();
+            }
+        }
+        Ok(())
+    }
+
+    fn allow(&self, _bytes: u64) -> Result<(), Aborted> {
+        self.sleep(Duration::ZERO)
+    }
+
+    fn note(&self, _event: Event) {}
+
+    fn rate(&self) -> u64 {
+        0
+    }
+}
+
+#[derive(Default)]
+struct Inner {
+    guests: BTreeMap<Uuid, SharedGuest>,
+    leases: BTreeMap<Uuid, Lease>,
+    oracles: BTreeMap<Uuid, Oracle>,
+    peers: u64,
+}
+
+/// The run folder of the simulated machine.
+pub struct SimHost {
+    disk: SimDisk,
+    records: SimRecords,
+    seed: u64,
+    inner: Mutex<Inner>,
+}
+
+impl std::fmt::Debug for SimHost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SimHost")
+    }
+}
+
+pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Host for SimHost {
+    fn lock_sr(&self) -> io::Result<Guard> {
+        Ok(Box::new(()))
+    }
+
+    fn hold_intent(&self, _id: Uuid) -> io::Result<Option<Guard>> {
+        Ok(Some(Box::new(())))
+    }
+
+    fn leases(&self) -> io::Result<Vec<Lease>> {
+        Ok(locked(&self.inner).leases.values().cloned().collect())
+    }
+
+    fn make_lease(&self, lease: &Lease) -> io::Result<Box<dyn LeaseHold>> {
+        locked(&self.inner).leases.insert(lease.vdi, lease.clone());
+        let disk = self.disk.clone();
+        let files = disk.volumes();
+        let top = VolumeName::new(&lease.chain[0].volume).expect("a volume name");
+        let (seed, vdi) = (self.seed, lease.vdi);
+        let tap = SimTap::open(&disk, files, &top, lease.read_only, seed).map_err(io::Error::other)?;
+        let oracle = locked(&self.inner).oracles.remove(&vdi).unwrap_or_default();
+        let guest = Guest::new(tap, disk, BLOCKS, oracle, seed);
+        locked(&self.inner).guests.insert(vdi, Arc::new(Mutex::new(guest)));
+        Ok(Box::new(Started(self.endpoint(lease))))
+    }
+
+    fn update_lease(&self, vdi: Uuid, chain: &[ImageRef]) -> io::Result<()> {
+        if let Some(lease) = locked(&self.inner).leases.get_mut(&vdi) {
+            lease.chain = chain.to_vec();
+        }
+        Ok(())
+    }
+
+    fn tap(&self, vdi: Uuid) -> io::Result<Option<Box<dyn Tap>>> {
+        let mut inner = locked(&self.inner);
+        inner.peers += 1;
+        let peer = PeerId(inner.peers);
+        let guest = inner.guests.get(&vdi).cloned();
+        Ok(guest.map(|guest| Box::new(Connection { guest, peer, next: 1 }) as Box<dyn Tap>))
+    }
+
+    fn endpoint(&self, lease: &Lease) -> Endpoint {
+        Endpoint { socket: "sim".into(), export: lease.vdi.to_string(), pid: 1 }
+    }
+
+    fn wait_gone(&self, vdi: Uuid) -> io::Result<bool> {
+        let mut inner = locked(&self.inner);
+        inner.guests.remove(&vdi);
+        inner.leases.remove(&vdi);
+        Ok(true)
+    }
+
+    fn records(&self) -> &dyn RecordStore {
+        &self.records
+    }
+}
+
+struct Started(Endpoint);
+
+impl LeaseHold for Started {
+    fn start_tap(self: Box<Self>) -> io::Result<Endpoint> {
+        Ok(self.0)
+    }
+}
+
+/// A control connection: guests go on while an answer is waited for.
+struct Connection {
+    guest: SharedGuest,
+    peer: PeerId,
+    next: u64,
+}
+
+impl Tap for Connection {
+    fn call(&mut self, request: Request) -> Result<Reply, ClientError> {
+        let mut answer = self.begin(request)?;
+        while !answer.last {
+            answer = self.next_answer(answer.id)?;
+        }
+        Ok(answer.outcome?)
+    }
+
+    fn begin(&mut self, request: Request) -> Result<Answer, ClientError> {
+        let id = self.next;
+        self.next += 1;
+        locked(&self.guest).tap.call(self.peer, id, request);
+        self.next_answer(id)
+    }
+
+    fn next_answer(&mut self, _id: u64) -> Result<Answer, ClientError> {
+        let mut guest = locked(&self.guest);
+        for _ in 0..STEPS_MAX {
+            if let Some(answer) = guest.tap.take_answer(self.peer) {
+                return Ok(answer);
+            }
+            guest.pump();
+        }
+        Err(io::Error::from(io::ErrorKind::TimedOut).into())
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        locked(&self.guest).tap.peer_gone(self.peer);
+    }
+}
