@@ -1,0 +1,254 @@
+//! The program itself: started, asked, told to end, killed, started again.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tapdisk_control::{Client, ClientError, Refusal, Reply, Request, Stats};
+use uuid::Uuid;
+use vhd::create::{NewImage, NewKind, create};
+use vhd::meta::Meta;
+use vhd::storage::{Access, FileVolumes, PosixFs, VolumeName, Volumes};
+
+const DISK_BYTES: u64 = 16 << 20;
+const VDI: Uuid = Uuid::from_u128(7);
+
+/// A repository with one empty image, and folders for a tapdisk.
+struct Place {
+    folder: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let place = Self { folder: tempfile::tempdir().unwrap() };
+        for folder in ["sr", "run", "records"] {
+            std::fs::create_dir(place.path(folder)).unwrap();
+        }
+        let image = NewImage {
+            uuid: Uuid::from_u128(1),
+            virtual_bytes: DISK_BYTES,
+            kind: NewKind::Dynamic,
+            bat_entries_max: None,
+            hidden: false,
+            timestamp_s: 0,
+        };
+        let volume = place.volumes().create(&VolumeName::vhd(VDI)).unwrap();
+        create(volume.as_ref(), &image).unwrap();
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn volumes(&self) -> FileVolumes {
+        FileVolumes::new(std::sync::Arc::new(PosixFs::new(self.path("sr"))))
+    }
+
+    /// Starts a tapdisk; its first line.
+    fn start(&self, more: &[&str]) -> (Tapdisk, serde_json::Value) {
+        let volume = VolumeName::vhd(VDI);
+        let id = VDI.to_string();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_tapdisk"))
+            .arg("--sr-path")
+            .arg(self.path("sr"))
+            .arg("--run")
+            .arg(self.path("run"))
+            .arg("--records")
+            .arg(self.path("records"))
+            .args(["--volume", volume.as_str(), "--vdi", &id, "--sr", &id])
+            .args(["--boot-id", &id, "--epoch", "1"])
+            .args(more)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        (Tapdisk(child), serde_json::from_str(&line).unwrap())
+    }
+
+    fn ready(&self) -> Tapdisk {
+        let (tapdisk, said) = self.start(&[]);
+        assert_eq!(said["ready"], true, "{said}");
+        assert_eq!(said["pid"], tapdisk.0.id());
+        tapdisk
+    }
+
+    fn control(&self) -> Client {
+        Client::connect(&self.path("run/ctl.sock"), Duration::from_secs(20)).unwrap()
+    }
+
+    fn stats(&self) -> Stats {
+        match self.control().call(Request::Stats).unwrap() {
+            Reply::Stats(stats) => *stats,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// A client past the handshake, with simple replies.
+    fn nbd(&self) -> UnixStream {
+        let mut socket = UnixStream::connect(self.path("run/nbd.sock")).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        socket.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0").unwrap();
+        let mut hello = [0; 28];
+        socket.read_exact(&mut hello).unwrap();
+        assert_eq!(hello[18..26], DISK_BYTES.to_be_bytes());
+        socket
+    }
+}
+
+/// A running tapdisk, killed when dropped.
+struct Tapdisk(Child);
+
+impl Tapdisk {
+    fn end(mut self, signal: Signal) -> ExitStatus {
+        kill(Pid::from_raw(self.0.id() as i32), signal).unwrap();
+        self.wait()
+    }
+
+    fn wait(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "it does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Tapdisk {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn ask(socket: &mut UnixStream, command: u16, offset: u64, len: u32, data: &[u8]) {
+    let mut bytes = 0x2560_9513u32.to_be_bytes().to_vec();
+    bytes.extend([0, 0]);
+    bytes.extend(command.to_be_bytes());
+    bytes.extend([0; 8]);
+    bytes.extend(offset.to_be_bytes());
+    bytes.extend(len.to_be_bytes());
+    bytes.extend(data);
+    socket.write_all(&bytes).unwrap();
+}
+
+fn write(socket: &mut UnixStream, offset: u64, data: &[u8]) -> u32 {
+    ask(socket, 1, offset, data.len() as u32, data);
+    outcome(socket)
+}
+
+fn read(socket: &mut UnixStream, offset: u64, len: u32) -> Vec<u8> {
+    ask(socket, 0, offset, len, &[]);
+    assert_eq!(outcome(socket), 0);
+    let mut data = vec![0; len as usize];
+    socket.read_exact(&mut data).unwrap();
+    data
+}
+
+fn outcome(socket: &mut UnixStream) -> u32 {
+    let mut reply = [0; 16];
+    socket.read_exact(&mut reply).unwrap();
+    u32::from_be_bytes(reply[4..8].try_into().unwrap())
+}
+
+fn open_meta(path: &Path) -> Meta {
+    let volumes = FileVolumes::new(std::sync::Arc::new(PosixFs::new(path.to_path_buf())));
+    let volume = volumes.open(&VolumeName::vhd(VDI), Access::Read).unwrap();
+    Meta::read(volume.as_ref()).unwrap()
+}
+
+#[test]
+fn a_signal_settles_and_ends_well() {
+    let place = Place::new();
+    let tapdisk = place.ready();
+    let mut socket = place.nbd();
+    assert_eq!(write(&mut socket, 4096, &[5; 8192]), 0);
+    let status = tapdisk.end(Signal::SIGTERM);
+    assert!(status.success(), "{status}");
+    assert!(!place.path("run/nbd.sock").exists());
+    assert_eq!(std::fs::read_dir(place.path("records")).unwrap().count(), 0);
+    assert_eq!(open_meta(&place.path("sr")).virtual_bytes(), DISK_BYTES);
+
+    let _again = place.ready();
+    assert_eq!(read(&mut place.nbd(), 4096, 8192), [5; 8192]);
+}
+
+#[test]
+fn what_was_acknowledged_survives_a_kill() {
+    let place = Place::new();
+    for round in 1..=5u8 {
+        let tapdisk = place.ready();
+        let mut socket = place.nbd();
+        for block in 0..8 {
+            assert_eq!(write(&mut socket, block << 21, &[round; 1024]), 0);
+        }
+        tapdisk.end(Signal::SIGKILL);
+        let _again = place.ready(); // over the sockets left behind
+        let mut socket = place.nbd();
+        for block in 0..8 {
+            assert_eq!(read(&mut socket, block << 21, 1024), [round; 1024]);
+        }
+    }
+}
+
+#[test]
+fn stop_is_refused_while_clients_are_there_unless_forced() {
+    let place = Place::new();
+    let mut tapdisk = place.ready();
+    let socket = place.nbd();
+    assert_eq!(place.stats().clients, 1);
+    let mut control = place.control();
+    let refused = control.call(Request::Stop { force: false });
+    assert!(matches!(refused, Err(ClientError::Refused(Refusal::Busy { .. }))), "{refused:?}");
+    assert_eq!(control.call(Request::Stop { force: true }).unwrap(), Reply::Done);
+    assert!(tapdisk.wait().success());
+    drop(socket);
+}
+
+#[test]
+fn a_second_writer_is_refused() {
+    let place = Place::new();
+    let first = place.ready();
+    let mut socket = place.nbd();
+    let (mut second, said) = place.start(&[]);
+    assert_eq!(said["ready"], false, "{said}");
+    assert_eq!(second.wait().code(), Some(1));
+    // The first one is still reached by its sockets.
+    assert_eq!(write(&mut socket, 0, &[1; 512]), 0);
+    assert_eq!(read(&mut place.nbd(), 0, 512), [1; 512]);
+    drop(first);
+}
+
+#[test]
+fn a_read_only_disk_refuses_writes() {
+    let place = Place::new();
+    let (tapdisk, said) = place.start(&["--read-only", "--export", "disk"]);
+    assert_eq!(said["ready"], true, "{said}");
+    let mut socket = place.nbd();
+    assert_eq!(write(&mut socket, 0, &[1; 512]), 1);
+    assert_eq!(read(&mut socket, 0, 512), [0; 512]);
+    assert!(place.stats().read_only);
+    assert!(tapdisk.end(Signal::SIGTERM).success());
+}
+
+#[test]
+fn a_lease_that_is_not_open_and_wrong_usage_are_refused() {
+    let place = Place::new();
+    let (mut tapdisk, said) = place.start(&["--lease-fd", "77"]);
+    assert_eq!((said["ready"].as_bool(), tapdisk.wait().code()), (Some(false), Some(1)));
+    let status = Command::new(env!("CARGO_BIN_EXE_tapdisk"))
+        .arg("--no-such-flag")
+        .stderr(Stdio::null())
+        .status()
+        .unwrap();
+    assert_eq!(status.code(), Some(2));
+}
