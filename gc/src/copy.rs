@@ -3,9 +3,9 @@
 
 use sm::{Repo, image};
 use vhd::merge::{BlockCopy, Merge, Mode, Piece, Step, Window, WindowLimits};
-use vhd::meta::{FooterState, Meta};
+use vhd::meta::FooterState;
 use vhd::rw::Presence;
-use vhd::storage::{Access, CopyKind, VolumeName};
+use vhd::storage::{CopyKind, VolumeName};
 use vhd::units::{BLOCK_BYTES, BlockNo};
 use vhd::writer::Writer;
 
@@ -19,7 +19,6 @@ const ZERO_CHECK_BYTES: u64 = 64 << 10;
 
 /// A copy under way. The parent is open for writing and locked by us.
 pub(crate) struct Copying<'a> {
-    pub repo: &'a Repo,
     pub watch: &'a dyn Watch,
     pub sources: Sources,
     pub parent: Writer,
@@ -175,25 +174,4 @@ pub(crate) fn settle_if_needed(repo: &Repo, name: &VolumeName) -> Result<()> {
         image::settle(repo, name)?;
     }
     Ok(())
-}
-
-/// Grows the parent to `virtual_bytes` if it is smaller.
-///
-/// Its children see its tail as zeros before and after: what lies past its
-/// old end is no data of its own, and the planner saw to it that no ancestor
-/// is larger. So it is harmless if nothing comes of the merge.
-pub(crate) fn grow(
-    repo: &Repo,
-    name: &VolumeName,
-    virtual_bytes: u64,
-    is_read: bool,
-) -> Result<()> {
-    if image::meta(repo, name)?.virtual_bytes() >= virtual_bytes {
-        return Ok(());
-    }
-    let volume = image::open(repo, name, Access::Write)?;
-    let bad = |error| Stop::from(image::bad(name, error));
-    let mut meta = Meta::read(volume.as_ref()).map_err(bad)?;
-    let _ = (is_read, &mut meta);
-    Err(Stop::Later(format!("{name} must grow to {virtual_bytes} bytes, which is not offered yet")))
 }

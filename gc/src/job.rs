@@ -36,6 +36,10 @@ pub enum Stop {
     /// Something must happen first; it is planned again.
     #[error("{0}")]
     Later(String),
+    /// It can neither go on nor be given up now: its record stays, and it is
+    /// carried on later.
+    #[error("{0}")]
+    Unfinished(String),
     /// It failed.
     #[error("{0}")]
     Failed(#[from] sm::Error),
@@ -64,6 +68,8 @@ pub struct Job<'a> {
     pub repo: &'a Repo,
     /// Time, pace and somebody to tell.
     pub watch: &'a dyn Watch,
+    /// Whether somebody else began it.
+    pub(crate) resumed: bool,
     /// Keeps others from recovering it while we live.
     _hold: Guard,
 }
@@ -94,6 +100,7 @@ impl<'a> Job<'a> {
             Self {
                 repo,
                 watch,
+                resumed: false,
                 _hold: hold,
             },
             intent,
@@ -123,6 +130,7 @@ impl<'a> Job<'a> {
                 Self {
                     repo,
                     watch,
+                    resumed: true,
                     _hold: hold,
                 },
                 intent,

@@ -30,7 +30,7 @@ use uuid::Uuid;
 use vhd::units::BLOCK_BYTES;
 use vhd::writer::Writer;
 
-use crate::copy::{Copying, format, grow, settle_if_needed};
+use crate::copy::{Copying, format, settle_if_needed};
 use crate::job::{Job, Result, Stop, io};
 use crate::limits;
 use crate::run::update_lease;
@@ -280,16 +280,11 @@ impl LeafMerger for Offline<'_> {
             |name| Writer::open(repo.volumes.as_ref(), name, repo.host.records()).map_err(format);
         let emptied = vec![open(&leaf)?];
         settle_if_needed(repo, &parent)?;
-        grow(
-            repo,
-            &parent,
-            image::meta(repo, &leaf)?.virtual_bytes(),
-            false,
-        )?;
+        let size = image::meta(repo, &leaf)?.virtual_bytes();
+        self.job.grow(&self.intent.parent, &parent, size)?;
         let sources = Sources::open(repo, std::slice::from_ref(&leaf), &parent)?;
         watch.note(Event::Total(sources.allocated_bytes()));
         let mut copying = Copying {
-            repo,
             watch,
             sources,
             parent: open(&parent)?,

@@ -7,6 +7,9 @@
 //! | [`candidates`], [`plan`], [`reason`] | what to do next and why the rest waits (pure) |
 //! | [`job`] | a merge's record: how it begins, how it is carried on |
 //! | [`run`], [`leaf`], [`garbage`] | inner coalesce, leaf coalesce, deletion |
+//! | [`collector`], [`progress`], [`retry`] | the thread that keeps one SR collected |
+//! | [`cost`], [`report`] | what a merge costs; predictions |
+//! | [`service`], [`api`], [`run`](fn@run) | the daemon |
 //! | [`budget`], [`watch`], [`limits`] | pace, progress, every bound |
 //!
 //! Everything blocks and reaches the world only through [`sm::Repo`] and
@@ -14,20 +17,28 @@
 //! purpose: the data path (a live leaf is merged by its tapdisk), labels, and
 //! any knowledge of backends.
 
+pub mod api;
 pub mod budget;
 pub mod candidates;
+pub mod collector;
 mod copy;
 pub mod cost;
+mod daemon;
 pub mod forest;
 pub mod garbage;
+mod grow;
 pub mod job;
 pub mod leaf;
 pub mod limits;
 pub mod plan;
+pub mod progress;
 pub mod reason;
 pub mod report;
 pub mod retry;
 pub mod run;
+pub mod service;
 mod sources;
 pub mod survey;
 pub mod watch;
+
+pub use daemon::run;

@@ -46,3 +46,16 @@ pub const FAILURES_KEPT: usize = 256;
 pub const RELINK_ROUNDS_MAX: u32 = 8;
 /// Extra room counted for one window of a merge that a tapdisk runs.
 pub const LIVE_WINDOW_BYTES: u64 = 8 << 20;
+/// Quiet time after somebody aborted.
+pub const ABORT_QUIET: Duration = Duration::from_secs(30);
+/// Finished jobs kept for the status.
+pub const DONE_KEPT: usize = 256;
+/// Attempts that somebody who waits for a collection waits for.
+pub const AWAITED_ATTEMPTS: u32 = 3;
+/// Bytes of an API request body.
+pub const BODY_BYTES_MAX: usize = 64 << 10;
+/// Requests that wait for a collection at the same time.
+pub const WAITERS_MAX: usize = 64;
+/// Between two looks for SRs that were attached or detached; a kick looks at
+/// once.
+pub const ATTEND_EVERY: Duration = Duration::from_secs(2);

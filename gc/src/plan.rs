@@ -4,8 +4,9 @@
 //! 1. Merges already begun: their records keep others away.
 //! 2. Garbage to a fixed point, children first: it costs nothing, frees
 //!    space, and may leave more to merge.
-//! 3. Chains near their limit, longest first: soon no snapshot fits.
-//! 4. Then most bytes freed per byte copied.
+//! 3. Trees that somebody waits for.
+//! 4. Chains near their limit, longest first: soon no snapshot fits.
+//! 5. Then most bytes freed per byte copied.
 //!
 //! One merge per tree at a time, as many trees at once as allowed. Whatever
 //! is left out has a [`Reason`].
@@ -71,6 +72,8 @@ pub struct View<'a> {
     pub running: &'a BTreeSet<Uuid>,
     /// Failed merges, by [`Merge::node`] or intent.
     pub holds: &'a Holds,
+    /// Trees (by root) that somebody waits for: they go before others.
+    pub focus: &'a BTreeSet<Uuid>,
     /// Tells what a merge would cost.
     pub cost: &'a dyn Fn(&Merge) -> Result<Cost, String>,
 }
@@ -303,7 +306,12 @@ fn begin(
             Err(reason) => wait(plan, &merge, &reason),
         }
     }
-    ready.sort_by(|a, b| order(a, b, view.settings.chain_max));
+    ready.sort_by(|a, b| {
+        let unfocused = |ready: &Ready| !view.focus.contains(&ready.tree);
+        unfocused(a)
+            .cmp(&unfocused(b))
+            .then_with(|| order(a, b, view.settings.chain_max))
+    });
     for Ready {
         merge,
         mode,

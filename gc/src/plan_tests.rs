@@ -66,6 +66,7 @@ fn planned_with(
         settings,
         running: &BTreeSet::new(),
         holds,
+        focus: &BTreeSet::new(),
         cost,
     })
 }

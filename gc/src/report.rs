@@ -28,6 +28,22 @@ pub struct Report {
     pub failed: Vec<FailedNode>,
 }
 
+impl Report {
+    /// Adds the report of another repository. Their room may be one
+    /// filesystem, so their peaks add up.
+    pub fn add(&mut self, other: Self) {
+        self.coalesced += other.coalesced;
+        self.leaf_coalesced += other.leaf_coalesced;
+        self.deleted += other.deleted;
+        self.bytes_copied += other.bytes_copied;
+        self.bytes_cloned += other.bytes_cloned;
+        self.bytes_freed += other.bytes_freed;
+        self.peak_extra_bytes += other.peak_extra_bytes;
+        self.seconds += other.seconds;
+        self.failed.extend(other.failed);
+    }
+}
+
 /// A node that was not collected.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FailedNode {

@@ -37,7 +37,7 @@ use vhd::storage::VolumeName;
 use vhd::units::BLOCK_BYTES;
 use vhd::writer::Writer;
 
-use crate::copy::{self, Copying, format, grow, settle_if_needed};
+use crate::copy::{self, Copying, format, settle_if_needed};
 use crate::forest::Forest;
 use crate::job::{Job, Result, Stop, io};
 use crate::limits;
@@ -90,6 +90,11 @@ impl Job<'_> {
 
     /// Steps 2 to 4.
     fn copy(&self, intent: &InnerIntent) -> Result<()> {
+        if self.resumed {
+            // A former holder may have moved blocks of P and died before every
+            // reader knew; opening P for writing gives their old room away.
+            self.tell_readers(&intent.parent)?;
+        }
         let parent = self.volume(&intent.parent)?;
         let nodes = intent
             .nodes
@@ -106,7 +111,7 @@ impl Job<'_> {
         let reads = |image: &ImageRef| readers.iter().any(|r| names(&r.chain, image));
         if let Some(top) = nodes.first() {
             let size = image::meta(self.repo, top)?.virtual_bytes();
-            grow(self.repo, &parent, size, reads(&intent.parent))?;
+            self.grow(&intent.parent, &parent, size)?;
         }
         let sources = Sources::open(self.repo, &nodes, &parent)?;
         let writer = Writer::open(
@@ -130,9 +135,8 @@ impl Job<'_> {
         } else {
             self.open_all(&nodes)?
         };
-        let (repo, watch) = (self.repo, self.watch);
+        let watch = self.watch;
         let mut copying = Copying {
-            repo,
             watch,
             sources,
             parent: writer,
@@ -158,6 +162,9 @@ impl Job<'_> {
     /// and what was copied is shadowed for ever. If P cannot be settled now
     /// the record stays, so that nobody opens P before it is.
     fn give_up(&self, intent: &InnerIntent, stop: Stop) -> Stop {
+        if let Stop::Unfinished(_) = stop {
+            return stop;
+        }
         let settled = intent
             .nodes
             .iter()
@@ -295,20 +302,22 @@ impl Job<'_> {
         self.put(&Intent::Inner(intent.clone()), "inner: record delete")
     }
 
-    /// A reader that is just starting, or is no tapdisk, is left to itself.
-    fn ask_to_refresh(&self, vdi: Uuid) -> Result<()> {
+    /// Has a reader drop its map for a new one. False if it is just starting,
+    /// or is no tapdisk.
+    pub(crate) fn ask_to_refresh(&self, vdi: Uuid) -> Result<bool> {
         let Some(tap) = io("reach a tapdisk", self.repo.host.tap(vdi))? else {
-            return Ok(());
+            return Ok(false);
         };
         let chain = sm::chain::read(self.repo, vdi)?;
         let Some(leaf) = chain.first() else {
-            return Ok(());
+            return Ok(false);
         };
         let order = Request::Refresh {
             leaf: leaf.image_ref(),
             parent: None,
         };
-        self.drained(begin_refresh(vdi, tap, order)?)
+        self.drained(begin_refresh(vdi, tap, order)?)?;
+        Ok(true)
     }
 
     /// Waits for a reader's last answer, then notes its new chain in its

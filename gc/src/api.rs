@@ -1,0 +1,419 @@
+//! HTTP and JSON over gcd's socket.
+//!
+//! | request | body | answer |
+//! |---|---|---|
+//! | `GET /status?sr=` | | [`Status`] |
+//! | `POST /kick` | `{sr?}` | `{}`; looks now |
+//! | `POST /run` | `{sr?, vdi?, wait?, dry_run?}` | [`Report`], or `{}` without `wait` |
+//! | `POST /pause`, `/resume` | `{sr?}` | `{}` |
+//! | `POST /abort` | `{sr?, vdi?}` | `{aborted}`: merges told to stop |
+//! | `POST /set` | `{sr?, rate?, parallel?}` | `{}` |
+//! | `GET /metrics` | | Prometheus text |
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use axum::extract::{DefaultBodyLimit, Query, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::sync::Semaphore;
+use uuid::Uuid;
+
+use crate::collector::{Collector, Scope};
+use crate::limits;
+use crate::progress::{Doing, Done};
+use crate::report::Report;
+use crate::service::Service;
+
+/// What the collector does with a node, as the contract says it.
+#[derive(Debug, Clone, Serialize)]
+pub struct NodeStatus {
+    /// `waiting`, `merging` or `blocked`.
+    pub state: &'static str,
+    /// Why it waits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Bytes moved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_done: Option<u64>,
+    /// Bytes to move in all, at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_total: Option<u64>,
+    /// Bytes per second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate: Option<f64>,
+    /// Seconds left, as far as one can tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eta_s: Option<f64>,
+}
+
+/// One SR.
+#[derive(Debug, Clone, Serialize)]
+pub struct SrStatus {
+    /// Its uuid.
+    pub uuid: Uuid,
+    /// Its name.
+    pub name: String,
+    /// Whether nothing is started.
+    pub paused: bool,
+    /// Merges under way.
+    pub running: usize,
+    /// Bytes per second allowed; 0 is no limit.
+    pub rate: u64,
+    /// Merges allowed at one time.
+    pub parallel: usize,
+    /// Why the last look failed, if it did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// Nodes that wait or are being merged.
+    pub nodes: BTreeMap<Uuid, NodeStatus>,
+    /// Sums since gcd began with this SR.
+    pub totals: Report,
+}
+
+/// The whole answer.
+#[derive(Debug, Clone, Serialize)]
+pub struct Status {
+    /// Attached SRs.
+    pub srs: Vec<SrStatus>,
+    /// Attached SRs that cannot be collected, and why.
+    pub refused: BTreeMap<Uuid, String>,
+    /// Jobs that ended, oldest first; a bounded number of them.
+    pub done: Vec<Done>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Which {
+    sr: Option<Uuid>,
+    vdi: Option<Uuid>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct RunBody {
+    sr: Option<Uuid>,
+    vdi: Option<Uuid>,
+    wait: bool,
+    dry_run: bool,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct SetBody {
+    sr: Option<Uuid>,
+    rate: Option<u64>,
+    parallel: Option<usize>,
+}
+
+/// An answer that something could not be done.
+#[derive(Debug)]
+struct Refused {
+    status: StatusCode,
+    code: &'static str,
+    message: String,
+}
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        let body = json!({"error": {"code": self.code, "message": self.message}});
+        (self.status, Json(body)).into_response()
+    }
+}
+
+impl Refused {
+    fn not_found(what: &str) -> Self {
+        Self {
+            status: StatusCode::NOT_FOUND,
+            code: "NOT_FOUND",
+            message: format!("no {what} is attached"),
+        }
+    }
+
+    fn io(message: String) -> Self {
+        Self {
+            status: StatusCode::INTERNAL_SERVER_ERROR,
+            code: "IO_ERROR",
+            message,
+        }
+    }
+}
+
+type Answer<T> = Result<T, Refused>;
+
+#[derive(Clone)]
+struct App {
+    service: Arc<Service>,
+    waiters: Arc<Semaphore>,
+}
+
+/// The routes.
+pub fn router(service: Arc<Service>) -> Router {
+    let app = App {
+        service,
+        waiters: Arc::new(Semaphore::new(limits::WAITERS_MAX)),
+    };
+    Router::new()
+        .route("/status", get(status))
+        .route("/metrics", get(metrics))
+        .route("/kick", post(kick))
+        .route("/run", post(run))
+        .route("/pause", post(|app, body| pause(app, body, true)))
+        .route("/resume", post(|app, body| pause(app, body, false)))
+        .route("/abort", post(abort))
+        .route("/set", post(set))
+        .layer(DefaultBodyLimit::max(limits::BODY_BYTES_MAX))
+        .with_state(app)
+}
+
+/// Runs what blocks beside the threads that serve.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Answer<T> + Send + 'static,
+) -> Answer<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(answer) => answer,
+        Err(error) => Err(Refused::io(format!("the request broke off: {error}"))),
+    }
+}
+
+async fn status(State(app): State<App>, Query(which): Query<Which>) -> Answer<Json<Status>> {
+    blocking(move || {
+        let collectors = app.service.collectors(which.sr);
+        let mut done: Vec<Done> = Vec::new();
+        let mut srs = Vec::new();
+        for (name, collector) in &collectors {
+            srs.push(sr_status(name, collector));
+            done.extend(collector.state().done.iter().cloned());
+        }
+        done.sort_by_key(|done| done.ended_ms);
+        Ok(Json(Status {
+            srs,
+            refused: app.service.refused(),
+            done,
+        }))
+    })
+    .await
+}
+
+fn sr_status(name: &str, collector: &Collector) -> SrStatus {
+    let now = collector.now();
+    let state = collector.state();
+    let mut nodes: BTreeMap<Uuid, NodeStatus> = BTreeMap::new();
+    for (node, reason) in &state.waits {
+        let state = if reason.is_blocked() {
+            "blocked"
+        } else {
+            "waiting"
+        };
+        let reason = Some(reason.to_string());
+        let waits = NodeStatus {
+            state,
+            reason,
+            bytes_done: None,
+            bytes_total: None,
+            rate: None,
+            eta_s: None,
+        };
+        nodes.insert(*node, waits);
+    }
+    for doing in state.running.values() {
+        let (_, sources) = doing
+            .nodes
+            .split_last()
+            .map_or((None, &[][..]), |(p, s)| (Some(p), s));
+        for node in sources {
+            nodes.insert(*node, merging(doing, now));
+        }
+    }
+    SrStatus {
+        uuid: collector.repo().uuid,
+        name: name.to_owned(),
+        paused: state.paused,
+        running: state.running.len(),
+        rate: state.budget.rate(),
+        parallel: state.settings.parallel,
+        error: state.round_error.clone(),
+        nodes,
+        totals: state.totals.clone(),
+    }
+}
+
+fn merging(doing: &Doing, now: std::time::Duration) -> NodeStatus {
+    let rate = doing.rate(now);
+    let left = doing.ledger.total.saturating_sub(doing.ledger.done);
+    NodeStatus {
+        state: "merging",
+        reason: None,
+        bytes_done: Some(doing.ledger.done),
+        bytes_total: Some(doing.ledger.total),
+        rate: Some(rate),
+        eta_s: (rate >= 1.0).then(|| left as f64 / rate),
+    }
+}
+
+async fn kick(State(app): State<App>, Json(which): Json<Which>) -> Answer<Json<Value>> {
+    blocking(move || {
+        app.service.kick(which.sr);
+        Ok(Json(json!({})))
+    })
+    .await
+}
+
+async fn run(State(app): State<App>, Json(body): Json<RunBody>) -> Answer<Response> {
+    let many = || Refused {
+        status: StatusCode::SERVICE_UNAVAILABLE,
+        code: "BUSY",
+        message: format!("{} requests wait already", limits::WAITERS_MAX),
+    };
+    let permit = app
+        .waiters
+        .clone()
+        .try_acquire_owned()
+        .map_err(|_| many())?;
+    blocking(move || {
+        let _permit = permit;
+        let chosen = choose(&app.service, body.sr, body.vdi)?;
+        if !body.wait && !body.dry_run {
+            chosen.iter().for_each(|(collector, _)| collector.again());
+            return Ok(Json(json!({})).into_response());
+        }
+        let mut sum = Report::default();
+        for (collector, scope) in chosen {
+            let report = if body.dry_run {
+                collector
+                    .predict(scope)
+                    .map_err(|stop| Refused::io(stop.to_string()))?
+            } else {
+                collector.collect(scope)
+            };
+            sum.add(report);
+        }
+        Ok(Json(sum).into_response())
+    })
+    .await
+}
+
+type Chosen = Vec<(Arc<Collector>, Scope)>;
+
+/// What a request is about. An SR that is none may be a VDI: `gc run` takes
+/// either.
+fn choose(service: &Service, sr: Option<Uuid>, vdi: Option<Uuid>) -> Answer<Chosen> {
+    let read = |error: std::io::Error| Refused::io(error.to_string());
+    let srs = service.collectors_now(sr).map_err(read)?;
+    let vdi = match (sr, vdi) {
+        (Some(sr), None) if srs.is_empty() => Some(sr),
+        (_, vdi) => vdi,
+    };
+    let Some(vdi) = vdi else {
+        return Ok(srs
+            .into_iter()
+            .map(|(_, collector)| (collector, Scope::Sr))
+            .collect());
+    };
+    let all = if srs.is_empty() {
+        service.collectors(None)
+    } else {
+        srs
+    };
+    let has = |collector: &Collector| sm::chain::leaf_volume(collector.repo(), vdi).is_ok();
+    match all.into_iter().find(|(_, collector)| has(collector)) {
+        Some((_, collector)) => Ok(vec![(collector, Scope::Vdi(vdi))]),
+        None => Err(Refused::not_found(&format!("SR or VDI {vdi}"))),
+    }
+}
+
+async fn pause(
+    State(app): State<App>,
+    Json(which): Json<Which>,
+    paused: bool,
+) -> Answer<Json<Value>> {
+    wish(app, which.sr, move |wishes| wishes.paused = paused).await
+}
+
+async fn set(State(app): State<App>, Json(body): Json<SetBody>) -> Answer<Json<Value>> {
+    wish(app, body.sr, move |wishes| {
+        wishes.rate = body.rate.unwrap_or(wishes.rate);
+        wishes.parallel = body.parallel.unwrap_or(wishes.parallel);
+    })
+    .await
+}
+
+async fn wish(
+    app: App,
+    sr: Option<Uuid>,
+    change: impl Fn(&mut crate::service::Wishes) + Send + 'static,
+) -> Answer<Json<Value>> {
+    blocking(move || {
+        let found = app
+            .service
+            .collectors_now(sr)
+            .map_err(|error| Refused::io(error.to_string()))?;
+        if let (Some(sr), true) = (sr, found.is_empty()) {
+            return Err(Refused::not_found(&format!("SR {sr}")));
+        }
+        app.service
+            .wish(sr, change)
+            .map_err(|error| Refused::io(error.to_string()))?;
+        Ok(Json(json!({})))
+    })
+    .await
+}
+
+async fn abort(State(app): State<App>, Json(which): Json<Which>) -> Answer<Json<Value>> {
+    blocking(move || {
+        let chosen = choose(&app.service, which.sr, which.vdi)?;
+        let aborted: usize = chosen
+            .iter()
+            .map(|(collector, scope)| collector.abort(*scope))
+            .sum();
+        Ok(Json(json!({"aborted": aborted})))
+    })
+    .await
+}
+
+async fn metrics(State(app): State<App>) -> Answer<Response> {
+    blocking(move || {
+        let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
+        Ok((kind, metrics_text(&app.service)).into_response())
+    })
+    .await
+}
+
+fn metrics_text(service: &Service) -> String {
+    let mut text = String::new();
+    let mut counter = |name: &str, help: &str, kind: &str, of: &dyn Fn(&Collector) -> u64| {
+        text.push_str(&format!("# HELP {name} {help}\n# TYPE {name} {kind}\n"));
+        for (_, collector) in service.collectors(None) {
+            text.push_str(&format!(
+                "{name}{{sr=\"{}\"}} {}\n",
+                collector.repo().uuid,
+                of(&collector)
+            ));
+        }
+    };
+    counter("coppice_gc_running", "Merges under way", "gauge", &|c| {
+        c.state().running.len() as u64
+    });
+    counter("coppice_gc_waiting", "Nodes that wait", "gauge", &|c| {
+        c.state().waits.len() as u64
+    });
+    let sums: [(&str, &str, fn(&Report) -> u64); 6] = [
+        ("coalesced", "Hidden nodes merged", |t| t.coalesced),
+        ("leaf_coalesced", "Leaves merged", |t| t.leaf_coalesced),
+        ("deleted", "Hidden nodes deleted", |t| t.deleted),
+        ("bytes_copied", "Bytes read and written", |t| t.bytes_copied),
+        ("bytes_cloned", "Bytes shared", |t| t.bytes_cloned),
+        ("bytes_freed", "Bytes of blocks given back", |t| {
+            t.bytes_freed
+        }),
+    ];
+    for (name, help, of) in sums {
+        let name = format!("coppice_gc_{name}_total");
+        counter(&name, help, "counter", &|c| of(&c.state().totals));
+    }
+    text
+}

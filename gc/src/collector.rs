@@ -1,0 +1,542 @@
+//! The collector of one repository: a thread that looks, plans, and keeps as
+//! many merges running as it may.
+//!
+//! ```text
+//!   kick, clock, a merge's end
+//!        |
+//!      round:  recover -> glance -> plan -> delete garbage
+//!                                       \-> one thread per merge chosen
+//!        |
+//!   sleeping until the next of the three
+//! ```
+//!
+//! All its knowledge is in [`State`], behind one lock that is never held
+//! while anything is read or written. It forgets everything when it ends: the
+//! journal and the images know.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::{Duration, Instant};
+
+use sm::Repo;
+use sm::journal::Intent;
+use uuid::Uuid;
+
+use crate::budget::Budget;
+use crate::cost;
+use crate::forest::Forest;
+use crate::garbage;
+use crate::job::{Job, Result, Stop};
+use crate::limits;
+use crate::plan::{Choice, Merge, Settings, View, plan};
+use crate::progress::{Doing, Kind, State};
+use crate::reason::Reason;
+use crate::report::{FailedNode, Report};
+use crate::survey;
+use crate::watch::{Aborted, Event, Watch};
+
+/// See the module.
+#[derive(Debug)]
+pub struct Collector {
+    repo: Repo,
+    began: Instant,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// What a caller wants collected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// The whole repository.
+    Sr,
+    /// The tree of this VDI.
+    Vdi(Uuid),
+}
+
+impl Collector {
+    /// A collector that does nothing until [`Self::work`] is called.
+    #[must_use]
+    pub fn new(repo: Repo, settings: Settings, rate_bytes_per_s: u64) -> Arc<Self> {
+        let budget = Budget::new(rate_bytes_per_s, Duration::ZERO);
+        Arc::new(Self {
+            repo,
+            began: Instant::now(),
+            state: Mutex::new(State::new(settings, budget)),
+            changed: Condvar::new(),
+        })
+    }
+
+    /// The repository.
+    #[must_use]
+    pub fn repo(&self) -> &Repo {
+        &self.repo
+    }
+
+    /// What it is doing; held for a moment only.
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        // A state is whole between any two statements that hold it.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Time since it was made.
+    #[must_use]
+    pub fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// Has it look now.
+    pub fn kick(&self) {
+        self.state().asked += 1;
+        self.changed.notify_all();
+    }
+
+    /// Has it look now, and try again what failed before.
+    pub fn again(&self) {
+        {
+            let mut state = self.state();
+            state.retries.forget_all();
+            state.quiet_until = Duration::ZERO;
+        }
+        self.kick();
+    }
+
+    /// Stops merges and starts none, or starts again.
+    pub fn pause(&self, paused: bool) {
+        {
+            let mut state = self.state();
+            state.paused = paused;
+            if paused {
+                state.abort(|_| true);
+            }
+            state.asked += 1;
+        }
+        self.changed.notify_all();
+    }
+
+    /// Ends running merges, of one tree or all; what was copied stays. They
+    /// are not begun again before somebody kicks or the clock does.
+    pub fn abort(&self, scope: Scope) -> usize {
+        let ended = {
+            let mut state = self.state();
+            let now = self.now();
+            state.quiet_until = now + limits::ABORT_QUIET;
+            state.abort(|doing| match scope {
+                Scope::Sr => true,
+                Scope::Vdi(vdi) => doing.nodes.contains(&vdi),
+            })
+        };
+        self.changed.notify_all();
+        ended
+    }
+
+    /// Ends the thread in [`Self::work`], its merges first.
+    pub fn close(&self) {
+        {
+            let mut state = self.state();
+            state.closing = true;
+            state.abort(|_| true);
+        }
+        self.changed.notify_all();
+    }
+
+    /// Collects now and waits until nothing is left that could be done.
+    pub fn collect(&self, scope: Scope) -> Report {
+        let begun = self.now();
+        let mut state = self.state();
+        state.retries.forget_all();
+        state.quiet_until = Duration::ZERO;
+        state.asked += 1;
+        let asked = state.asked;
+        let before = state.totals.clone();
+        state.reset_peak();
+        if let Scope::Vdi(vdi) = scope {
+            *state.focus.entry(vdi).or_default() += 1;
+        }
+        self.changed.notify_all();
+        while !state.closing && !state.idle(asked, scope) {
+            let waited = self.changed.wait_timeout(state, limits::LOOK_EVERY);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if let Scope::Vdi(vdi) = scope {
+            state.unfocus(vdi);
+        }
+        let mut report = state.since(&before);
+        report.failed = failed(&state, scope);
+        report.seconds = (self.now() - begun).as_secs_f64();
+        report
+    }
+
+    /// What [`Self::collect`] would do.
+    ///
+    /// # Errors
+    /// The repository or a block table cannot be read.
+    pub fn predict(&self, scope: Scope) -> Result<Report> {
+        let forest = survey::glance(&self.repo)?;
+        let settings = self.state().settings;
+        let only = match scope {
+            Scope::Sr => None,
+            Scope::Vdi(vdi) => Some(vdi),
+        };
+        let mut report = cost::predict(&self.repo, &forest, settings, only)?;
+        let rate = self.state().expected_rate();
+        report.seconds = report.bytes_copied as f64 / rate;
+        Ok(report)
+    }
+
+    /// Collects until [`Self::close`]. Returns when every merge has ended.
+    pub fn work(self: &Arc<Self>) {
+        let mut threads = Vec::new();
+        loop {
+            let asked = {
+                let mut state = self.state();
+                if state.closing {
+                    break;
+                }
+                state.dirty = false;
+                state.asked
+            };
+            if let Err(stop) = self.round(&mut threads) {
+                tracing::warn!(sr = %self.repo.uuid, error = %stop, "collector: round failed");
+                self.state().round_failed(&stop);
+            }
+            threads.retain(|thread: &std::thread::JoinHandle<()>| !thread.is_finished());
+            let mut state = self.state();
+            state.looked = asked;
+            self.changed.notify_all();
+            let now = self.now();
+            let next = state.retries.next(now).unwrap_or(limits::LOOK_EVERY);
+            let quiet = state.quiet_until.saturating_sub(now);
+            let until = now
+                + next
+                    .min(limits::LOOK_EVERY)
+                    .max(quiet.min(limits::LOOK_EVERY));
+            while !state.closing && state.asked == asked && !state.dirty && self.now() < until {
+                let left = until.saturating_sub(self.now());
+                let waited = self.changed.wait_timeout(state, left);
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            }
+        }
+        for thread in threads {
+            if thread.join().is_err() {
+                tracing::error!(sr = %self.repo.uuid, "a merge panicked; its record stands");
+            }
+        }
+    }
+
+    /// One look and what follows from it.
+    fn round(self: &Arc<Self>, threads: &mut Vec<std::thread::JoinHandle<()>>) -> Result<()> {
+        self.recover()?;
+        let forest = survey::glance(&self.repo)?;
+        let (planned, paused) = {
+            let state = self.state();
+            let now = self.now();
+            let running = state
+                .running
+                .values()
+                .filter_map(|doing| doing.intent)
+                .collect();
+            let mut holds = state.retries.holds(now);
+            let quiet = state.paused || state.quiet_until > now;
+            let settings = Settings {
+                // Nothing may start: the planner then says why for each.
+                parallel: if quiet { 0 } else { state.settings.parallel },
+                ..state.settings
+            };
+            let focus = state.focus.keys().map(|vdi| forest.root(*vdi)).collect();
+            drop(state);
+            let repo = &self.repo;
+            let cost = |merge: &Merge| cost::cost(repo, merge);
+            let mut planned = plan(&View {
+                forest: &forest,
+                settings,
+                running: &running,
+                holds: &holds,
+                focus: &focus,
+                cost: &cost,
+            });
+            holds.clear();
+            if quiet {
+                let only_paused = |reason: &mut Reason| {
+                    if matches!(reason, Reason::Parallel { .. }) {
+                        *reason = Reason::Paused;
+                    }
+                };
+                planned.waits.values_mut().for_each(only_paused);
+            }
+            (planned, quiet)
+        };
+        let mut active: BTreeSet<Uuid> = BTreeSet::new();
+        for choice in &planned.choices {
+            match choice {
+                Choice::Delete { .. } if self.state().paused => {}
+                Choice::Delete { nodes } => {
+                    self.delete(nodes)?;
+                    active.extend(nodes.iter().map(|node| forest.root(*node)));
+                }
+                Choice::Resume { .. } | Choice::Begin { .. } if paused => {}
+                Choice::Resume { .. } | Choice::Begin { .. } => {
+                    active.extend(cost::choice_tree(&forest, choice));
+                    threads.extend(self.start(choice.clone(), &forest));
+                }
+            }
+        }
+        let deleted = planned
+            .choices
+            .iter()
+            .any(|choice| matches!(choice, Choice::Delete { .. }))
+            && !self.state().paused;
+        self.state()
+            .planned(&forest, planned.waits, active, deleted, self.now());
+        Ok(())
+    }
+
+    /// Finishes or undoes what a dead process left, so that it does not hold
+    /// up merges for ever with smd dead.
+    fn recover(&self) -> Result<()> {
+        let _lock = crate::job::io("lock the SR", self.repo.host.lock_sr())?;
+        sm::recover::recover(&self.repo, sm::recover::Scope::All)?;
+        sm::recover::sweep(&self.repo)?;
+        Ok(())
+    }
+
+    fn delete(self: &Arc<Self>, nodes: &[Uuid]) -> Result<()> {
+        let key = self
+            .state()
+            .begin(Doing::new(Kind::Delete, nodes.to_vec(), self.now()));
+        let watch = JobWatch {
+            collector: self.clone(),
+            key,
+        };
+        let outcome = garbage::delete(&self.repo, &watch, nodes);
+        let mut state = self.state();
+        match outcome {
+            Ok(deleted) => {
+                for (node, why) in &deleted.failed {
+                    tracing::warn!(sr = %self.repo.uuid, vdi = %node, %why, "garbage: not deleted");
+                }
+                for node in &deleted.gone {
+                    tracing::info!(sr = %self.repo.uuid, vdi = %node, "garbage: deleted");
+                }
+                state.totals.deleted += deleted.gone.len() as u64;
+                state.end(key, None);
+                Ok(())
+            }
+            Err(stop) => {
+                state.end(key, Some(stop.to_string()));
+                Err(stop)
+            }
+        }
+    }
+
+    /// Starts a merge on a thread of its own; returns once its record stands
+    /// (or it failed to begin), so that the next look sees it.
+    fn start(
+        self: &Arc<Self>,
+        choice: Choice,
+        forest: &Forest,
+    ) -> Option<std::thread::JoinHandle<()>> {
+        let (nodes, kind, attached) = subject(&choice, forest);
+        let key = self.state().begin(Doing {
+            attached,
+            ..Doing::new(kind, nodes, self.now())
+        });
+        let (begun, wait) = mpsc::channel();
+        let this = self.clone();
+        let body = move || {
+            let watch = JobWatch {
+                collector: this.clone(),
+                key,
+            };
+            let outcome = this.merge(&watch, &choice, key, &begun);
+            this.ended(key, &choice, outcome);
+        };
+        match std::thread::Builder::new().name("merge".into()).spawn(body) {
+            Ok(thread) => {
+                // An error: it ended before its record stood.
+                wait.recv().ok();
+                Some(thread)
+            }
+            Err(error) => {
+                self.state().end(key, Some(error.to_string()));
+                None
+            }
+        }
+    }
+
+    fn merge(
+        &self,
+        watch: &JobWatch,
+        choice: &Choice,
+        key: u64,
+        begun: &mpsc::Sender<()>,
+    ) -> Result<()> {
+        let found = match choice {
+            Choice::Begin { merge, .. } => Some(Job::begin(&self.repo, watch, merge)?),
+            Choice::Resume { intent } => Job::take_over(&self.repo, watch, *intent)?,
+            Choice::Delete { .. } => None,
+        };
+        let Some((job, intent)) = found else {
+            return Ok(());
+        };
+        self.state().recorded(key, &intent);
+        begun.send(()).ok();
+        let id = intent.id();
+        let what = match &intent {
+            Intent::Inner(_) => "inner coalesce",
+            Intent::LeafMerge(_) => "leaf coalesce",
+            Intent::Snapshot(_) => "snapshot",
+        };
+        let vdi = self
+            .state()
+            .running
+            .get(&key)
+            .and_then(|doing| doing.nodes.first().copied());
+        let vdi = vdi.unwrap_or_default();
+        tracing::info!(sr = %self.repo.uuid, %vdi, job = %id, "{what}: begins");
+        let outcome = job.carry_on(intent);
+        match &outcome {
+            Ok(()) => tracing::info!(sr = %self.repo.uuid, %vdi, job = %id, "{what}: done"),
+            Err(stop) => {
+                tracing::warn!(sr = %self.repo.uuid, %vdi, job = %id, error = %stop, "{what}: stopped");
+            }
+        }
+        outcome
+    }
+
+    fn ended(&self, key: u64, choice: &Choice, outcome: Result<()>) {
+        let now = self.now();
+        {
+            let mut state = self.state();
+            let named = match choice {
+                Choice::Begin { merge, .. } => Some(merge.node()),
+                Choice::Resume { .. } | Choice::Delete { .. } => None,
+            };
+            let intent = state.running.get(&key).and_then(|doing| doing.intent);
+            match &outcome {
+                Ok(()) => {
+                    for id in named.into_iter().chain(intent) {
+                        state.retries.forget(id);
+                    }
+                    state.count(key);
+                }
+                Err(Stop::Aborted) => {}
+                Err(stop) => {
+                    for id in named.into_iter().chain(intent) {
+                        state.retries.failed(id, stop, now);
+                    }
+                }
+            }
+            state.end(key, outcome.err().map(|stop| stop.to_string()));
+            state.dirty = true;
+        }
+        self.changed.notify_all();
+    }
+}
+
+/// What was not collected although it could have been asked for.
+fn failed(state: &State, scope: Scope) -> Vec<FailedNode> {
+    let in_scope = |node: &Uuid| match scope {
+        Scope::Sr => true,
+        Scope::Vdi(vdi) => state.same_tree(*node, vdi),
+    };
+    let counts = |reason: &Reason| {
+        reason.is_blocked() || matches!(reason, Reason::Retry { .. } | Reason::Paused)
+    };
+    let waits = state
+        .waits
+        .iter()
+        .filter(|(node, reason)| in_scope(node) && counts(reason));
+    waits
+        .map(|(uuid, reason)| FailedNode {
+            uuid: *uuid,
+            reason: reason.to_string(),
+        })
+        .collect()
+}
+
+/// Nodes (the one that names the merge first), kind, and whether a tapdisk
+/// does it.
+fn subject(choice: &Choice, forest: &Forest) -> (Vec<Uuid>, Kind, bool) {
+    match choice {
+        Choice::Begin { merge, .. } => {
+            let mut nodes = vec![merge.node()];
+            nodes.extend(merge.sources().iter().filter(|node| **node != merge.node()));
+            nodes.push(merge.parent());
+            match merge {
+                Merge::Inner { .. } => (nodes, Kind::Inner, false),
+                Merge::Leaf { attached, .. } => (nodes, Kind::Leaf, *attached),
+            }
+        }
+        Choice::Resume { intent } => {
+            let claim = forest.claims.iter().find(|claim| claim.id == *intent);
+            (
+                claim.map(|claim| claim.nodes.clone()).unwrap_or_default(),
+                Kind::Inner,
+                false,
+            )
+        }
+        Choice::Delete { nodes } => (nodes.clone(), Kind::Delete, false),
+    }
+}
+
+/// A job's view of its collector.
+#[derive(Debug)]
+struct JobWatch {
+    collector: Arc<Collector>,
+    key: u64,
+}
+
+impl JobWatch {
+    fn aborted(&self, state: &State) -> std::result::Result<(), Aborted> {
+        match state.running.get(&self.key) {
+            Some(doing) if !doing.aborted => Ok(()),
+            _ => Err(Aborted),
+        }
+    }
+}
+
+impl Watch for JobWatch {
+    fn now(&self) -> Duration {
+        self.collector.now()
+    }
+
+    fn sleep(&self, time: Duration) -> std::result::Result<(), Aborted> {
+        let until = self.now() + time;
+        let mut state = self.collector.state();
+        loop {
+            self.aborted(&state)?;
+            let left = until.saturating_sub(self.now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            let waited = self.collector.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn allow(&self, bytes: u64) -> std::result::Result<(), Aborted> {
+        let wait = {
+            let mut state = self.collector.state();
+            self.aborted(&state)?;
+            state.budget.take(bytes, self.now())
+        };
+        if wait.is_zero() {
+            Ok(())
+        } else {
+            self.sleep(wait)
+        }
+    }
+
+    fn note(&self, event: Event) {
+        self.collector.state().note(self.key, event);
+    }
+
+    fn rate(&self) -> u64 {
+        let state = self.collector.state();
+        // The budget is shared by as many merges as may run.
+        state
+            .budget
+            .rate()
+            .div_ceil(state.settings.parallel.max(1) as u64)
+    }
+}

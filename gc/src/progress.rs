@@ -1,0 +1,386 @@
+//! What a collector knows of itself: what runs, what waits, what was done.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+use sm::journal::Intent;
+use tapdisk_control::ImageRef;
+use uuid::Uuid;
+use vhd::storage::VolumeName;
+
+use crate::budget::Budget;
+use crate::collector::Scope;
+use crate::forest::Forest;
+use crate::job::Stop;
+use crate::limits;
+use crate::plan::Settings;
+use crate::reason::Reason;
+use crate::report::Report;
+use crate::retry::Retries;
+use crate::watch::{Event, Ledger};
+
+/// Kinds of work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// Hidden nodes into their parent.
+    Inner,
+    /// A leaf into its parent.
+    Leaf,
+    /// Garbage.
+    Delete,
+}
+
+/// Work under way.
+#[derive(Debug, Clone)]
+pub struct Doing {
+    /// What kind.
+    pub kind: Kind,
+    /// Nodes concerned, the one that names it first, the parent last.
+    pub nodes: Vec<Uuid>,
+    /// Its record, once that stands.
+    pub intent: Option<Uuid>,
+    /// Whether a tapdisk does it.
+    pub attached: bool,
+    /// When it began.
+    pub began: Duration,
+    /// The same on the wall clock, milliseconds since 1970.
+    pub began_ms: u64,
+    /// What it did so far.
+    pub ledger: Ledger,
+    /// It was told to stop.
+    pub aborted: bool,
+}
+
+impl Doing {
+    /// Work that begins now.
+    #[must_use]
+    pub fn new(kind: Kind, nodes: Vec<Uuid>, now: Duration) -> Self {
+        Self {
+            kind,
+            nodes,
+            intent: None,
+            attached: false,
+            began: now,
+            began_ms: wall_ms(),
+            ledger: Ledger::default(),
+            aborted: false,
+        }
+    }
+
+    /// Bytes per second so far.
+    #[must_use]
+    pub fn rate(&self, now: Duration) -> f64 {
+        self.ledger.done as f64 / now.saturating_sub(self.began).as_secs_f64().max(0.001)
+    }
+}
+
+/// Work that ended.
+#[derive(Debug, Clone, Serialize)]
+pub struct Done {
+    /// Names it: the intent, or a number for a deletion.
+    pub job: String,
+    /// The node that names it.
+    pub vdi: Uuid,
+    /// What kind.
+    pub kind: Kind,
+    /// When it began, milliseconds since 1970.
+    pub began_ms: u64,
+    /// When it ended, milliseconds since 1970.
+    pub ended_ms: u64,
+    /// Bytes read and written.
+    pub bytes_copied: u64,
+    /// Bytes shared.
+    pub bytes_cloned: u64,
+    /// Bytes of blocks that went away on balance.
+    pub bytes_freed: u64,
+    /// Why it ended early.
+    pub error: Option<String>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct State {
+    /// What may be chosen.
+    pub settings: Settings,
+    /// Shared by all merges that we run ourselves.
+    pub budget: Budget,
+    /// Nothing is started.
+    pub paused: bool,
+    /// The thread is to end.
+    pub closing: bool,
+    /// Nothing is started before then: somebody aborted.
+    pub quiet_until: Duration,
+    /// Counts requests to look.
+    pub asked: u64,
+    /// The last of them that a round has answered.
+    pub looked: u64,
+    /// Something ended: look again.
+    pub dirty: bool,
+    /// Failed merges.
+    pub retries: Retries,
+    /// Work under way, by key.
+    pub running: BTreeMap<u64, Doing>,
+    /// Why nodes wait, as of the last round.
+    pub waits: BTreeMap<Uuid, Reason>,
+    /// VDIs whose trees somebody waits for, and how many do.
+    pub focus: BTreeMap<Uuid, usize>,
+    /// Sums of everything since the collector was made.
+    pub totals: Report,
+    /// Work that ended, newest last; at most [`limits::DONE_KEPT`].
+    pub done: VecDeque<Done>,
+    /// The last failure of a round as a whole.
+    pub round_error: Option<String>,
+    /// Root of each node's tree, as of the last round.
+    roots: BTreeMap<Uuid, Uuid>,
+    /// Trees in which the last round found something to do.
+    active: BTreeSet<Uuid>,
+    /// The last round changed the forest itself.
+    again: bool,
+    /// Sum of everything since `reset_peak`, for the peak over all jobs.
+    room: Ledger,
+    next_key: u64,
+}
+
+impl State {
+    /// Nothing done, nothing known.
+    #[must_use]
+    pub fn new(settings: Settings, budget: Budget) -> Self {
+        Self {
+            settings,
+            budget,
+            paused: false,
+            closing: false,
+            quiet_until: Duration::ZERO,
+            asked: 1,
+            looked: 0,
+            dirty: false,
+            retries: Retries::default(),
+            running: BTreeMap::new(),
+            waits: BTreeMap::new(),
+            focus: BTreeMap::new(),
+            totals: Report::default(),
+            done: VecDeque::new(),
+            round_error: None,
+            roots: BTreeMap::new(),
+            active: BTreeSet::new(),
+            again: false,
+            room: Ledger::default(),
+            next_key: 1,
+        }
+    }
+
+    pub(crate) fn begin(&mut self, doing: Doing) -> u64 {
+        let key = self.next_key;
+        self.next_key += 1;
+        self.running.insert(key, doing);
+        key
+    }
+
+    /// The record of a job stands; it tells what the job is.
+    pub(crate) fn recorded(&mut self, key: u64, intent: &Intent) {
+        let Some(doing) = self.running.get_mut(&key) else {
+            return;
+        };
+        doing.intent = Some(intent.id());
+        let uuid = |image: &ImageRef| VolumeName::new(&image.volume).and_then(|name| name.uuid());
+        match intent {
+            Intent::Inner(inner) => {
+                doing.kind = Kind::Inner;
+                let images = inner.nodes.iter().rev().chain([&inner.parent]);
+                doing.nodes = images.filter_map(uuid).collect();
+            }
+            Intent::LeafMerge(leaf) => {
+                doing.kind = Kind::Leaf;
+                doing.nodes = [&leaf.leaf, &leaf.parent]
+                    .into_iter()
+                    .filter_map(uuid)
+                    .collect();
+            }
+            Intent::Snapshot(_) => {}
+        }
+    }
+
+    pub(crate) fn note(&mut self, key: u64, event: Event) {
+        self.room.note(event);
+        if let Some(doing) = self.running.get_mut(&key) {
+            doing.ledger.note(event);
+        }
+    }
+
+    /// A merge was completed.
+    pub(crate) fn count(&mut self, key: u64) {
+        let Some(doing) = self.running.get(&key) else {
+            return;
+        };
+        match doing.kind {
+            // All nodes but the parent.
+            Kind::Inner => self.totals.coalesced += doing.nodes.len().saturating_sub(1) as u64,
+            Kind::Leaf => self.totals.leaf_coalesced += 1,
+            Kind::Delete => {}
+        }
+    }
+
+    pub(crate) fn end(&mut self, key: u64, error: Option<String>) {
+        let Some(doing) = self.running.remove(&key) else {
+            return;
+        };
+        self.totals.bytes_copied += doing.ledger.copied;
+        self.totals.bytes_cloned += doing.ledger.cloned;
+        self.totals.bytes_freed += doing.ledger.net_freed();
+        if self.done.len() == limits::DONE_KEPT {
+            self.done.pop_front();
+        }
+        self.done.push_back(Done {
+            job: doing
+                .intent
+                .map_or_else(|| format!("{}-{key}", doing.began_ms), |id| id.to_string()),
+            vdi: doing.nodes.first().copied().unwrap_or_default(),
+            kind: doing.kind,
+            began_ms: doing.began_ms,
+            ended_ms: wall_ms(),
+            bytes_copied: doing.ledger.copied,
+            bytes_cloned: doing.ledger.cloned,
+            bytes_freed: doing.ledger.net_freed(),
+            error,
+        });
+    }
+
+    pub(crate) fn abort(&mut self, which: impl Fn(&Doing) -> bool) -> usize {
+        let chosen = self.running.values_mut().filter(|doing| which(doing));
+        chosen.map(|doing| doing.aborted = true).count()
+    }
+
+    /// Takes in what a round found.
+    pub(crate) fn planned(
+        &mut self,
+        forest: &Forest,
+        waits: BTreeMap<Uuid, Reason>,
+        mut active: BTreeSet<Uuid>,
+        again: bool,
+        now: Duration,
+    ) {
+        self.roots = forest
+            .nodes()
+            .map(|node| (node.uuid, forest.root(node.uuid)))
+            .collect();
+        // What only has to wait a little, and what a running merge or the
+        // number of them holds up, is still to come.
+        for (node, reason) in &waits {
+            let comes = match reason {
+                Reason::Retry { attempts, .. } => *attempts < limits::AWAITED_ATTEMPTS,
+                Reason::TreeBusy | Reason::Parallel { .. } | Reason::ParentFirst { .. } => true,
+                _ => false,
+            };
+            if comes {
+                active.insert(forest.root(*node));
+            }
+        }
+        for doing in self.running.values() {
+            active.extend(doing.nodes.iter().map(|node| forest.root(*node)));
+        }
+        self.active = active;
+        self.waits = waits;
+        self.again = again;
+        self.dirty |= again;
+        self.round_error = None;
+        let _ = now;
+    }
+
+    pub(crate) fn round_failed(&mut self, stop: &Stop) {
+        self.round_error = Some(stop.to_string());
+        self.active.clear();
+        self.again = false;
+    }
+
+    /// Whether request `asked` was answered and nothing in its scope is left
+    /// to be done.
+    pub(crate) fn idle(&self, asked: u64, scope: Scope) -> bool {
+        if self.looked < asked || self.dirty || self.again {
+            return false;
+        }
+        match scope {
+            Scope::Sr => self.running.is_empty() && self.active.is_empty(),
+            Scope::Vdi(vdi) => {
+                let mut nodes = self.running.values().flat_map(|doing| &doing.nodes);
+                !nodes.any(|node| self.same_tree(*node, vdi))
+                    && self
+                        .roots
+                        .get(&vdi)
+                        .is_none_or(|root| !self.active.contains(root))
+            }
+        }
+    }
+
+    /// Whether two nodes were in one tree in the last round.
+    #[must_use]
+    pub fn same_tree(&self, a: Uuid, b: Uuid) -> bool {
+        a == b
+            || self
+                .roots
+                .get(&a)
+                .is_some_and(|root| self.roots.get(&b) == Some(root))
+    }
+
+    pub(crate) fn unfocus(&mut self, vdi: Uuid) {
+        if let Some(count) = self.focus.get_mut(&vdi) {
+            *count -= 1;
+            if *count == 0 {
+                self.focus.remove(&vdi);
+            }
+        }
+    }
+
+    pub(crate) fn reset_peak(&mut self) {
+        self.room = Ledger::default();
+    }
+
+    /// Sums since `before`.
+    pub(crate) fn since(&self, before: &Report) -> Report {
+        Report {
+            coalesced: self.totals.coalesced - before.coalesced,
+            leaf_coalesced: self.totals.leaf_coalesced - before.leaf_coalesced,
+            deleted: self.totals.deleted - before.deleted,
+            bytes_copied: self.totals.bytes_copied - before.bytes_copied,
+            bytes_cloned: self.totals.bytes_cloned - before.bytes_cloned,
+            bytes_freed: self.room.net_freed(),
+            peak_extra_bytes: self.room.peak,
+            ..Report::default()
+        }
+    }
+
+    /// Bytes per second to expect, for estimates: the budget, else what the
+    /// last merges reached, else a guess.
+    #[must_use]
+    pub fn expected_rate(&self) -> f64 {
+        let recent = self
+            .done
+            .iter()
+            .rev()
+            .filter(|done| done.bytes_copied > 0)
+            .take(10);
+        let (bytes, ms) = recent.fold((0, 0), |(bytes, ms), done| {
+            (
+                bytes + done.bytes_copied,
+                ms + done.ended_ms.saturating_sub(done.began_ms),
+            )
+        });
+        let reached = if bytes > 0 {
+            bytes as f64 * 1000.0 / ms.max(1) as f64
+        } else {
+            200e6
+        };
+        match self.budget.rate() {
+            0 => reached,
+            rate => reached.min(rate as f64),
+        }
+    }
+}
+
+fn wall_ms() -> u64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
