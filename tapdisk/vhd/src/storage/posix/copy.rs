@@ -90,7 +90,7 @@ fn clone(
     match unsafe { ficlonerange(to.file.as_raw_fd(), &range) } {
         Ok(_) => Ok(true),
         // Says nothing about the next range.
-        Err(Errno::EINVAL | Errno::ETXTBSY) => Ok(false),
+        Err(Errno::EINVAL | Errno::ETXTBSY | Errno::EINTR) => Ok(false),
         Err(Errno::EOPNOTSUPP | Errno::ENOTTY | Errno::ENOSYS | Errno::EXDEV | Errno::EPERM) => {
             to.clone_refused.store(true, Ordering::Relaxed);
             Ok(false)

@@ -140,13 +140,17 @@ impl Volume for PosixVolume {
         } else {
             FallocateFlags::FALLOC_FL_PUNCH_HOLE
         } | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        match fallocate(&self.file, flags, offset_of(offset)?, offset_of(len_bytes)?) {
-            Ok(()) => Ok(()),
-            // EINVAL: a device and a range off its blocks.
-            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => {
-                self.write_zeros(offset, len_bytes)
-            }
-            Err(errno) => Err(errno.into()),
+        let (offset_s, len_s) = (offset_of(offset)?, offset_of(len_bytes)?);
+        loop {
+            return match fallocate(&self.file, flags, offset_s, len_s) {
+                Ok(()) => Ok(()),
+                Err(Errno::EINTR) => continue,
+                // EINVAL: a device and a range off its blocks.
+                Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => {
+                    self.write_zeros(offset, len_bytes)
+                }
+                Err(errno) => Err(errno.into()),
+            };
         }
     }
 
