@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use vhd::storage::{Volume, VolumeName, Volumes, Why};
 
+use super::cached::CachedReads;
 use crate::buffer::{Buffer, Exclusive, Shared};
 use crate::disk::Files;
 use crate::engine::{BufferRange, Completion, FileId, Op};
@@ -192,6 +193,17 @@ pub fn prepare(
 }
 
 impl Work {
+    /// Carries it out if that needs no waiting: a small read of what the page
+    /// cache has. The rest goes to a worker.
+    pub fn run_at_once(&mut self, cached: &mut CachedReads) -> Option<Completion> {
+        let Task::ReadGuest { file, offset, into } = &mut self.0 else {
+            return None;
+        };
+        cached
+            .read(file.fd()?, into, *offset)
+            .then_some(Completion::Done)
+    }
+
     /// Carries it out; blocks.
     ///
     /// # Errors

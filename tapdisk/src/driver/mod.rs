@@ -16,6 +16,7 @@ use tapdisk_control::{Answer, Call, Stats};
 
 use crate::engine::{Completion, OpId, Output, Request};
 
+pub mod cached;
 pub mod exec;
 #[cfg(feature = "sim")]
 pub mod sim;

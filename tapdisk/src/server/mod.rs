@@ -31,6 +31,7 @@ mod guests;
 mod peers;
 
 use crate::disk::Files;
+use crate::driver::cached::CachedReads;
 use crate::driver::exec::{Failure, Tables, prepare};
 use crate::driver::threads::{Ended, Workers};
 use crate::driver::{Core, Effect, PeerId};
@@ -73,6 +74,7 @@ pub struct Server<C: Core> {
     clients: Clients,
     peers: Peers,
     guests: Guests,
+    cached: CachedReads,
     failures: FailureLog,
     /// When a signal asked for the end, and when to try next.
     stopping: Option<Stopping>,
@@ -137,6 +139,7 @@ impl<C: Core> Server<C> {
             clients: Clients::new(Arc::new(parts.export)),
             peers: Peers::default(),
             guests: Guests::default(),
+            cached: CachedReads::default(),
             failures: FailureLog::default(),
             stopping: None,
             ending: false,
@@ -363,7 +366,13 @@ impl<C: Core> Server<C> {
         };
         let buffer_of = |range: BufferRange| self.guests.buffer_of(range).cloned();
         match prepare(op, &tables, buffer_of) {
-            Ok(work) => self.workers.start_op(id, work),
+            Ok(mut work) => match work.run_at_once(&mut self.cached) {
+                Some(completion) => {
+                    drop(work); // its loan of the buffer ends
+                    self.core.complete(self.now_us(), id, completion);
+                }
+                None => self.workers.start_op(id, work),
+            },
             Err(errno) => {
                 tracing::error!(?id, errno, "an operation names what is not there");
                 self.core
