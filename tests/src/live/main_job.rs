@@ -46,7 +46,7 @@ fn snapshots_keep_their_content_and_merge_away() {
     qemu_write(&at, &["write -P 0x11 0 8M", "write -P 0x12 33M 5k"]);
     let first = content(&at, &host);
     let snapshot = host.ok(&["vdi", "snapshot", "web", "--name", "web@1"]);
-    let snapshot = snapshot[0]["uuid"].as_str().unwrap().to_owned();
+    let snapshot = snapshot["uuid"].as_str().unwrap().to_owned();
     qemu_write(&at, &["write -P 0x21 1M 64k", "write -P 0x22 60M 1M"]);
     let second = content(&at, &host);
     assert_ne!(sha256(&first), sha256(&second));

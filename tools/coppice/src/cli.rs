@@ -262,8 +262,9 @@ pub enum VdiCommand {
 pub enum GcCommand {
     /// Collect garbage and merge chains now
     Run {
-        /// Only this storage repository [default: all]
-        sr: Option<String>,
+        /// Only this storage repository, or the tree of this disk [default: all]
+        #[arg(value_name = "SR|VDI")]
+        what: Option<String>,
         /// Say what would be done
         #[arg(long)]
         dry_run: bool,
@@ -272,25 +273,31 @@ pub enum GcCommand {
         wait: bool,
     },
     /// Say what runs and what waits
-    Status {
-        /// Only this storage repository
-        sr: Option<String>,
-    },
+    Status(GcScope),
     /// Start no new work
-    Pause {
-        /// Only this storage repository
-        sr: Option<String>,
-    },
+    Pause(GcScope),
     /// Go on
-    Resume {
-        /// Only this storage repository
-        sr: Option<String>,
-    },
+    Resume(GcScope),
     /// Stop running work at the next safe point
-    Abort {
-        /// Only this storage repository
-        sr: Option<String>,
+    Abort(GcScope),
+    /// Set limits
+    Set {
+        /// Storage repository
+        sr: String,
+        /// Bytes per second of all merges together; 0 is no limit
+        #[arg(long, value_name = "SIZE")]
+        rate: Option<Size>,
+        /// Merges at one time
+        #[arg(long)]
+        parallel: Option<usize>,
     },
+}
+
+/// One storage repository or all.
+#[derive(Debug, Args)]
+pub struct GcScope {
+    /// Only this storage repository
+    pub sr: Option<String>,
 }
 
 #[cfg(test)]

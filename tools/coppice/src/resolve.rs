@@ -33,6 +33,16 @@ pub fn vdi(smd: &Daemon, text: &str) -> Outcome<String> {
     )
 }
 
+/// The uuid of a storage repository or else of a disk, and which of the two,
+/// as the collector calls them.
+pub fn sr_or_vdi(smd: &Daemon, text: &str) -> Outcome<(&'static str, String)> {
+    let srs: Vec<Sr> = list_of(&smd.get("/srs")?, "srs")?;
+    if srs.iter().any(|sr| sr.uuid == text || sr.name == text) {
+        return Ok(("sr", sr(smd, text)?));
+    }
+    Ok(("vdi", vdi(smd, text)?))
+}
+
 fn is_uuid(text: &str) -> bool {
     uuid::Uuid::try_parse(text).is_ok()
 }

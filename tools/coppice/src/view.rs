@@ -4,6 +4,8 @@
 //! only serve the human views, so every field that may be absent has a
 //! default and unknown ones are ignored.
 
+use std::collections::BTreeMap;
+
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -39,6 +41,8 @@ pub struct Vdi {
     pub attached: bool,
     /// When it was made: text or seconds since 1970.
     pub created: Value,
+    /// Why it cannot be used.
+    pub broken: Option<String>,
 }
 
 /// A storage repository. Sizes in bytes.
@@ -105,6 +109,42 @@ pub struct Forest {
     pub sr: Sr,
     /// Nodes without a parent.
     pub roots: Vec<Node>,
+}
+
+/// What the collector says of itself.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct GcStatus {
+    /// Attached storage repositories.
+    pub srs: Vec<GcSr>,
+    /// Attached ones it cannot collect, and why.
+    pub refused: BTreeMap<String, String>,
+}
+
+/// One storage repository in the collector's eyes.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct GcSr {
+    /// Its uuid.
+    pub uuid: String,
+    /// Its name.
+    pub name: String,
+    /// Whether nothing is started.
+    pub paused: bool,
+    /// Merges under way.
+    pub running: u64,
+    /// Why the last look failed.
+    pub error: Option<String>,
+    /// Nodes that wait or are being merged.
+    pub nodes: BTreeMap<String, GcState>,
+}
+
+/// The list inside a document under `key`, or the document itself.
+pub fn inner(document: Value, key: &str) -> Value {
+    match document {
+        Value::Object(mut map) if map.contains_key(key) => map.remove(key).unwrap_or_default(),
+        other => other,
+    }
 }
 
 /// Reads a document, or the list inside it under `key`.

@@ -3,38 +3,68 @@
 use serde_json::{Value, json};
 
 use super::Context;
-use crate::cli::GcCommand;
+use crate::cli::{GcCommand, GcScope};
 use crate::client::escaped;
 use crate::failure::Outcome;
 use crate::render;
 use crate::resolve;
+use crate::view;
 
 /// Does what was asked.
 pub fn run(context: &Context, command: GcCommand) -> Outcome<()> {
     let gcd = &context.gcd;
-    let answer = match command {
-        GcCommand::Run { sr, dry_run, wait } => {
-            let sr = uuid_of(context, sr.as_deref())?;
-            let body = json!({"sr": sr, "dry_run": dry_run, "wait": wait});
-            gcd.post_slow("/run", &body)?
+    match command {
+        GcCommand::Run {
+            what,
+            dry_run,
+            wait,
+        } => {
+            let mut body = json!({"dry_run": dry_run, "wait": wait});
+            if let Some(what) = what {
+                let (key, uuid) = resolve::sr_or_vdi(&context.smd, &what)?;
+                body[key] = uuid.into();
+            }
+            show(context, &gcd.post_slow("/run", &body)?);
         }
-        GcCommand::Status { sr } => match uuid_of(context, sr.as_deref())? {
-            Some(sr) => gcd.get(&format!("/status?sr={}", escaped(&sr)))?,
-            None => gcd.get("/status")?,
-        },
-        GcCommand::Pause { sr } => tell(context, sr.as_deref(), "/pause")?,
-        GcCommand::Resume { sr } => tell(context, sr.as_deref(), "/resume")?,
-        GcCommand::Abort { sr } => tell(context, sr.as_deref(), "/abort")?,
-    };
-    context.output.result(&answer, || render::object(&answer));
+        GcCommand::Status(scope) => status(context, &scope)?,
+        GcCommand::Pause(scope) => tell(context, &scope, "/pause")?,
+        GcCommand::Resume(scope) => tell(context, &scope, "/resume")?,
+        GcCommand::Abort(scope) => tell(context, &scope, "/abort")?,
+        GcCommand::Set { sr, rate, parallel } => {
+            let sr = resolve::sr(&context.smd, &sr)?;
+            let body = json!({"sr": sr, "rate": rate.map(|rate| rate.0), "parallel": parallel});
+            show(context, &gcd.post("/set", &body)?);
+        }
+    }
     Ok(())
 }
 
-fn tell(context: &Context, sr: Option<&str>, path: &str) -> Outcome<Value> {
-    let sr = uuid_of(context, sr)?;
-    context.gcd.post(path, &json!({"sr": sr}))
+fn status(context: &Context, scope: &GcScope) -> Outcome<()> {
+    let answer = match uuid_of(context, scope)? {
+        Some(sr) => context.gcd.get(&format!("/status?sr={}", escaped(&sr)))?,
+        None => context.gcd.get("/status")?,
+    };
+    let status: view::GcStatus = view::read(&answer)?;
+    context
+        .output
+        .result(&answer, || render::gc_status(&status));
+    Ok(())
 }
 
-fn uuid_of(context: &Context, sr: Option<&str>) -> Outcome<Option<String>> {
-    sr.map(|sr| resolve::sr(&context.smd, sr)).transpose()
+fn tell(context: &Context, scope: &GcScope, path: &str) -> Outcome<()> {
+    let sr = uuid_of(context, scope)?;
+    show(context, &context.gcd.post(path, &json!({"sr": sr}))?);
+    Ok(())
+}
+
+fn uuid_of(context: &Context, scope: &GcScope) -> Outcome<Option<String>> {
+    scope
+        .sr
+        .as_deref()
+        .map(|sr| resolve::sr(&context.smd, sr))
+        .transpose()
+}
+
+fn show(context: &Context, answer: &Value) {
+    context.output.result(answer, || render::object(answer));
 }

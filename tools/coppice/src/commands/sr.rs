@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::Context;
 use crate::cli::SrCommand;
+use crate::client::escaped;
 use crate::failure::{Failure, Outcome};
 use crate::render;
 use crate::resolve;
@@ -36,8 +37,8 @@ pub fn run(context: &Context, command: SrCommand) -> Outcome<()> {
             show(context, &smd.post("/srs", &body)?);
         }
         SrCommand::List => {
-            let answer = smd.get("/srs")?;
-            let list: Vec<Sr> = view::list_of(&answer, "srs")?;
+            let answer = view::inner(smd.get("/srs")?, "srs");
+            let list: Vec<Sr> = view::read(&answer)?;
             context.output.result(&answer, || render::srs(&list));
         }
         SrCommand::Show(arg) => {
@@ -60,10 +61,35 @@ pub fn run(context: &Context, command: SrCommand) -> Outcome<()> {
     Ok(())
 }
 
-/// The trees of one storage repository, as the daemon draws them up.
-pub fn tree(context: &Context, sr: &str) -> Outcome<Value> {
+/// The trees of one storage repository, with what the collector does in them
+/// when it runs.
+fn tree(context: &Context, sr: &str) -> Outcome<Value> {
     let sr = resolve::sr(&context.smd, sr)?;
-    context.smd.get(&format!("/srs/{sr}/tree"))
+    let mut tree = context.smd.get(&format!("/srs/{sr}/tree"))?;
+    if let Ok(status) = context.gcd.get(&format!("/status?sr={}", escaped(&sr))) {
+        let nodes = status.pointer("/srs/0/nodes").unwrap_or(&Value::Null);
+        if let Some(Value::Array(roots)) = tree.get_mut("roots") {
+            roots.iter_mut().for_each(|root| annotate(root, nodes));
+        }
+    }
+    Ok(tree)
+}
+
+/// Adds `gc` to every node that the collector has something to say about.
+fn annotate(node: &mut Value, states: &Value) {
+    let state = node
+        .get("uuid")
+        .and_then(Value::as_str)
+        .and_then(|uuid| states.get(uuid))
+        .cloned();
+    if let (Some(state), Value::Object(map)) = (state, &mut *node) {
+        map.insert("gc".to_owned(), state);
+    }
+    if let Some(Value::Array(children)) = node.get_mut("children") {
+        children
+            .iter_mut()
+            .for_each(|child| annotate(child, states));
+    }
 }
 
 fn verb(context: &Context, sr: &str, verb: &str) -> Outcome<()> {

@@ -6,7 +6,7 @@ use super::Context;
 use crate::client::Daemon;
 use crate::failure::{Failure, Outcome};
 use crate::render;
-use crate::view::{self, Sr};
+use crate::view::{self, GcStatus, Sr};
 
 /// Asks both daemons. One that does not run is part of the answer; only when
 /// neither runs has the command failed.
@@ -23,11 +23,12 @@ pub fn run(context: &Context) -> Outcome<()> {
     let answer = json!({
         "smd": {"running": smd.is_some()},
         "gcd": {"running": gcd.is_some(), "status": gcd},
-        "srs": smd.as_ref().map_or(Value::Null, |srs| srs.get("srs").unwrap_or(srs).clone()),
+        "srs": smd.clone().map_or(Value::Null, |srs| view::inner(srs, "srs")),
     });
     let srs: Vec<Sr> = smd
         .as_ref()
         .map_or(Ok(Vec::new()), |srs| view::list_of(srs, "srs"))?;
+    let gc_view: Option<GcStatus> = gcd.as_ref().map(view::read).transpose()?;
     context.output.result(&answer, || {
         let runs = |up: bool| if up { "runs" } else { "does not run" };
         let mut text = format!(
@@ -36,8 +37,8 @@ pub fn run(context: &Context) -> Outcome<()> {
             runs(gcd.is_some())
         );
         text.push_str(&render::srs(&srs));
-        if let Some(gcd) = &gcd {
-            text.push_str(&format!("\nGarbage collector\n{}", render::object(gcd)));
+        if let Some(gcd) = &gc_view {
+            text.push_str(&format!("\n{}", render::gc_status(gcd)));
         }
         text
     });

@@ -30,7 +30,13 @@ pub fn run(context: &Context, command: VdiCommand) -> Outcome<()> {
                 .map(|vdi| resolve::vdi(smd, vdi))
                 .collect::<Outcome<_>>()?;
             let answer = smd.post("/vdis/snapshot", &json!({"vdis": vdis, "name": name}))?;
-            table(context, &answer)?;
+            let mut answer = view::inner(answer, "vdis");
+            // One disk asked for, one snapshot shown; of several a list.
+            if let ([_], Some(only)) = (vdis.as_slice(), answer.get_mut(0)) {
+                show(context, &only.take());
+            } else {
+                table(context, &answer)?;
+            }
         }
         VdiCommand::Clone { vdi, name } => verb(context, &vdi, "clone", &json!({"name": name}))?,
         VdiCommand::Delete(arg) => {
@@ -55,7 +61,7 @@ fn list(context: &Context, sr: Option<&str>) -> Outcome<()> {
         Some(sr) => format!("/vdis?sr={}", escaped(&resolve::sr(&context.smd, sr)?)),
         None => "/vdis".to_owned(),
     };
-    table(context, &context.smd.get(&path)?)
+    table(context, &view::inner(context.smd.get(&path)?, "vdis"))
 }
 
 fn verb(context: &Context, vdi: &str, verb: &str, body: &Value) -> Outcome<()> {
@@ -68,7 +74,7 @@ fn verb(context: &Context, vdi: &str, verb: &str, body: &Value) -> Outcome<()> {
 }
 
 fn table(context: &Context, answer: &Value) -> Outcome<()> {
-    let list: Vec<Vdi> = view::list_of(answer, "vdis")?;
+    let list: Vec<Vdi> = view::read(answer)?;
     context.output.result(answer, || render::vdis(&list));
     Ok(())
 }

@@ -8,7 +8,7 @@ pub mod tree;
 use serde_json::Value;
 
 use crate::size::human;
-use crate::view::{Sr, Vdi};
+use crate::view::{GcStatus, Sr, Vdi};
 
 /// A table of storage repositories.
 pub fn srs(list: &[Sr]) -> String {
@@ -48,6 +48,46 @@ pub fn vdis(list: &[Vdi]) -> String {
     table.to_string()
 }
 
+/// The collector's state: one line per storage repository, then one per node
+/// with something to tell.
+pub fn gc_status(status: &GcStatus) -> String {
+    let mut srs = table::Table::new(["SR", "STATE", "RUNNING", "WAITING", "LAST ERROR"]);
+    let mut nodes = table::Table::new(["NODE", "SR", "STATE"]);
+    let mut any = false;
+    for sr in &status.srs {
+        let waiting = sr
+            .nodes
+            .values()
+            .filter(|node| node.state != "merging")
+            .count();
+        srs.row([
+            sr.name.clone(),
+            if sr.paused { "paused" } else { "collecting" }.to_owned(),
+            sr.running.to_string(),
+            waiting.to_string(),
+            sr.error.clone().unwrap_or_else(dash),
+        ]);
+        for (node, state) in &sr.nodes {
+            any = true;
+            nodes.row([node.clone(), sr.name.clone(), tree::gc_state(state)]);
+        }
+    }
+    for (sr, why) in &status.refused {
+        srs.row([
+            sr.clone(),
+            "refused".to_owned(),
+            dash(),
+            dash(),
+            why.clone(),
+        ]);
+    }
+    if any {
+        format!("{srs}\n{nodes}")
+    } else {
+        srs.to_string()
+    }
+}
+
 /// Any object as `name  value` lines, nested ones left out.
 pub fn object(document: &Value) -> String {
     let Value::Object(map) = document else {
@@ -71,8 +111,11 @@ pub fn object(document: &Value) -> String {
     out
 }
 
-/// `attached`, `attached read-only`, or nothing.
+/// `attached`, `read-only`, why it is broken, or nothing.
 pub fn vdi_state(vdi: &Vdi) -> String {
+    if let Some(why) = &vdi.broken {
+        return format!("broken: {why}");
+    }
     match (vdi.attached, vdi.read_only) {
         (true, true) => "attached read-only".to_owned(),
         (true, false) => "attached".to_owned(),
