@@ -1,5 +1,7 @@
 //! The program itself: started, asked, told to end, killed, started again.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -24,7 +26,9 @@ struct Place {
 
 impl Place {
     fn new() -> Self {
-        let place = Self { folder: tempfile::tempdir().unwrap() };
+        let place = Self {
+            folder: tempfile::tempdir().unwrap(),
+        };
         for folder in ["sr", "run", "records"] {
             std::fs::create_dir(place.path(folder)).unwrap();
         }
@@ -68,7 +72,9 @@ impl Place {
             .spawn()
             .unwrap();
         let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
         (Tapdisk(child), serde_json::from_str(&line).unwrap())
     }
 
@@ -93,8 +99,12 @@ impl Place {
     /// A client past the handshake, with simple replies.
     fn nbd(&self) -> UnixStream {
         let mut socket = UnixStream::connect(self.path("run/nbd.sock")).unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        socket.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0").unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        socket
+            .write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0")
+            .unwrap();
         let mut hello = [0; 28];
         socket.read_exact(&mut hello).unwrap();
         assert_eq!(hello[18..26], DISK_BYTES.to_be_bytes());
@@ -208,8 +218,14 @@ fn stop_is_refused_while_clients_are_there_unless_forced() {
     assert_eq!(place.stats().clients, 1);
     let mut control = place.control();
     let refused = control.call(Request::Stop { force: false });
-    assert!(matches!(refused, Err(ClientError::Refused(Refusal::Busy { .. }))), "{refused:?}");
-    assert_eq!(control.call(Request::Stop { force: true }).unwrap(), Reply::Done);
+    assert!(
+        matches!(refused, Err(ClientError::Refused(Refusal::Busy { .. }))),
+        "{refused:?}"
+    );
+    assert_eq!(
+        control.call(Request::Stop { force: true }).unwrap(),
+        Reply::Done
+    );
     assert!(tapdisk.wait().success());
     drop(socket);
 }
@@ -244,7 +260,10 @@ fn a_read_only_disk_refuses_writes() {
 fn a_lease_that_is_not_open_and_wrong_usage_are_refused() {
     let place = Place::new();
     let (mut tapdisk, said) = place.start(&["--lease-fd", "77"]);
-    assert_eq!((said["ready"].as_bool(), tapdisk.wait().code()), (Some(false), Some(1)));
+    assert_eq!(
+        (said["ready"].as_bool(), tapdisk.wait().code()),
+        (Some(false), Some(1))
+    );
     let status = Command::new(env!("CARGO_BIN_EXE_tapdisk"))
         .arg("--no-such-flag")
         .stderr(Stdio::null())
