@@ -120,7 +120,9 @@ impl<'a> Job<'a> {
         let Some(hold) = io("hold the intent", repo.host.hold_intent(id))? else {
             return Ok(None);
         };
-        // Read after the hold: what its last holder wrote is final now.
+        // Read after the hold: what its last holder wrote is final now, and
+        // durable before it is acted on.
+        io("sync the journal", repo.volumes.sync_records("merge: the record that was found"))?;
         let found = journal::load(repo.volumes.as_ref())?
             .into_iter()
             .map(|stored| stored.intent)

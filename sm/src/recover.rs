@@ -40,7 +40,13 @@ pub enum Scope<'a> {
 /// [`Error::Journal`] for a record that cannot be read, and what went wrong
 /// with an intent that concerns a VDI of the scope.
 pub fn recover(repo: &Repo, scope: Scope<'_>) -> Result<()> {
-    for stored in journal::load(repo.volumes.as_ref())? {
+    let found = journal::load(repo.volumes.as_ref())?;
+    if !found.is_empty() {
+        // What is acted on must outlive a power cut that comes after: its
+        // writer may have died between a rename and the sync of it.
+        repo.volumes.sync_records("recover: records that were found").during(|| "journal: sync".into())?;
+    }
+    for stored in found {
         let Err(error) = recover_one(repo, &stored) else { continue };
         if concerns(&stored.intent, scope) {
             return Err(error);
