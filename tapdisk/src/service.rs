@@ -79,8 +79,8 @@ enum Doing {
     Pausing { intent: IntentNames, limit_us: u64 },
     Resuming { swapped: Option<Box<Meta>> },
     CleaningBase { then: AfterFold },
-    SettlingBase { then: AfterFold },
-    Folding { then: AfterFold },
+    SettlingBase,
+    Folding,
     Reparenting,
     Rereading,
     Refreshing,
@@ -288,7 +288,7 @@ impl Service {
                 Err(error) => JobResult::Failed(error),
             }
         };
-        self.start_job(caller, Doing::SettlingBase { then }, job)
+        self.start_job(caller, Doing::SettlingBase, job)
     }
 
     /// The header first, then the chain is read anew while requests go on.
@@ -392,7 +392,7 @@ impl Service {
                 said(caller, Reply::Done)
             }
             (Doing::CleaningBase { then }, CommandReply::Clean(plans)) => self.settle_second(caller, &plans, then),
-            (Doing::Folding { .. }, _) => {
+            (Doing::Folding, _) => {
                 if let Some(meta) = self.second.take() {
                     // What the record held is durable in the image by now.
                     let _ = self.opener.records.remove(meta.uuid());
@@ -491,8 +491,8 @@ impl Service {
                 self.prepared = Some((intent, holder, Some(child)));
                 said(caller, Reply::Done)
             }
-            (Doing::SettlingBase { then }, JobResult::Settled(node, file)) => {
-                self.start(caller, Doing::Folding { then }, Command::Fold { node, file })
+            (Doing::SettlingBase, JobResult::Settled(node, file)) => {
+                self.start(caller, Doing::Folding, Command::Fold { node, file })
             }
             (Doing::Reparenting, JobResult::Reparented(meta)) => {
                 if let Some((_, leaf)) = &mut self.leaf {

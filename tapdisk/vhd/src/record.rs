@@ -246,7 +246,8 @@ impl PendingRecord {
     pub fn drop_captured(&mut self) {
         let half = 1 - self.active;
         self.words.store(W_SEQUENCE + half, 0);
-        for at in 0..self.used[half] {
+        // From the end: a kill in between leaves no entry behind a 0.
+        for at in (0..self.used[half]).rev() {
             self.words.store(first_word(half) + at, 0);
         }
         self.used[half] = 0;
@@ -341,9 +342,9 @@ mod tests {
         let run = SectorRun { first: 4095, count: 1 };
         let old = [placed(1_044_479, 0xFFFF_FFFE), Entry::Present { block: BlockNo(7), run }];
         let new = [Entry::Freed { block: BlockNo(7) }, Entry::Present { block: BlockNo(0), run: SectorRun::BLOCK }];
-        old.map(|e| record.push(e).unwrap());
+        old.iter().for_each(|e| record.push(*e).unwrap());
         assert!(record.capture());
-        new.map(|e| record.push(e).unwrap());
+        new.iter().for_each(|e| record.push(*e).unwrap());
         assert!(!record.capture(), "the other half is still held");
 
         let left = PendingRecord::existing(Box::new(words.clone()), owner).unwrap();
