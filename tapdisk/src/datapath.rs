@@ -1,6 +1,6 @@
 //! The core of a tapdisk: the engine, and the service that gives it orders.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use tapdisk_control::{Answer, Call, Refusal, Request as Order, Stats};
 
@@ -17,6 +17,8 @@ pub struct DataPath {
     engine: Engine,
     service: Service,
     effects: VecDeque<Effect<JobDone>>,
+    /// Peers whose call is not answered yet, and whether they are gone.
+    asking: BTreeMap<PeerId, bool>,
     now_us: u64,
     last_tick_us: u64,
 }
@@ -29,6 +31,7 @@ impl DataPath {
             engine,
             service,
             effects: VecDeque::new(),
+            asking: BTreeMap::new(),
             now_us: 0,
             last_tick_us: 0,
         }
@@ -38,7 +41,14 @@ impl DataPath {
         for step in steps {
             match step {
                 Step::Answer(Connection(peer), answer) => {
+                    let last = answer.last;
                     self.effects.push_back(Effect::Answer(PeerId(peer), answer));
+                    // What a peer was given after it had gone, such as a pause,
+                    // ends here: the service could not end it before.
+                    if last && self.asking.remove(&PeerId(peer)) == Some(true) {
+                        let steps = self.service.disconnected(Connection(peer));
+                        self.take(steps);
+                    }
                 }
                 Step::Command(token, command) => self.engine.command(self.now_us, token, command),
                 Step::Job(token, job) => {
@@ -85,6 +95,7 @@ impl Core for DataPath {
             };
             return self.effects.push_back(Effect::Answer(PeerId(peer), answer));
         }
+        self.asking.insert(PeerId(peer), false);
         let steps = self
             .service
             .call(&self.engine, Connection(peer), id, request, counters);
@@ -93,6 +104,9 @@ impl Core for DataPath {
 
     fn peer_gone(&mut self, now_us: u64, PeerId(peer): PeerId) {
         self.now_us = now_us;
+        if let Some(gone) = self.asking.get_mut(&PeerId(peer)) {
+            *gone = true;
+        }
         let steps = self.service.disconnected(Connection(peer));
         self.take(steps);
     }

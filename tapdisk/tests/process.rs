@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use tapdisk_control::{Client, ClientError, Refusal, Reply, Request, Stats};
+use tapdisk_control::{Call, Client, ClientError, IntentNames, Refusal, Reply, Request, Stats};
 use uuid::Uuid;
 use vhd::create::{NewImage, NewKind, create};
 use vhd::meta::Meta;
@@ -228,6 +228,52 @@ fn stop_is_refused_while_clients_are_there_unless_forced() {
     );
     assert!(tapdisk.wait().success());
     drop(socket);
+}
+
+#[test]
+fn a_pause_ends_with_its_connection_even_before_its_answer() {
+    let place = Place::new();
+    let _tapdisk = place.ready();
+    let name = |state| format!("intent.{state}");
+    let intent = IntentNames {
+        pending: name("pending"),
+        decided: name("decided"),
+        void: name("void"),
+    };
+    for asked_and_left in [true, false] {
+        let mut control = place.control();
+        let leaf = place.stats().leaf.unwrap();
+        let prepare = Request::Prepare {
+            intent: intent.clone(),
+            leaf,
+            child: None,
+        };
+        assert_eq!(control.call(prepare).unwrap(), Reply::Done);
+        let pause = Request::Pause {
+            intent: intent.clone(),
+            limit_ms: 60_000,
+        };
+        if asked_and_left {
+            let mut brief = UnixStream::connect(place.path("run/ctl.sock")).unwrap();
+            let line = serde_json::to_string(&Call {
+                id: 1,
+                request: pause,
+            })
+            .unwrap();
+            brief.write_all(format!("{line}\n").as_bytes()).unwrap();
+        } else {
+            let paused = control.call(pause).unwrap();
+            assert!(matches!(paused, Reply::Paused { .. }), "{paused:?}");
+            assert_eq!(place.stats().state, "paused");
+            drop(control);
+        }
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while place.stats().state != "running" {
+            assert!(Instant::now() < deadline);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(write(&mut place.nbd(), 0, &[1; 512]), 0);
+    }
 }
 
 #[test]
