@@ -179,7 +179,7 @@ fn at_every_write_of_a_reparenting_old_or_new_parent_is_named() {
     let new = link("chain3-new.vhd", 0xABC);
     set_parent(&volume, &mut meta, &new).unwrap();
     assert_eq!(meta, Meta::read(&volume).unwrap());
-    assert_eq!(meta.parent.as_ref().unwrap().candidates().unwrap(), [new.volume.clone()]);
+    assert_eq!(meta.parent.as_ref().unwrap().candidates().unwrap(), std::slice::from_ref(&new.volume));
     each_state(&before, &volume, |n, bytes| {
         let parent = Meta::read(&Mem::new(bytes)).unwrap_or_else(|e| panic!("operation {n}: {e}")).parent.unwrap();
         let names: Vec<_> = parent.candidates().unwrap().iter().map(ToString::to_string).collect();
