@@ -40,8 +40,8 @@ impl Layout {
         let bad = |reason| Error::BadHeader { reason };
         let blocks = footer.virtual_bytes.div_ceil(u64::from(header.block_bytes));
         let entries = u32::try_from(blocks).map_err(|_| bad("more blocks than a BAT can hold"))?;
-        if entries > BAT_ENTRIES_MAX {
-            return Err(Error::TooLarge { what: "a BAT", bytes: u64::from(entries) * 4 });
+        if header.max_entries > BAT_ENTRIES_MAX {
+            return Err(Error::TooLarge { what: "a BAT", bytes: u64::from(header.max_entries) * 4 });
         }
         if entries > header.max_entries {
             return Err(bad("the BAT has fewer entries than the virtual size needs"));

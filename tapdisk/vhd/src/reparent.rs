@@ -4,7 +4,8 @@ use uuid::Uuid;
 
 use crate::error::{Error, Result};
 use crate::footer::DiskType;
-use crate::locator::{Code, LocatorEntry, encode};
+use crate::header::DynHeader;
+use crate::locator::{Code, LocatorEntry, encode, volume_of};
 use crate::meta::{Meta, ParentRef};
 use crate::storage::{Volume, VolumeName};
 
@@ -22,6 +23,9 @@ pub struct ParentLink {
 /// Changes the parent, durably and so that a crash at any write leaves an
 /// image that names the old parent or the new one:
 ///
+/// 0. Where an earlier change was cut off before its step 3, that is done
+///    first: else step 1 would overwrite the only locators that lead to the
+///    parent the header names.
 /// 1. Every locator but the first is given the new text; flush. A crash: the
 ///    header names the old uuid, and the first locator leads there. (A reader
 ///    takes the first locator whose image carries the header's uuid.)
@@ -55,11 +59,12 @@ pub fn set_parent(volume: &dyn Volume, meta: &mut Meta, parent: &ParentLink) -> 
         return Err(Error::Unsupported { what: "a parent whose name takes more than the header's first sector" });
     }
     let used = |locator: &&LocatorEntry| !matches!(locator.code, Code::Other(_)) && locator.len > 0;
-    let texts = header.locators.iter().filter(used).map(|locator| Ok((*locator, fitted(locator, parent)?)));
+    let texts = header.locators.iter().filter(used).map(|locator| Ok((*locator, fitted(locator, parent.volume.as_str())?)));
     let texts: Vec<(LocatorEntry, Vec<u8>)> = texts.collect::<Result<_>>()?;
     let Some((first, rest)) = texts.split_first().filter(|(_, rest)| !rest.is_empty()) else {
         return Err(Error::Unsupported { what: "changing the parent of an image with a single locator" });
     };
+    finish_earlier(volume, header, &first.0, rest)?;
     for (locator, text) in rest {
         volume.write_at(text, locator.offset)?;
     }
@@ -74,9 +79,29 @@ pub fn set_parent(volume: &dyn Volume, meta: &mut Meta, parent: &ParentLink) -> 
     Ok(())
 }
 
+/// Step 0 of [`set_parent`]: the first locator is led to the parent the
+/// header names, if only others lead there.
+fn finish_earlier(
+    volume: &dyn Volume,
+    header: &DynHeader,
+    first: &LocatorEntry,
+    rest: &[(LocatorEntry, Vec<u8>)],
+) -> Result<()> {
+    let leads = |locator: &LocatorEntry| {
+        let path = locator.read(volume).ok().flatten();
+        path.and_then(|path| volume_of(&path).ok()).is_some_and(|name| name.as_str() == header.parent_name)
+    };
+    if leads(first) || !rest.iter().any(|(locator, _)| leads(locator)) {
+        return Ok(());
+    }
+    volume.write_at(&fitted(first, &header.parent_name)?, first.offset)?;
+    volume.flush("reparent: the first locator of an earlier change")?;
+    Ok(())
+}
+
 /// The locator's text for a parent, padded to just the length it has.
-fn fitted(locator: &LocatorEntry, parent: &ParentLink) -> Result<Vec<u8>> {
-    let mut path = format!("./{}", parent.volume);
+fn fitted(locator: &LocatorEntry, name: &str) -> Result<Vec<u8>> {
+    let mut path = format!("./{name}");
     loop {
         let text = encode(locator.code, &path);
         match (text.len(), locator.len as usize) {

@@ -180,13 +180,26 @@ fn at_every_write_of_a_reparenting_old_or_new_parent_is_named() {
     set_parent(&volume, &mut meta, &new).unwrap();
     assert_eq!(meta, Meta::read(&volume).unwrap());
     assert_eq!(meta.parent.as_ref().unwrap().candidates().unwrap(), std::slice::from_ref(&new.volume));
+    let third = link("chain3-3rd.vhd", 0xDEF);
     each_state(&before, &volume, |n, bytes| {
-        let parent = Meta::read(&Mem::new(bytes)).unwrap_or_else(|e| panic!("operation {n}: {e}")).parent.unwrap();
-        let names: Vec<_> = parent.candidates().unwrap().iter().map(ToString::to_string).collect();
-        let wanted = if parent.uuid == old { "chain3-mid.vhd" } else { "chain3-new.vhd" };
-        assert!(names.iter().any(|name| name == wanted), "operation {n}: {names:?}");
-        assert!(parent.uuid == old || parent.uuid == new.uuid);
+        let torn = Mem::new(bytes.clone());
+        assert_leads(&torn, n, &[(old, "chain3-mid.vhd"), (new.uuid, "chain3-new.vhd")]);
+        // Recovery may link it elsewhere, and be cut off as well.
+        let mut meta = Meta::read(&torn).unwrap();
+        set_parent(&torn, &mut meta, &third).unwrap();
+        each_state(&bytes, &torn, |_, bytes| {
+            let parents = [(old, "chain3-mid.vhd"), (new.uuid, "chain3-new.vhd"), (third.uuid, "chain3-3rd.vhd")];
+            assert_leads(&Mem::new(bytes), n, &parents);
+        });
     });
+}
+
+/// The image names one of the parents by its uuid, and a locator leads there.
+fn assert_leads(volume: &Mem, n: usize, parents: &[(Uuid, &str)]) {
+    let parent = Meta::read(volume).unwrap_or_else(|e| panic!("operation {n}: {e}")).parent.unwrap();
+    let names: Vec<_> = parent.candidates().unwrap().iter().map(ToString::to_string).collect();
+    let (_, wanted) = parents.iter().find(|(uuid, _)| *uuid == parent.uuid).unwrap();
+    assert!(names.iter().any(|name| name == wanted), "operation {n}: {names:?}, not {wanted}");
 }
 
 #[test]
