@@ -201,6 +201,9 @@ impl Engine {
             let into = piece.buffer(run);
             let place = match source {
                 Source::Zero => None,
+                // The file is still being made longer for the block's first
+                // write: nothing can be there yet but zeros.
+                Source::Stack { index, slot } if self.stack[index].rw.slots().extension_for(slot).is_some() => None,
                 Source::Stack { index, slot } => Some((self.stack[index].file, slot.data_offset(run.first))),
                 Source::Lower { node, slot } => self.lower.locate(node, piece.block, slot, run.first),
             };
