@@ -8,7 +8,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 use vhd::bat::{BAT_FREE, read_bat};
 use vhd::create::{NewImage, NewKind};
-use vhd::meta::{Meta, ParentRef};
+use vhd::meta::{FooterState, Meta, ParentRef};
 use vhd::reparent::ParentLink;
 use vhd::storage::{Access, Volume, VolumeName};
 
@@ -184,11 +184,26 @@ pub fn create(repo: &Repo, new: &NewVhd<'_>) -> Result<Arc<dyn Volume>> {
 }
 
 /// Replays or drops the pending record of an image nobody holds and makes it
-/// whole on disk; afterwards anybody may read it.
+/// whole on disk; afterwards anybody may read it. An image that is settled is
+/// left as it is: one opened for writing durably lacks its last footer before
+/// anything else of it changes.
 ///
 /// # Errors
 /// [`Error::Busy`] when somebody holds it, [`Error::BadImage`], I/O errors.
 pub fn settle(repo: &Repo, volume: &VolumeName) -> Result<()> {
+    let meta = meta(repo, volume)?;
+    let ours = meta.layout.as_ref().is_some_and(|l| l.block_sectors == vhd::units::BLOCK_SECTORS);
+    let record = repo
+        .host
+        .records()
+        .existing(meta.uuid())
+        .during(|| format!("pending record of {volume}"))?;
+    let settled = meta.footer_state == FooterState::Settled && record.is_none();
+    // Fixed images and other block sizes are never opened for writing.
+    if settled || !ours {
+        return Ok(());
+    }
+    drop(record);
     vhd::writer::settle(repo.volumes.as_ref(), volume, repo.host.records())
         .map_err(|e| bad(volume, e))
 }
@@ -202,6 +217,16 @@ pub fn set_hidden(repo: &Repo, volume: &VolumeName, hidden: bool) -> Result<()> 
     let opened = open(repo, volume, Access::Write)?;
     let mut meta = Meta::read(opened.as_ref()).map_err(|e| bad(volume, e))?;
     vhd::hidden::set_hidden(opened.as_ref(), &mut meta, hidden).map_err(|e| bad(volume, e))
+}
+
+/// Whether an image has become a base for good: hidden, which comes last, and
+/// both footers say so.
+///
+/// # Errors
+/// As [`meta`].
+pub fn is_base(repo: &Repo, volume: &VolumeName) -> Result<bool> {
+    let meta = meta(repo, volume)?;
+    Ok(meta.hidden() && meta.footer_state == FooterState::Settled)
 }
 
 /// Gives a settled image nobody holds another parent, durably. The caller

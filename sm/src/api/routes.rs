@@ -13,6 +13,7 @@ use axum::routing::{get, post};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
+use uuid::Uuid;
 
 use super::App;
 use super::answer::{Failure, Outcome, document};
@@ -76,9 +77,25 @@ async fn run<T: Send + 'static>(
     let outcome = task.await.map_err(|e| ended(e.to_string()))?;
     outcome.map_err(|error| {
         app.counters.refused.fetch_add(1, Ordering::Relaxed);
-        tracing::warn!(code = error.code(), %error, "request refused");
         Failure(error)
     })
+}
+
+/// Runs an operation on one VDI, with its words in every log line.
+fn on_vdi<T>(
+    manager: &Manager,
+    operation: &'static str,
+    vdi: &str,
+    work: impl FnOnce(&Repo, Uuid) -> Result<T>,
+) -> Result<T> {
+    let (repo, vdi) = manager.find_vdi(vdi)?;
+    let _span = tracing::info_span!("operation", sr = %repo.uuid, %vdi, operation).entered();
+    let outcome = work(&repo, vdi);
+    match &outcome {
+        Ok(_) => tracing::info!("done"),
+        Err(error) => tracing::warn!(code = error.code(), %error, "refused"),
+    }
+    outcome
 }
 
 /// The body as JSON; an empty one counts as `{}`.
@@ -193,6 +210,7 @@ async fn create_vdi(State(app): State<App>, body: Bytes) -> Outcome {
     let made = run(&app, move |manager| {
         let open = manager.open_sr(manager.sr_uuid(&new.sr)?)?;
         let vdi = ops::create(&open.repo, &new.name, new.virtual_size)?;
+        tracing::info!(sr = %open.repo.uuid, %vdi, operation = "create", "done");
         Look::at(&open.repo)?.one(vdi)
     });
     document(made.await?)
@@ -208,11 +226,12 @@ async fn show_vdi(State(app): State<App>, Path(vdi): Path<String>) -> Outcome {
 
 async fn delete_vdi(State(app): State<App>, Path(vdi): Path<String>) -> Outcome {
     let gone = run(&app, move |manager| {
-        let (repo, vdi) = manager.find_vdi(&vdi)?;
-        let before = Look::at(&repo)?.one(vdi)?;
-        ops::delete(&repo, vdi)?;
-        manager.kick(repo.uuid);
-        Ok(before)
+        on_vdi(manager, "delete", &vdi, |repo, vdi| {
+            let before = Look::at(repo)?.one(vdi)?;
+            ops::delete(repo, vdi)?;
+            manager.kick(repo.uuid);
+            Ok(before)
+        })
     });
     document(gone.await?)
 }
@@ -233,7 +252,7 @@ struct Group {
 
 /// Siblings of some VDIs, which must be of one SR: one record makes them all
 /// or none.
-fn siblings(manager: &Manager, kind: SiblingKind, group: &Group) -> Result<(Repo, Vec<uuid::Uuid>)> {
+fn siblings(manager: &Manager, kind: SiblingKind, group: &Group) -> Result<(Repo, Vec<Uuid>)> {
     let mut repo: Option<Repo> = None;
     let mut wanted = Vec::new();
     for text in &group.vdis {
@@ -250,11 +269,20 @@ fn siblings(manager: &Manager, kind: SiblingKind, group: &Group) -> Result<(Repo
     }
     let nothing = || Error::BadRequest { reason: "no VDI is named".into() };
     let repo = repo.ok_or_else(nothing)?;
-    let made = ops::snapshot(&repo, kind, &wanted)?;
+    let vdis = wanted.iter().map(|w| w.vdi.to_string()).collect::<Vec<_>>().join(",");
+    let span = tracing::info_span!("operation", sr = %repo.uuid, vdi = vdis, ?kind);
+    let made = span.in_scope(|| {
+        let outcome = ops::snapshot(&repo, kind, &wanted);
+        match &outcome {
+            Ok(made) => tracing::info!(?made, "done"),
+            Err(error) => tracing::warn!(code = error.code(), %error, "refused"),
+        }
+        outcome
+    })?;
     Ok((repo, made))
 }
 
-fn default_name(repo: &Repo, kind: SiblingKind, vdi: uuid::Uuid) -> Result<String> {
+fn default_name(repo: &Repo, kind: SiblingKind, vdi: Uuid) -> Result<String> {
     let of = repo.labels.get(vdi)?.map(|label| label.name).unwrap_or_default();
     Ok(match kind {
         SiblingKind::Snapshot => format!("{of} snapshot"),
@@ -292,9 +320,10 @@ async fn clone(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) -> 
 async fn rename(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) -> Outcome {
     let words: Words = read(&body)?;
     let renamed = run(&app, move |manager| {
-        let (repo, vdi) = manager.find_vdi(&vdi)?;
-        ops::rename(&repo, vdi, words.name.as_deref(), words.description.as_deref())?;
-        Look::at(&repo)?.one(vdi)
+        on_vdi(manager, "rename", &vdi, |repo, vdi| {
+            ops::rename(repo, vdi, words.name.as_deref(), words.description.as_deref())?;
+            Look::at(repo)?.one(vdi)
+        })
     });
     document(renamed.await?)
 }
@@ -308,9 +337,10 @@ struct AttachHow {
 async fn attach(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) -> Outcome {
     let how: AttachHow = read(&body)?;
     let attached = run(&app, move |manager| {
-        let (repo, vdi) = manager.find_vdi(&vdi)?;
-        ops::attach(&repo, vdi, how.read_only)?;
-        Look::at(&repo)?.one(vdi)
+        on_vdi(manager, "attach", &vdi, |repo, vdi| {
+            ops::attach(repo, vdi, how.read_only)?;
+            Look::at(repo)?.one(vdi)
+        })
     });
     document(attached.await?)
 }
@@ -324,11 +354,12 @@ struct DetachHow {
 async fn detach(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) -> Outcome {
     let how: DetachHow = read(&body)?;
     let detached = run(&app, move |manager| {
-        let (repo, vdi) = manager.find_vdi(&vdi)?;
-        if ops::detach(&repo, vdi, how.force)? {
-            manager.kick(repo.uuid);
-        }
-        Look::at(&repo)?.one(vdi)
+        on_vdi(manager, "detach", &vdi, |repo, vdi| {
+            if ops::detach(repo, vdi, how.force)? {
+                manager.kick(repo.uuid);
+            }
+            Look::at(repo)?.one(vdi)
+        })
     });
     document(detached.await?)
 }

@@ -107,7 +107,7 @@ fn swap(repo: &Repo, member: &Member) -> Result<()> {
 pub(crate) fn settle_base_live(repo: &Repo, member: &Member, tap: &mut dyn Tap) -> Result<()> {
     let Shape::Divide { base, .. } = &member.shape else { return Ok(()) };
     let volume = VolumeName::vhd(*base);
-    if image::meta(repo, &volume)?.hidden() {
+    if image::is_base(repo, &volume)? {
         return Ok(());
     }
     let base = ImageRef { volume: volume.as_str().to_owned(), footer: member.leaf_footer };
@@ -117,11 +117,10 @@ pub(crate) fn settle_base_live(repo: &Repo, member: &Member, tap: &mut dyn Tap) 
     })
 }
 
-/// The base is hidden only once it is settled, so a hidden one is done.
 fn settle_base(repo: &Repo, member: &Member) -> Result<()> {
     let Shape::Divide { base, .. } = &member.shape else { return Ok(()) };
     let base = VolumeName::vhd(*base);
-    if image::meta(repo, &base)?.hidden() {
+    if image::is_base(repo, &base)? {
         return Ok(());
     }
     if let Some(mut tap) = live_tap(repo, member.vdi)? {
