@@ -14,7 +14,7 @@
 //! while anything is read or written. It forgets everything when it ends: the
 //! journal and the images know.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -150,17 +150,17 @@ impl Collector {
         let before = state.totals.clone();
         state.reset_peak();
         if let Scope::Vdi(vdi) = scope {
-            *state.focus.entry(vdi).or_default() += 1;
+            state.focus_on(vdi);
         }
         self.changed.notify_all();
         while !state.closing && !state.idle(asked, scope) {
             let waited = self.changed.wait_timeout(state, limits::LOOK_EVERY);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        if let Scope::Vdi(vdi) = scope {
-            state.unfocus(vdi);
-        }
-        let mut report = state.since(&before);
+        let mut report = match scope {
+            Scope::Sr => state.since(&before),
+            Scope::Vdi(vdi) => state.unfocus(vdi),
+        };
         report.failed = failed(&state, scope);
         report.seconds = (self.now() - begun).as_secs_f64();
         report
@@ -270,7 +270,9 @@ impl Collector {
             match choice {
                 Choice::Delete { .. } if self.state().paused => {}
                 Choice::Delete { nodes } => {
-                    self.delete(nodes)?;
+                    for part in self.by_focus(nodes, &forest) {
+                        self.delete(&part, &forest)?;
+                    }
                     active.extend(nodes.iter().map(|node| forest.root(*node)));
                 }
                 Choice::Resume { .. } | Choice::Begin { .. } if paused => {}
@@ -299,10 +301,40 @@ impl Collector {
         Ok(())
     }
 
-    fn delete(self: &Arc<Self>, nodes: &[Uuid]) -> Result<()> {
-        let key = self
+    /// The nodes of each tree that somebody waits for, and the rest, so that
+    /// each is told its own.
+    fn by_focus(&self, nodes: &[Uuid], forest: &Forest) -> Vec<Vec<Uuid>> {
+        let focused: BTreeSet<Uuid> = self
             .state()
-            .begin(Doing::new(Kind::Delete, nodes.to_vec(), self.now()));
+            .focus
+            .keys()
+            .map(|vdi| forest.root(*vdi))
+            .collect();
+        let mut parts: BTreeMap<Option<Uuid>, Vec<Uuid>> = BTreeMap::new();
+        for node in nodes {
+            let tree = Some(forest.root(*node)).filter(|tree| focused.contains(tree));
+            parts.entry(tree).or_default().push(*node);
+        }
+        parts.into_values().collect()
+    }
+
+    /// A record of work that begins now on nodes of one tree.
+    fn doing(&self, kind: Kind, nodes: Vec<Uuid>, forest: &Forest) -> Doing {
+        let tree = nodes.first().map(|node| forest.root(*node));
+        let focus = self.state().focus.keys().copied().collect::<Vec<_>>();
+        let focus = focus
+            .into_iter()
+            .filter(|vdi| Some(forest.root(*vdi)) == tree)
+            .collect();
+        Doing {
+            focus,
+            ..Doing::new(kind, nodes, self.now())
+        }
+    }
+
+    fn delete(self: &Arc<Self>, nodes: &[Uuid], forest: &Forest) -> Result<()> {
+        let doing = self.doing(Kind::Delete, nodes.to_vec(), forest);
+        let key = self.state().begin(doing);
         let watch = JobWatch {
             collector: self.clone(),
             key,
@@ -317,7 +349,7 @@ impl Collector {
                 for node in &deleted.gone {
                     tracing::info!(sr = %self.repo.uuid, vdi = %node, "garbage: deleted");
                 }
-                state.totals.deleted += deleted.gone.len() as u64;
+                state.count(key, deleted.gone.len());
                 state.end(key, None);
                 Ok(())
             }
@@ -336,10 +368,8 @@ impl Collector {
         forest: &Forest,
     ) -> Option<std::thread::JoinHandle<()>> {
         let (nodes, kind, attached) = subject(&choice, forest);
-        let key = self.state().begin(Doing {
-            attached,
-            ..Doing::new(kind, nodes, self.now())
-        });
+        let doing = self.doing(kind, nodes, forest);
+        let key = self.state().begin(Doing { attached, ..doing });
         let (begun, wait) = mpsc::channel();
         let this = self.clone();
         let body = move || {
@@ -417,7 +447,7 @@ impl Collector {
                     for id in named.into_iter().chain(intent) {
                         state.retries.forget(id);
                     }
-                    state.count(key);
+                    state.count(key, 0);
                 }
                 Err(Stop::Aborted) => {}
                 Err(stop) => {

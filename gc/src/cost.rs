@@ -94,6 +94,11 @@ pub fn predict(
         let Plan { mut choices, .. } = plan(&view);
         if let Some(vdi) = only {
             let tree = forest.root(vdi);
+            for choice in &mut choices {
+                if let Choice::Delete { nodes } = choice {
+                    nodes.retain(|node| forest.root(*node) == tree);
+                }
+            }
             choices.retain(|choice| choice_tree(&forest, choice) == Some(tree));
         }
         if choices.is_empty() {

@@ -122,7 +122,11 @@ impl<'a> Job<'a> {
         };
         // Read after the hold: what its last holder wrote is final now, and
         // durable before it is acted on.
-        io("sync the journal", repo.volumes.sync_records("merge: the record that was found"))?;
+        io(
+            "sync the journal",
+            repo.volumes
+                .sync_records("merge: the record that was found"),
+        )?;
         let found = journal::load(repo.volumes.as_ref())?
             .into_iter()
             .map(|stored| stored.intent)

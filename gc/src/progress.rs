@@ -51,6 +51,19 @@ pub struct Doing {
     pub ledger: Ledger,
     /// It was told to stop.
     pub aborted: bool,
+    /// VDIs of its tree that somebody waits for.
+    pub focus: Vec<Uuid>,
+}
+
+/// What was done in the tree of a VDI that somebody waits for.
+#[derive(Debug, Clone, Default)]
+pub struct Focus {
+    /// How many wait.
+    pub waiters: usize,
+    /// Counts of what was done.
+    sums: Report,
+    /// Bytes of what was done.
+    room: Ledger,
 }
 
 impl Doing {
@@ -66,6 +79,7 @@ impl Doing {
             began_ms: wall_ms(),
             ledger: Ledger::default(),
             aborted: false,
+            focus: Vec::new(),
         }
     }
 
@@ -124,8 +138,8 @@ pub struct State {
     pub running: BTreeMap<u64, Doing>,
     /// Why nodes wait, as of the last round.
     pub waits: BTreeMap<Uuid, Reason>,
-    /// VDIs whose trees somebody waits for, and how many do.
-    pub focus: BTreeMap<Uuid, usize>,
+    /// VDIs whose trees somebody waits for.
+    pub focus: BTreeMap<Uuid, Focus>,
     /// Sums of everything since the collector was made.
     pub totals: Report,
     /// Work that ended, newest last; at most [`limits::DONE_KEPT`].
@@ -204,22 +218,38 @@ impl State {
 
     pub(crate) fn note(&mut self, key: u64, event: Event) {
         self.room.note(event);
-        if let Some(doing) = self.running.get_mut(&key) {
-            doing.ledger.note(event);
+        let Some(doing) = self.running.get_mut(&key) else {
+            return;
+        };
+        doing.ledger.note(event);
+        for vdi in &doing.focus {
+            if let Some(focus) = self.focus.get_mut(vdi) {
+                focus.room.note(event);
+            }
         }
     }
 
-    /// A merge was completed.
-    pub(crate) fn count(&mut self, key: u64) {
+    /// A merge was completed, or `deleted` nodes are gone.
+    pub(crate) fn count(&mut self, key: u64, deleted: usize) {
         let Some(doing) = self.running.get(&key) else {
             return;
         };
-        match doing.kind {
-            // All nodes but the parent.
-            Kind::Inner => self.totals.coalesced += doing.nodes.len().saturating_sub(1) as u64,
-            Kind::Leaf => self.totals.leaf_coalesced += 1,
-            Kind::Delete => {}
+        let focus = &mut self.focus;
+        let focused = doing.focus.iter().filter_map(|vdi| {
+            // Each VDI is in the list once, so no two of these are one.
+            focus.remove(vdi).map(|one| (*vdi, one))
+        });
+        let mut focused: Vec<(Uuid, Focus)> = focused.collect();
+        let sums = focused.iter_mut().map(|(_, one)| &mut one.sums);
+        for sums in sums.chain([&mut self.totals]) {
+            match doing.kind {
+                // All nodes but the parent.
+                Kind::Inner => sums.coalesced += doing.nodes.len().saturating_sub(1) as u64,
+                Kind::Leaf => sums.leaf_coalesced += 1,
+                Kind::Delete => sums.deleted += deleted as u64,
+            }
         }
+        self.focus.extend(focused);
     }
 
     pub(crate) fn end(&mut self, key: u64, error: Option<String>) {
@@ -323,13 +353,29 @@ impl State {
                 .is_some_and(|root| self.roots.get(&b) == Some(root))
     }
 
-    pub(crate) fn unfocus(&mut self, vdi: Uuid) {
-        if let Some(count) = self.focus.get_mut(&vdi) {
-            *count -= 1;
-            if *count == 0 {
-                self.focus.remove(&vdi);
-            }
+    pub(crate) fn focus_on(&mut self, vdi: Uuid) {
+        let focus = self.focus.entry(vdi).or_default();
+        focus.waiters += 1;
+    }
+
+    /// What was done in the VDI's tree since the first of those who wait for
+    /// it began to.
+    pub(crate) fn unfocus(&mut self, vdi: Uuid) -> Report {
+        let Some(focus) = self.focus.get_mut(&vdi) else {
+            return Report::default();
+        };
+        focus.waiters -= 1;
+        let report = Report {
+            bytes_copied: focus.room.copied,
+            bytes_cloned: focus.room.cloned,
+            bytes_freed: focus.room.net_freed(),
+            peak_extra_bytes: focus.room.peak,
+            ..focus.sums.clone()
+        };
+        if focus.waiters == 0 {
+            self.focus.remove(&vdi);
         }
+        report
     }
 
     pub(crate) fn reset_peak(&mut self) {

@@ -1,0 +1,391 @@
+//! Whole collections of detached trees on real files: what every VDI reads
+//! stays, the forest becomes minimal, and predictions come true.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use gc::collector::{Collector, Scope};
+use gc::plan::Settings;
+use gc::report::Report;
+use sm::attached::AttachedSr;
+use sm::owner::{HostId, Owner};
+use sm::state::SrType;
+use sm::{Repo, image};
+use uuid::Uuid;
+use vhd::chain::Chain;
+use vhd::create::{NewImage, NewKind, ParentLink};
+use vhd::storage::VolumeName;
+use vhd::units::{BLOCK_BYTES, BlockNo, SectorRun};
+use vhd::writer::Writer;
+
+struct Sr {
+    _folder: tempfile::TempDir,
+    attached: AttachedSr,
+    run: PathBuf,
+    repo: Repo,
+}
+
+impl Sr {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, run) = (folder.path().join("sr"), folder.path().join("run"));
+        std::fs::create_dir(&path).unwrap();
+        std::fs::create_dir_all(run.join("sr")).unwrap();
+        let id = HostId {
+            host: Uuid::from_u128(1),
+            boot: Uuid::from_u128(2),
+        };
+        let owner = Owner::acquire(&path, id).unwrap();
+        let attached = AttachedSr {
+            uuid: Uuid::from_u128(0xAB),
+            name: "test".into(),
+            kind: SrType::File,
+            path,
+            epoch: owner.epoch,
+            id,
+        };
+        let repo = attached.open_owned(&run, owner, None).unwrap().repo;
+        Self {
+            _folder: folder,
+            attached,
+            run,
+            repo,
+        }
+    }
+
+    fn path(&self) -> &Path {
+        &self.attached.path
+    }
+
+    /// A node of `blocks` blocks over `parent` (0: none).
+    fn image(&self, n: u128, parent: u128, hidden: bool, blocks: u64) {
+        let name = VolumeName::vhd(id(n));
+        let volume = self.repo.volumes.create(&name).unwrap();
+        let kind = match parent {
+            0 => NewKind::Dynamic,
+            parent => {
+                let volume = VolumeName::vhd(id(parent));
+                NewKind::Child {
+                    parent: ParentLink {
+                        uuid: footer(parent),
+                        volume,
+                        timestamp_s: 0,
+                    },
+                }
+            }
+        };
+        let new = NewImage {
+            uuid: footer(n),
+            virtual_bytes: blocks * BLOCK_BYTES,
+            kind,
+            bat_entries_max: None,
+            hidden,
+            timestamp_s: 0,
+        };
+        vhd::create::create(volume.as_ref(), &new).unwrap();
+    }
+
+    fn write(&self, n: u128, writes: &[(u32, SectorRun, u8)]) {
+        let name = VolumeName::vhd(id(n));
+        let (volumes, records) = (self.repo.volumes.as_ref(), self.repo.host.records());
+        let mut writer = Writer::open(volumes, &name, records).unwrap();
+        for (block, run, value) in writes {
+            let data = vec![*value; run.bytes() as usize];
+            // Sparse everywhere: every sector that was not written is absent.
+            writer.write(BlockNo(*block), *run, &data, true).unwrap();
+        }
+        writer.settle(None).unwrap();
+    }
+
+    fn read(&self, n: u128) -> Vec<u8> {
+        let chain = Chain::open(self.repo.volumes.as_ref(), &VolumeName::vhd(id(n))).unwrap();
+        let mut bytes = vec![0; chain.virtual_bytes() as usize];
+        chain.read_at(&mut bytes, 0).unwrap();
+        bytes
+    }
+
+    fn depth(&self, n: u128) -> usize {
+        Chain::open(self.repo.volumes.as_ref(), &VolumeName::vhd(id(n)))
+            .unwrap()
+            .nodes()
+            .len()
+    }
+
+    fn volumes(&self) -> usize {
+        self.repo.volumes.list().unwrap().len()
+    }
+
+    fn allocated(&self) -> u64 {
+        let names = self.repo.volumes.list().unwrap();
+        names
+            .iter()
+            .filter_map(|name| image::allocated_bytes(&self.repo, name).ok())
+            .sum()
+    }
+
+    /// Predicts, collects, and compares both with what is on disk.
+    fn collect(&self, scope: Scope) -> Report {
+        let collector = Collector::new(self.repo.clone(), Settings::default(), 0);
+        let predicted = collector.predict(scope).unwrap();
+        let before = self.allocated();
+        let worker = collector.clone();
+        let thread = std::thread::spawn(move || worker.work());
+        let report = collector.collect(scope);
+        collector.close();
+        thread.join().unwrap();
+        assert!(
+            self.repo.volumes.records().unwrap().is_empty(),
+            "records are left"
+        );
+        assert_eq!(report.bytes_freed, before - self.allocated(), "{report:?}");
+        assert_eq!(
+            predicted.bytes_freed, report.bytes_freed,
+            "{predicted:?}\n{report:?}"
+        );
+        assert_eq!(
+            (
+                predicted.coalesced,
+                predicted.leaf_coalesced,
+                predicted.deleted
+            ),
+            (report.coalesced, report.leaf_coalesced, report.deleted)
+        );
+        assert!(
+            predicted.bytes_copied >= report.bytes_copied,
+            "{predicted:?}\n{report:?}"
+        );
+        assert!(predicted.bytes_cloned >= report.bytes_cloned);
+        assert!(
+            predicted.peak_extra_bytes >= report.peak_extra_bytes,
+            "{predicted:?}\n{report:?}"
+        );
+        report
+    }
+}
+
+fn id(n: u128) -> Uuid {
+    Uuid::from_u128(n)
+}
+
+fn footer(n: u128) -> Uuid {
+    Uuid::from_u128(n + 0x1_0000)
+}
+
+fn run(first: u32, count: u32) -> SectorRun {
+    SectorRun { first, count }
+}
+
+#[test]
+fn a_chain_becomes_one_image_and_reads_the_same() {
+    let sr = Sr::new();
+    sr.image(1, 0, true, 4);
+    sr.image(2, 1, true, 4);
+    sr.image(3, 2, true, 4);
+    sr.image(4, 3, false, 4);
+    sr.write(1, &[(0, run(0, 4096), 1), (1, run(8, 8), 1)]);
+    sr.write(2, &[(0, run(100, 50), 2), (2, run(0, 1), 2)]);
+    sr.write(3, &[(0, run(120, 50), 3), (2, run(0, 4096), 3)]);
+    sr.write(4, &[(1, run(0, 16), 4), (3, run(4095, 1), 4)]);
+    let before = sr.read(4);
+    let report = sr.collect(Scope::Sr);
+    assert!(sr.read(4) == before);
+    assert_eq!((sr.volumes(), sr.depth(4)), (1, 1));
+    assert_eq!(
+        (report.coalesced, report.leaf_coalesced, report.deleted),
+        (2, 1, 0)
+    );
+    assert_eq!(report.failed, []);
+    // 7 blocks were held, 4 are left.
+    assert_eq!(report.bytes_freed, 4 * BLOCK_BYTES);
+    let bytes = report.bytes_copied + report.bytes_cloned;
+    let sectors = 70 + 4096 + 16 + 1;
+    assert_eq!(bytes, sectors * 512, "each byte once, the newest one");
+}
+
+#[test]
+fn forks_stay_and_what_lies_between_them_goes() {
+    let sr = Sr::new();
+    // 1 - 2 - 3 -+- 4 (leaf)         9: garbage over garbage
+    //            +- 5 - 6 (leaf)     8 - 9
+    for (n, parent, hidden) in [
+        (1, 0, true),
+        (2, 1, true),
+        (3, 2, true),
+        (4, 3, false),
+        (5, 3, true),
+        (6, 5, false),
+        (8, 0, true),
+        (9, 8, true),
+    ] {
+        sr.image(n, parent, hidden, 3);
+        sr.write(n, &[(n as u32 % 3, run(n as u32 * 10, 100), n as u8)]);
+    }
+    let before = [sr.read(4), sr.read(6)];
+    let report = sr.collect(Scope::Sr);
+    assert_eq!([sr.read(4), sr.read(6)], before);
+    assert_eq!(
+        (report.coalesced, report.leaf_coalesced, report.deleted),
+        (2, 1, 2)
+    );
+    assert_eq!((sr.volumes(), sr.depth(4), sr.depth(6)), (3, 2, 2));
+}
+
+#[test]
+fn a_parent_grows_with_what_goes_into_it() {
+    let sr = Sr::new();
+    sr.image(1, 0, true, 2);
+    sr.image(2, 1, true, 300);
+    sr.image(3, 2, false, 300);
+    sr.write(1, &[(0, run(0, 4096), 1), (1, run(0, 4096), 1)]);
+    sr.write(2, &[(299, run(0, 9), 2)]);
+    sr.write(3, &[(150, run(7, 9), 3)]);
+    let before = sr.read(3);
+    sr.collect(Scope::Sr);
+    assert!(sr.read(3) == before);
+    assert_eq!(sr.volumes(), 1);
+}
+
+#[test]
+fn zeros_over_nothing_are_not_kept() {
+    let sr = Sr::new();
+    sr.image(1, 0, true, 4);
+    sr.image(2, 1, false, 4);
+    sr.write(1, &[(0, run(0, 4096), 1)]);
+    sr.write(
+        2,
+        &[
+            (0, run(0, 4096), 0),
+            (1, run(0, 4096), 0),
+            (2, run(0, 8), 2),
+        ],
+    );
+    let before = sr.read(2);
+    let report = sr.collect(Scope::Sr);
+    assert!(sr.read(2) == before);
+    assert_eq!(report.bytes_freed, 2 * BLOCK_BYTES);
+    assert_eq!(sr.allocated(), 2 * BLOCK_BYTES);
+}
+
+#[test]
+fn one_vdi_alone_and_a_broken_neighbour() {
+    let sr = Sr::new();
+    for tree in [10, 20, 30] {
+        sr.image(tree, 0, true, 1);
+        sr.image(tree + 1, tree, false, 1);
+        sr.write(tree + 1, &[(0, run(0, 1), 7)]);
+    }
+    // A missing parent blocks only its own tree.
+    std::fs::remove_file(sr.path().join(format!("{}.vhd", id(20)))).unwrap();
+    let report = sr.collect(Scope::Vdi(id(11)));
+    assert_eq!((report.leaf_coalesced, sr.depth(11)), (1, 1));
+    let report = sr.collect(Scope::Sr);
+    assert_eq!(sr.depth(31), 1);
+    assert_eq!(report.failed, [], "a leaf alone is nothing to merge");
+}
+
+#[test]
+fn an_unreadable_image_stops_deletions_and_merges_with_its_reason() {
+    let sr = Sr::new();
+    sr.image(1, 0, true, 1);
+    sr.image(2, 1, false, 1);
+    std::fs::write(sr.path().join(format!("{}.vhd", id(9))), [7; 4096]).unwrap();
+    let report = sr.collect(Scope::Sr);
+    assert_eq!((report.leaf_coalesced, sr.depth(2)), (0, 2));
+    assert_eq!(report.failed.len(), 1);
+    assert!(
+        report.failed[0].reason.contains(&id(9).to_string()),
+        "{report:?}"
+    );
+}
+
+/// A small generator, so that a failure is repeated by its seed alone.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 33) % n
+    }
+}
+
+#[test]
+fn any_forest_reads_the_same_and_the_prediction_comes_true() {
+    for seed in 1..8_u64 {
+        let mut random = Random(0x9E37_79B9_7F4A_7C15 ^ (seed << 20));
+        let sr = Sr::new();
+        let count = 3 + random.below(10);
+        let mut sizes: BTreeMap<u128, u64> = BTreeMap::new();
+        let parents: Vec<u128> = (1..=count).map(|n| u128::from(random.below(n))).collect();
+        for (n, parent) in (1..).zip(&parents) {
+            let blocks = sizes.get(parent).copied().unwrap_or(3) + random.below(2);
+            sizes.insert(n, blocks);
+            let hidden = parents.contains(&n) || random.below(4) == 0;
+            sr.image(n, *parent, hidden, blocks);
+            let writes: Vec<_> = (0..random.below(5))
+                .map(|_| {
+                    let first = random.below(256) as u32 * 16;
+                    let sectors = (1 + random.below(64) as u32 * 8).min(4096 - first);
+                    let run = if random.below(3) == 0 {
+                        SectorRun::BLOCK
+                    } else {
+                        run(first, sectors)
+                    };
+                    (random.below(blocks) as u32, run, random.below(3) as u8)
+                })
+                .collect();
+            sr.write(n, &writes);
+        }
+        let visible: Vec<u128> = (1..=u128::from(count))
+            .filter(|n| {
+                !image::meta(&sr.repo, &VolumeName::vhd(id(*n)))
+                    .unwrap()
+                    .hidden()
+            })
+            .collect();
+        let before: Vec<_> = visible.iter().map(|n| sr.read(*n)).collect();
+        let report = sr.collect(Scope::Sr);
+        for (n, bytes) in visible.iter().zip(&before) {
+            assert!(sr.read(*n) == *bytes, "seed {seed}: {n} reads differently");
+        }
+        assert_eq!(report.failed, [], "seed {seed}");
+        let again = sr.collect(Scope::Sr);
+        assert_eq!(
+            (again.coalesced, again.leaf_coalesced, again.deleted),
+            (0, 0, 0),
+            "seed {seed}"
+        );
+    }
+}
+
+#[test]
+fn the_service_follows_attached_srs_and_answers() {
+    let sr = Sr::new();
+    sr.image(1, 0, true, 1);
+    sr.image(2, 1, false, 1);
+    let record = AttachedSr::file(&sr.run, sr.attached.uuid);
+    sm::state::write_json(&record, &sr.attached).unwrap();
+    let service = gc::service::Service::new(sr.run.parent().unwrap(), &sr.run).unwrap();
+    let attending = Arc::clone(&service);
+    let thread = std::thread::spawn(move || attending.attend());
+    let found = service.collectors_now(Some(sr.attached.uuid)).unwrap();
+    assert_eq!(found.len(), 1);
+    assert_eq!(found[0].1.collect(Scope::Sr).failed, []);
+    assert_eq!(sr.depth(2), 1);
+    drop(found);
+
+    std::fs::remove_file(&record).unwrap();
+    service.kick(None);
+    let begun = std::time::Instant::now();
+    while !service.collectors(None).is_empty() {
+        assert!(
+            begun.elapsed().as_secs() < 20,
+            "the detached SR keeps its collector"
+        );
+        std::thread::yield_now();
+    }
+    service.close();
+    thread.join().unwrap();
+}
