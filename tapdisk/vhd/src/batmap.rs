@@ -6,7 +6,7 @@ use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::bat::{Layout, table_bytes};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::footer::{CREATOR_TAP, Footer, ones_complement};
 use crate::meta::Meta;
 use crate::storage::Volume;
@@ -24,8 +24,9 @@ struct Raw {
     sectors: U32,
     version: U32,
     checksum: U32,
-    /// Marker, key hash and reserve: kept as they are.
-    rest: [u8; 484],
+    marker: u8,
+    /// Key hash and reserve: kept as they are.
+    rest: [u8; 483],
 }
 
 /// Bytes of bits for so many blocks: whole sectors, at least one.
@@ -48,7 +49,9 @@ pub fn locate(volume: &dyn Volume, footer: &Footer, layout: &mut Layout) -> Resu
         return Ok(());
     }
     let header = layout.table_offset + table_bytes(layout.max_entries);
-    let Some(raw) = read_header(volume, header) else { return Ok(()) };
+    let Some(raw) = read_header(volume, header) else {
+        return Ok(());
+    };
     let bits = (raw.offset.get(), raw.sectors.get());
     let end = bits.0.checked_add(u64::from(bits.1) * SECTOR_BYTES);
     let needed = map_bytes(layout.entries);
@@ -114,7 +117,10 @@ pub enum BatmapState {
 /// Looks at the BATmap.
 #[must_use]
 pub fn state(volume: &dyn Volume, meta: &Meta) -> BatmapState {
-    let found = meta.layout.as_ref().is_some_and(|layout| layout.batmap_bits.is_some());
+    let found = meta
+        .layout
+        .as_ref()
+        .is_some_and(|layout| layout.batmap_bits.is_some());
     match read_batmap(volume, meta) {
         Some(_) => BatmapState::Sound,
         None if found => BatmapState::Torn,
@@ -130,7 +136,10 @@ pub fn batmap_has_bits(volume: &dyn Volume, meta: &Meta) -> bool {
     };
     let mut sector = [0; 512];
     (0..u64::from(sectors)).any(|n| {
-        volume.read_at(&mut sector, bits + n * SECTOR_BYTES).is_err() || sector.iter().any(|byte| *byte != 0)
+        volume
+            .read_at(&mut sector, bits + n * SECTOR_BYTES)
+            .is_err()
+            || sector.iter().any(|byte| *byte != 0)
     }) || read_batmap(volume, meta).is_none()
 }
 
@@ -141,14 +150,18 @@ pub fn batmap_has_bits(volume: &dyn Volume, meta: &Meta) -> bool {
 /// # Errors
 /// What writing said.
 pub fn write_batmap(volume: &dyn Volume, meta: &Meta, bits: &[u8]) -> Result<()> {
-    let Some(layout) = &meta.layout else { return Ok(()) };
+    let Some(layout) = &meta.layout else {
+        return Ok(());
+    };
     let (Some(header), Some((offset, sectors))) = (layout.batmap_header, layout.batmap_bits) else {
         return Ok(());
     };
     let mut map = bits.to_vec();
     map.resize(sectors as usize * 512, 0);
     volume.write_at(&map, offset)?;
-    let Some(mut raw) = read_header(volume, header) else { return Ok(()) };
+    let Some(mut raw) = read_header(volume, header) else {
+        return Ok(());
+    };
     raw.version = VERSION_1_2.into();
     let summed = summed_bytes(meta.virtual_bytes()).min(map.len());
     raw.checksum = ones_complement(map.get(..summed).unwrap_or(&map)).into();
@@ -156,13 +169,43 @@ pub fn write_batmap(volume: &dyn Volume, meta: &Meta, bits: &[u8]) -> Result<()>
     Ok(())
 }
 
+/// The marker byte, which nothing here interprets; `None` where the image has
+/// no BATmap to keep it in.
+#[must_use]
+pub fn marker(volume: &dyn Volume, meta: &Meta) -> Option<u8> {
+    let at = meta.layout.as_ref()?.batmap_header?;
+    read_header(volume, at).map(|raw| raw.marker)
+}
+
+/// Sets the marker byte, durably: one sector is written.
+///
+/// # Errors
+/// [`Error::Unsupported`] where the image has no BATmap, what writing said.
+pub fn set_marker(volume: &dyn Volume, meta: &Meta, marker: u8) -> Result<()> {
+    let at = meta.layout.as_ref().and_then(|layout| layout.batmap_header);
+    let found = at.and_then(|at| Some((at, read_header(volume, at)?)));
+    let Some((at, raw)) = found else {
+        return Err(Error::Unsupported {
+            what: "a marker in an image without a BATmap",
+        });
+    };
+    volume.write_at(Raw { marker, ..raw }.as_bytes(), at)?;
+    volume.flush("marker: the BATmap's header")?;
+    Ok(())
+}
+
 /// The header sector of an empty BATmap that takes the place of the one an
 /// image has: marker and key hash go along.
-pub(crate) fn header_for(volume: &dyn Volume, old: &Layout, header_offset: u64, max_entries: u32) -> [u8; 512] {
+pub(crate) fn header_for(
+    volume: &dyn Volume,
+    old: &Layout,
+    header_offset: u64,
+    max_entries: u32,
+) -> [u8; 512] {
     let mut bytes = new_header(header_offset, max_entries);
     if let Some(raw) = old.batmap_header.and_then(|at| read_header(volume, at)) {
-        let rest = bytes.len() - raw.rest.len();
-        bytes[rest..].copy_from_slice(&raw.rest);
+        let kept = raw.as_bytes().len() - raw.rest.len() - 1;
+        bytes[kept..].copy_from_slice(&raw.as_bytes()[kept..]);
     }
     bytes
 }
@@ -177,7 +220,8 @@ pub fn new_header(header_offset: u64, max_entries: u32) -> [u8; 512] {
         sectors: sectors.into(),
         version: VERSION_1_2.into(),
         checksum: ones_complement(&[]).into(),
-        rest: [0; 484],
+        marker: 0,
+        rest: [0; 483],
     };
     zerocopy::transmute!(raw)
 }

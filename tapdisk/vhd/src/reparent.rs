@@ -42,11 +42,20 @@ pub struct ParentLink {
 /// # Errors
 /// [`Error::Unsupported`] for a path that does not fit, or what writing said.
 pub fn set_parent(volume: &dyn Volume, meta: &mut Meta, parent: &ParentLink) -> Result<()> {
-    let Some(header) = meta.header.as_ref().filter(|_| meta.disk_type() == DiskType::Differencing) else {
-        return Err(Error::Unsupported { what: "a parent for an image that is not differencing" });
+    let Some(header) = meta
+        .header
+        .as_ref()
+        .filter(|_| meta.disk_type() == DiskType::Differencing)
+    else {
+        return Err(Error::Unsupported {
+            what: "a parent for an image that is not differencing",
+        });
     };
     let already = header.parent_uuid == parent.uuid
-        && meta.parent.as_ref().is_some_and(|own| own.candidates().is_ok_and(|names| names == [parent.volume.clone()]));
+        && meta.parent.as_ref().is_some_and(|own| {
+            own.candidates()
+                .is_ok_and(|names| names == [parent.volume.clone()])
+        });
     if already {
         return Ok(());
     }
@@ -56,13 +65,21 @@ pub fn set_parent(volume: &dyn Volume, meta: &mut Meta, parent: &ParentLink) -> 
     parent.volume.as_str().clone_into(&mut new.parent_name);
     let (old_bytes, new_bytes) = (header.to_bytes()?, new.to_bytes()?);
     if old_bytes[512..] != new_bytes[512..] {
-        return Err(Error::Unsupported { what: "a parent whose name takes more than the header's first sector" });
+        return Err(Error::Unsupported {
+            what: "a parent whose name takes more than the header's first sector",
+        });
     }
     let used = |locator: &&LocatorEntry| !matches!(locator.code, Code::Other(_)) && locator.len > 0;
-    let texts = header.locators.iter().filter(used).map(|locator| Ok((*locator, fitted(locator, parent.volume.as_str())?)));
+    let texts = header
+        .locators
+        .iter()
+        .filter(used)
+        .map(|locator| Ok((*locator, fitted(locator, parent.volume.as_str())?)));
     let texts: Vec<(LocatorEntry, Vec<u8>)> = texts.collect::<Result<_>>()?;
     let Some((first, rest)) = texts.split_first().filter(|(_, rest)| !rest.is_empty()) else {
-        return Err(Error::Unsupported { what: "changing the parent of an image with a single locator" });
+        return Err(Error::Unsupported {
+            what: "changing the parent of an image with a single locator",
+        });
     };
     finish_earlier(volume, header, &first.0, rest)?;
     for (locator, text) in rest {
@@ -74,7 +91,11 @@ pub fn set_parent(volume: &dyn Volume, meta: &mut Meta, parent: &ParentLink) -> 
     volume.write_at(&first.1, first.0.offset)?;
     volume.flush("reparent: the first locator")?;
     let path = format!("./{}", parent.volume);
-    meta.parent = Some(ParentRef { uuid: parent.uuid, name: new.parent_name.clone(), paths: vec![path; texts.len()] });
+    meta.parent = Some(ParentRef {
+        uuid: parent.uuid,
+        name: new.parent_name.clone(),
+        paths: vec![path; texts.len()],
+    });
     meta.header = Some(new);
     Ok(())
 }
@@ -89,7 +110,8 @@ fn finish_earlier(
 ) -> Result<()> {
     let leads = |locator: &LocatorEntry| {
         let path = locator.read(volume).ok().flatten();
-        path.and_then(|path| volume_of(&path).ok()).is_some_and(|name| name.as_str() == header.parent_name)
+        path.and_then(|path| volume_of(&path).ok())
+            .is_some_and(|name| name.as_str() == header.parent_name)
     };
     if leads(first) || !rest.iter().any(|(locator, _)| leads(locator)) {
         return Ok(());
@@ -107,7 +129,11 @@ fn fitted(locator: &LocatorEntry, name: &str) -> Result<Vec<u8>> {
         match (text.len(), locator.len as usize) {
             (have, want) if have == want => return Ok(text),
             (have, want) if have < want => path.insert(1, '/'),
-            _ => return Err(Error::Unsupported { what: "a parent whose path is longer than the locators' room" }),
+            _ => {
+                return Err(Error::Unsupported {
+                    what: "a parent whose path is longer than the locators' room",
+                });
+            }
         }
     }
 }

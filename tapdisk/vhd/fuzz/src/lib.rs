@@ -59,15 +59,28 @@ pub fn headers(input: &[u8]) -> Vec<u8> {
 }
 
 fn patched(input: &[u8], bytes_max: usize) -> Vec<u8> {
-    let [which, flags, patches @ ..] = input else { return input.to_vec() };
-    let Some(which) = usize::from(*which).checked_sub(1) else { return patches.to_vec() };
+    let [which, flags, patches @ ..] = input else {
+        return input.to_vec();
+    };
+    let Some(which) = usize::from(*which).checked_sub(1) else {
+        return patches.to_vec();
+    };
     let seeds = unpacked();
-    let seed = seeds.get(which % seeds.len()).map_or(&[][..], Vec::as_slice);
-    let mut bytes = seed.get(..bytes_max.min(seed.len())).unwrap_or(seed).to_vec();
+    let seed = seeds
+        .get(which % seeds.len())
+        .map_or(&[][..], Vec::as_slice);
+    let mut bytes = seed
+        .get(..bytes_max.min(seed.len()))
+        .unwrap_or(seed)
+        .to_vec();
     let (patches, _) = patches.as_chunks::<4>();
     for [a, b, c, d] in patches {
         let place = usize::from(u16::from_be_bytes([*a, *b]));
-        let at = if place & 0x8000 == 0 { place } else { bytes.len().saturating_sub(place & 0x7FFF) };
+        let at = if place & 0x8000 == 0 {
+            place
+        } else {
+            bytes.len().saturating_sub(place & 0x7FFF)
+        };
         if let Some(two) = bytes.get_mut(at..at + 2) {
             two.copy_from_slice(&[*c, *d]);
         }
@@ -87,7 +100,9 @@ fn patched(input: &[u8], bytes_max: usize) -> Vec<u8> {
 fn seal(bytes: &mut [u8]) {
     let end = bytes.len().saturating_sub(512);
     for (from, size, field) in [(0, 512, 64), (512, 1024, 36), (end, 512, 64)] {
-        let Some(part) = bytes.get_mut(from..from + size) else { continue };
+        let Some(part) = bytes.get_mut(from..from + size) else {
+            continue;
+        };
         part[field..field + 4].fill(0);
         let sum = !part.iter().map(|byte| u32::from(*byte)).sum::<u32>();
         part[field..field + 4].copy_from_slice(&sum.to_be_bytes());
@@ -100,9 +115,13 @@ fn seal(bytes: &mut [u8]) {
 pub fn journal(input: &[u8]) -> Vec<u8> {
     static WHOLE: OnceLock<Vec<u8>> = OnceLock::new();
     let whole = WHOLE.get_or_init(|| {
-        let mut image = unpack(include_bytes!("../../tests/fixtures/vhd/resize-crashed.vhd.xz"));
+        let mut image = unpack(include_bytes!(
+            "../../tests/fixtures/vhd/resize-crashed.vhd.xz"
+        ));
         image.truncate(4096);
-        image.extend(unpack(include_bytes!("../../tests/fixtures/vhd/resize-crashed.journal.xz")));
+        image.extend(unpack(include_bytes!(
+            "../../tests/fixtures/vhd/resize-crashed.journal.xz"
+        )));
         image
     });
     let mut bytes = whole.clone();

@@ -28,16 +28,31 @@ pub(super) fn check(
     };
     rule(bytes[8..16] == [0xFF; 8], "invalid data offset");
     rule(bytes[24..28] == [0, 1, 0, 0], "unsupported version");
-    rule(all_zero(&bytes[60..64]) && all_zero(&bytes[768..]), "reserved bits not zero");
+    rule(
+        all_zero(&bytes[60..64]) && all_zero(&bytes[768..]),
+        "reserved bits not zero",
+    );
     if meta.disk_type() == DiskType::Differencing {
         if let Some(now) = options.now_s {
-            rule(header.parent_timestamp <= now.saturating_add(1800), "parent's time in the future");
+            rule(
+                header.parent_timestamp <= now.saturating_add(1800),
+                "parent's time in the future",
+            );
         }
         rule(!header.parent_name.is_empty(), "no parent name");
     } else {
-        rule(header.parent_uuid.is_nil(), "a parent uuid, but the image has no parent");
-        rule(header.parent_name.is_empty(), "a parent name, but the image has no parent");
-        rule(header.locators.iter().all(|l| *l == LocatorEntry::NONE), "a locator, but the image has no parent");
+        rule(
+            header.parent_uuid.is_nil(),
+            "a parent uuid, but the image has no parent",
+        );
+        rule(
+            header.parent_name.is_empty(),
+            "a parent name, but the image has no parent",
+        );
+        rule(
+            header.locators.iter().all(|l| *l == LocatorEntry::NONE),
+            "a locator, but the image has no parent",
+        );
     }
     locators(volume, meta, header, report);
     if meta.footer.creator == CREATOR_TAP && meta.footer.creator_version >= BATMAP_SINCE {
@@ -52,7 +67,9 @@ pub(super) fn check(
 
 /// Behind marker and key hash the BATmap's header is zero.
 fn batmap_reserve(volume: &dyn Volume, meta: &Meta, report: &mut Report) -> Result<()> {
-    let Some(at) = meta.layout.as_ref().and_then(|layout| layout.batmap_header) else { return Ok(()) };
+    let Some(at) = meta.layout.as_ref().and_then(|layout| layout.batmap_header) else {
+        return Ok(());
+    };
     if let Some(bytes) = sector(volume, at, meta.file_len)?
         && !all_zero(&bytes[94..])
     {
@@ -78,7 +95,8 @@ fn locators(volume: &dyn Volume, meta: &Meta, header: &DynHeader, report: &mut R
             report.invalid(part, "its code is used twice");
         }
         seen.push(locator.code);
-        if matches!(locator.code, Code::Other(code) if ![0x5769_3272, 0x5769_326B, 0x4D61_6320].contains(&code)) {
+        if matches!(locator.code, Code::Other(code) if ![0x5769_3272, 0x5769_326B, 0x4D61_6320].contains(&code))
+        {
             report.invalid(part, "unknown code");
         } else if locator.offset == 0 || locator.len == 0 || locator.space_bytes() == 0 {
             report.invalid(part, "empty");
@@ -95,7 +113,13 @@ fn locators(volume: &dyn Volume, meta: &Meta, header: &DynHeader, report: &mut R
 
 /// Each path ends in the header's name. A path that leaves the folder is
 /// refused by whoever follows it, but it is not malformed.
-fn text(volume: &dyn Volume, locator: &LocatorEntry, part: Part, header: &DynHeader, report: &mut Report) {
+fn text(
+    volume: &dyn Volume,
+    locator: &LocatorEntry,
+    part: Part,
+    header: &DynHeader,
+    report: &mut Report,
+) {
     match locator.read(volume) {
         Ok(None) => {}
         Ok(Some(path)) => {

@@ -197,8 +197,15 @@ pub fn check(volume: &dyn Volume, options: &Options<'_>) -> Result<Report> {
 ///
 /// # Errors
 /// As [`check`].
-pub fn check_chain(volumes: &dyn Volumes, top: &VolumeName, options: &Options<'_>) -> Result<Vec<(VolumeName, Report)>> {
-    let options = Options { parents: Some(volumes), ..*options };
+pub fn check_chain(
+    volumes: &dyn Volumes,
+    top: &VolumeName,
+    options: &Options<'_>,
+) -> Result<Vec<(VolumeName, Report)>> {
+    let options = Options {
+        parents: Some(volumes),
+        ..*options
+    };
     let mut reports: Vec<(VolumeName, Report)> = Vec::new();
     let mut next = Some(top.clone());
     while let Some(name) = next.take() {
@@ -206,7 +213,9 @@ pub fn check_chain(volumes: &dyn Volumes, top: &VolumeName, options: &Options<'_
         if known || name.is_raw() || reports.len() >= crate::limits::CHAIN_NODES_MAX {
             break;
         }
-        let volume = volumes.open(&name, crate::storage::Access::Read).map_err(|e| crate::Error::from(e).of(&name))?;
+        let volume = volumes
+            .open(&name, crate::storage::Access::Read)
+            .map_err(|e| crate::Error::from(e).of(&name))?;
         let report = check(volume.as_ref(), &options).map_err(|e| e.of(&name))?;
         let meta = Meta::read_poisoned(volume.as_ref()).ok();
         next = meta.and_then(|meta| parent::find(volumes, &meta).ok());
@@ -216,27 +225,34 @@ pub fn check_chain(volumes: &dyn Volumes, top: &VolumeName, options: &Options<'_
 }
 
 fn unreadable(report: &mut Report, error: &crate::Error) {
-    report.add(Problem::Unreadable { reason: error.to_string() });
+    report.add(Problem::Unreadable {
+        reason: error.to_string(),
+    });
 }
 
 /// Two blocks that share sectors, if any do: in n log n.
 #[must_use]
 pub fn overlap(bat: &[u32], layout: &Layout) -> Option<(u32, u32)> {
     let sectors = u64::from(layout.bitmap_sectors() + layout.block_sectors);
-    let mut places: Vec<(u32, u32)> =
-        (0_u32..).zip(bat).filter(|(_, entry)| **entry != BAT_FREE).map(|(block, entry)| (*entry, block)).collect();
+    let mut places: Vec<(u32, u32)> = (0_u32..)
+        .zip(bat)
+        .filter(|(_, entry)| **entry != BAT_FREE)
+        .map(|(block, entry)| (*entry, block))
+        .collect();
     places.sort_unstable();
-    places
-        .windows(2)
-        .find_map(|pair| match pair {
-            [(low, block), (high, other)] if u64::from(*low) + sectors > u64::from(*high) => Some((*block, *other)),
-            _ => None,
-        })
+    places.windows(2).find_map(|pair| match pair {
+        [(low, block), (high, other)] if u64::from(*low) + sectors > u64::from(*high) => {
+            Some((*block, *other))
+        }
+        _ => None,
+    })
 }
 
 /// Whether a byte range lies inside a file.
 fn inside(offset: u64, len_bytes: u64, file_len: u64) -> bool {
-    offset.checked_add(len_bytes).is_some_and(|end| end <= file_len)
+    offset
+        .checked_add(len_bytes)
+        .is_some_and(|end| end <= file_len)
 }
 
 fn all_zero(bytes: &[u8]) -> bool {

@@ -15,7 +15,9 @@ use crate::mem::Mem;
 
 /// A footer: what parses is written back as it was read.
 pub fn footer(data: &[u8]) {
-    let Some(bytes) = data.first_chunk::<512>() else { return };
+    let Some(bytes) = data.first_chunk::<512>() else {
+        return;
+    };
     if let Ok(footer) = Footer::parse(bytes) {
         assert_eq!(Footer::parse(&footer.to_bytes()).ok(), Some(footer));
     }
@@ -23,8 +25,12 @@ pub fn footer(data: &[u8]) {
 
 /// A header, and locators that lie behind it.
 pub fn header(data: &[u8]) {
-    let Some(bytes) = data.first_chunk::<1024>() else { return };
-    let Ok(header) = DynHeader::parse(bytes) else { return };
+    let Some(bytes) = data.first_chunk::<1024>() else {
+        return;
+    };
+    let Ok(header) = DynHeader::parse(bytes) else {
+        return;
+    };
     let volume = Mem::new(data.to_vec());
     for locator in &header.locators {
         if let Ok(Some(path)) = locator.read(&volume) {
@@ -33,7 +39,9 @@ pub fn header(data: &[u8]) {
     }
     // A name that is not UTF-16 does not come back; everything else does.
     if let Ok(again) = header.to_bytes() {
-        assert!(DynHeader::parse(&again).is_ok_and(|again| again.max_entries == header.max_entries));
+        assert!(
+            DynHeader::parse(&again).is_ok_and(|again| again.max_entries == header.max_entries)
+        );
     }
 }
 
@@ -41,7 +49,9 @@ pub fn header(data: &[u8]) {
 /// inside the file.
 pub fn open(data: &[u8]) {
     let volume = Mem::new(data.to_vec());
-    let Ok(meta) = Meta::read_poisoned(&volume) else { return };
+    let Ok(meta) = Meta::read_poisoned(&volume) else {
+        return;
+    };
     if let Some(parent) = &meta.parent {
         let _ = parent.candidates();
     }
@@ -50,14 +60,21 @@ pub fn open(data: &[u8]) {
     if let Ok(bat) = read_bat(&volume, layout) {
         assert_eq!(bat.len(), layout.entries as usize);
         let end = data.len() as u64;
-        assert!(bat.iter().all(|entry| *entry == BAT_FREE || u64::from(*entry) * 512 < end));
+        assert!(
+            bat.iter()
+                .all(|entry| *entry == BAT_FREE || u64::from(*entry) * 512 < end)
+        );
     }
 }
 
 /// A check writes nothing.
 pub fn check_image(data: &[u8]) {
     let volume = Mem::new(data.to_vec());
-    let options = Options { now_s: Some(800_000_000), read_data: true, ..Options::default() };
+    let options = Options {
+        now_s: Some(800_000_000),
+        read_data: true,
+        ..Options::default()
+    };
     let _ = check(&volume, &options);
     assert!(volume.ops().is_empty());
 }
@@ -75,7 +92,9 @@ pub fn repair_image(data: &[u8]) {
 /// Growing, then shrinking back.
 pub fn resize(data: &[u8]) {
     let volume = Mem::new(data.to_vec());
-    let Ok(mut meta) = Meta::read(&volume) else { return };
+    let Ok(mut meta) = Meta::read(&volume) else {
+        return;
+    };
     let before = meta.virtual_bytes();
     if grow(&volume, &mut meta, before.saturating_add(40 << 30)).is_ok() {
         let _ = shrink(&volume, &mut meta, before);

@@ -30,9 +30,16 @@ pub fn manifest() -> Vec<Fixture> {
     for line in text.lines() {
         if let Some(path) = line.strip_prefix("## ") {
             let path = path.to_owned();
-            all.push(Fixture { path, file_sha256: String::new(), logical: None, check_passes: None });
+            all.push(Fixture {
+                path,
+                file_sha256: String::new(),
+                logical: None,
+                check_passes: None,
+            });
         }
-        let Some(fixture) = all.last_mut() else { continue };
+        let Some(fixture) = all.last_mut() else {
+            continue;
+        };
         let hash = || line.split('`').nth(1).unwrap_or_default().to_owned();
         if line.starts_with("* file:") {
             fixture.file_sha256 = hash();
@@ -50,7 +57,9 @@ pub fn manifest() -> Vec<Fixture> {
 pub fn bytes(path: &str) -> Vec<u8> {
     let packed = std::fs::File::open(folder().join(format!("{path}.xz"))).unwrap();
     let mut bytes = Vec::new();
-    xz2::read::XzDecoder::new(packed).read_to_end(&mut bytes).unwrap();
+    xz2::read::XzDecoder::new(packed)
+        .read_to_end(&mut bytes)
+        .unwrap();
     bytes
 }
 
@@ -67,8 +76,10 @@ pub fn unpack() -> tempfile::TempDir {
 
 /// Lower-case hex of a hash.
 pub fn hex(hash: Sha256) -> String {
-    hash.finalize().iter().fold(String::new(), |mut text, byte| {
-        write!(text, "{byte:02x}").unwrap();
-        text
-    })
+    hash.finalize()
+        .iter()
+        .fold(String::new(), |mut text, byte| {
+            write!(text, "{byte:02x}").unwrap();
+            text
+        })
 }
