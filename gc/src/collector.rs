@@ -86,7 +86,11 @@ impl Collector {
 
     /// Has it look now.
     pub fn kick(&self) {
-        self.state().asked += 1;
+        {
+            let mut state = self.state();
+            state.quiet_until = Duration::ZERO;
+            state.asked += 1;
+        }
         self.changed.notify_all();
     }
 
@@ -114,16 +118,18 @@ impl Collector {
     }
 
     /// Ends running merges, of one tree or all; what was copied stays. They
-    /// are not begun again before somebody kicks or the clock does.
+    /// are begun again after a while: one tree's as after a failure, all
+    /// others when somebody asks or [`limits::ABORT_QUIET`] is over.
     pub fn abort(&self, scope: Scope) -> usize {
         let ended = {
             let mut state = self.state();
-            let now = self.now();
-            state.quiet_until = now + limits::ABORT_QUIET;
-            state.abort(|doing| match scope {
-                Scope::Sr => true,
-                Scope::Vdi(vdi) => doing.nodes.contains(&vdi),
-            })
+            match scope {
+                Scope::Sr => {
+                    state.quiet_until = self.now() + limits::ABORT_QUIET;
+                    state.abort(|_| true)
+                }
+                Scope::Vdi(vdi) => state.abort(|doing| doing.nodes.contains(&vdi)),
+            }
         };
         self.changed.notify_all();
         ended
@@ -449,7 +455,8 @@ impl Collector {
                     }
                     state.count(key, 0);
                 }
-                Err(Stop::Aborted) => {}
+                // The pause or the quiet time holds everything anyway.
+                Err(Stop::Aborted) if state.paused || state.quiet_until > now => {}
                 Err(stop) => {
                     for id in named.into_iter().chain(intent) {
                         state.retries.failed(id, stop, now);

@@ -91,6 +91,9 @@ fn on_vdi<T>(
     let (repo, vdi) = manager.find_vdi(vdi)?;
     let _span = tracing::info_span!("operation", sr = %repo.uuid, %vdi, operation).entered();
     let outcome = work(&repo, vdi);
+    if outcome.as_ref().is_err_and(Error::is_busy) {
+        manager.make_way(repo.uuid, Some(vdi));
+    }
     match &outcome {
         Ok(_) => tracing::info!("done"),
         Err(error) => tracing::warn!(code = error.code(), %error, "refused"),

@@ -106,6 +106,11 @@ impl Manager {
         self.nudge.kick(sr);
     }
 
+    /// Asks the collector to let an operation go first.
+    pub(crate) fn make_way(&self, sr: Uuid, vdi: Option<Uuid>) {
+        self.nudge.make_way(sr, vdi);
+    }
+
     /// All known SRs.
     pub fn known(&self) -> Vec<KnownSr> {
         self.entries().iter().map(|entry| entry.known.clone()).collect()

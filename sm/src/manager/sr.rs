@@ -174,7 +174,7 @@ impl Manager {
                 let reason = format!("{} VDIs are attached", leases.len());
                 return Err(Error::InUse { what: format!("SR {}", repo.name), reason });
             }
-            nobody_works(repo)?;
+            nobody_works(repo).inspect_err(|_| self.make_way(sr, None))?;
             recover::recover(repo, Scope::All)?;
             recover::sweep(repo)?;
             ops::settle_all(repo)?;

@@ -76,8 +76,9 @@ fn lease(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Leased> {
     }
     let mut links = super::visible_chain(repo, vdi)?;
     locked.no_snapshot_of(&links[0])?;
-    if locked.leaf_merge(&links[0]).is_some_and(|merge| merge.state == crate::journal::LeafMergeState::Committing) {
-        return Err(Error::Busy { reason: format!("a merge of VDI {vdi} is being committed") });
+    // One that nobody alive works on was ended by the recovery above.
+    if locked.leaf_merge(&links[0]).is_some() {
+        return Err(Error::Busy { reason: format!("the collector merges VDI {vdi}") });
     }
     if relink(repo, &links, &locked.intents)? {
         links = super::visible_chain(repo, vdi)?;
@@ -160,25 +161,14 @@ pub fn detach(repo: &Repo, vdi: Uuid, force: bool) -> Result<bool> {
 
 /// Settles every image of the SR that a killed holder left unsettled: the SR
 /// may go to another host afterwards. The caller holds the SR lock and has
-/// seen that there are no leases.
+/// seen that there are no leases. Broken images are left alone.
 ///
 /// # Errors
-/// The first image that cannot be settled; broken ones without a pending
-/// record are left alone.
+/// The first image that cannot be settled.
 pub fn settle_all(repo: &Repo) -> Result<()> {
     for volume in repo.volumes.list().during(|| format!("list SR {}", repo.name))? {
         let Some(seen) = image::look(repo, &volume) else { continue };
-        let Ok(head) = seen.head else { continue };
-        if volume.is_raw() {
-            continue;
-        }
-        let record = repo
-            .host
-            .records()
-            .existing(head.footer)
-            .during(|| format!("pending record of {volume}"))?;
-        if record.is_some() {
-            drop(record);
+        if seen.head.is_ok() && !volume.is_raw() {
             image::settle(repo, &volume)?;
         }
     }
