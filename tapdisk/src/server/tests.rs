@@ -512,6 +512,7 @@ fn qemu_and_fio_are_content() {
         "--verify_fatal=1",
         "--do_verify=1",
         "--trim_percentage=5",
+        "--verify_state_save=0",
     ];
     client("fio", &fio);
 }
