@@ -202,8 +202,10 @@ impl Engine {
         let cycle_number = image.writeback.done + 1;
         image.writeback.state = State::Failed(cycle.captured);
         let poisoned = image.poisoned;
+        // Those that wait for a later cycle wait for this one too; left alone
+        // they would have it tried again at once, for ever.
         let failed = |ticket: &FlushTicket| {
-            ticket.needs.iter().any(|(f, n)| *f == file && (poisoned || *n == cycle_number))
+            ticket.needs.iter().any(|(f, n)| *f == file && (poisoned || *n >= cycle_number))
         };
         let (failed, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.tickets).into_iter().partition(failed);
         self.tickets = rest;
