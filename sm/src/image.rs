@@ -10,7 +10,7 @@ use vhd::bat::{BAT_FREE, read_bat};
 use vhd::create::{NewImage, NewKind};
 use vhd::meta::{FooterState, Meta, ParentRef};
 use vhd::reparent::ParentLink;
-use vhd::storage::{Access, Volume, VolumeName};
+use vhd::storage::{Access, Volume, VolumeName, Why};
 
 use crate::error::{Error, IoContext, Result};
 use crate::repo::Repo;
@@ -216,17 +216,31 @@ pub fn settle(repo: &Repo, volume: &VolumeName) -> Result<()> {
 pub fn set_hidden(repo: &Repo, volume: &VolumeName, hidden: bool) -> Result<()> {
     let opened = open(repo, volume, Access::Write)?;
     let mut meta = Meta::read(opened.as_ref()).map_err(|e| bad(volume, e))?;
+    if meta.hidden() == hidden {
+        make_durable(volume, opened.as_ref(), "hidden: found so")?;
+    }
     vhd::hidden::set_hidden(opened.as_ref(), &mut meta, hidden).map_err(|e| bad(volume, e))
 }
 
+/// What a dead process wrote is seen before it is durable: whoever goes on
+/// from there makes it so first, or a power cut takes it away under him.
+fn make_durable(volume: &VolumeName, opened: &dyn Volume, why: Why) -> Result<()> {
+    opened.flush(why).during(|| format!("flush {volume}"))
+}
+
 /// Whether an image has become a base for good: hidden, which comes last, and
-/// both footers say so.
+/// both footers say so. If it has, that is durable.
 ///
 /// # Errors
 /// As [`meta`].
 pub fn is_base(repo: &Repo, volume: &VolumeName) -> Result<bool> {
-    let meta = meta(repo, volume)?;
-    Ok(meta.hidden() && meta.footer_state == FooterState::Settled)
+    let opened = open(repo, volume, Access::Read)?;
+    let meta = Meta::read(opened.as_ref()).map_err(|e| bad(volume, e))?;
+    let is_base = meta.hidden() && meta.footer_state == FooterState::Settled;
+    if is_base {
+        make_durable(volume, opened.as_ref(), "snapshot: base found hidden")?;
+    }
+    Ok(is_base)
 }
 
 /// Gives a settled image nobody holds another parent, durably. The caller
@@ -237,6 +251,9 @@ pub fn is_base(repo: &Repo, volume: &VolumeName) -> Result<bool> {
 pub fn set_parent(repo: &Repo, volume: &VolumeName, parent: &VolumeName, footer: Uuid) -> Result<()> {
     let opened = open(repo, volume, Access::Write)?;
     let mut meta = Meta::read(opened.as_ref()).map_err(|e| bad(volume, e))?;
+    if meta.parent.as_ref().is_some_and(|now| now.uuid == footer) {
+        make_durable(volume, opened.as_ref(), "reparent: found so")?;
+    }
     let link =
         ParentLink { uuid: footer, volume: parent.clone(), timestamp_s: meta.footer.timestamp };
     vhd::reparent::set_parent(opened.as_ref(), &mut meta, &link).map_err(|e| bad(volume, e))
