@@ -44,6 +44,11 @@ impl Files {
         self.lock().open.remove(&id);
     }
 
+    /// Lets go of every volume.
+    pub fn close_all(&self) {
+        self.lock().open.clear();
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Table> {
         // Every method leaves the table whole, so a panic elsewhere does not
         // matter here.

@@ -1,6 +1,7 @@
 //! The tests that need more than one crate, in one binary.
 //!
 //! - `crash`: every state a power cut or a kill leaves, recovered from
+//! - `model`: random operations against a plain model
 //! - `interop`: our images read by others, and theirs by us
 //! - `live`: real processes and real NBD clients, killed at random
 
@@ -10,5 +11,7 @@ mod crash;
 mod interop;
 #[cfg(test)]
 mod live;
+#[cfg(test)]
+mod model;
 #[cfg(test)]
 mod support;

@@ -210,6 +210,15 @@ impl SimTap {
         self.answers.remove(at).map(|(_, answer)| answer)
     }
 
+    /// Dies: nothing in flight lands any more, every lock is free.
+    pub fn die(&mut self) {
+        self.flying.clear();
+        self.late.clear();
+        self.jobs.clear();
+        self.files.close_all();
+        self.exited = true;
+    }
+
     /// Whether the process has ended.
     #[must_use]
     pub fn exited(&self) -> bool {

@@ -23,7 +23,7 @@
 
 mod campaign;
 mod guest;
-mod oracle;
-mod scenarios;
+pub(crate) mod oracle;
+pub(crate) mod scenarios;
 mod teeth;
-mod world;
+pub(crate) mod world;

@@ -67,6 +67,15 @@ impl World {
         sm::ops::attach(&self.repo, vdi, false).expect("attach");
         Arc::clone(&locked(&self.host.inner).guests[&vdi])
     }
+
+    /// The tapdisk of a VDI dies; what it had in flight never lands.
+    pub fn kill(&self, vdi: Uuid) {
+        let mut inner = locked(&self.host.inner);
+        if let Some(guest) = inner.guests.remove(&vdi) {
+            locked(&guest).tap.die();
+        }
+        inner.leases.remove(&vdi);
+    }
 }
 
 /// Lets guests work while a job waits.
@@ -169,7 +178,9 @@ impl Host for SimHost {
 
     fn wait_gone(&self, vdi: Uuid) -> io::Result<bool> {
         let mut inner = locked(&self.inner);
-        inner.guests.remove(&vdi);
+        if let Some(guest) = inner.guests.remove(&vdi) {
+            locked(&guest).tap.die();
+        }
         inner.leases.remove(&vdi);
         Ok(true)
     }
