@@ -45,7 +45,9 @@ pub enum Error {
         what: String,
     },
     /// One more node would exceed the chain limit.
-    #[error("the chain of {vdi} has {depth} images; the limit is {depth_max}: let the garbage collector run first")]
+    #[error(
+        "the chain of {vdi} has {depth} images; the limit is {depth_max}: let the garbage collector run first"
+    )]
     ChainTooLong {
         /// Whose chain.
         vdi: uuid::Uuid,
@@ -182,7 +184,9 @@ impl Error {
         let what = what.into();
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace { what },
-            io::ErrorKind::WouldBlock => Self::Busy { reason: format!("{what}: somebody holds it") },
+            io::ErrorKind::WouldBlock => Self::Busy {
+                reason: format!("{what}: somebody holds it"),
+            },
             _ => Self::Io { what, source },
         }
     }

@@ -70,12 +70,25 @@ impl RunFolder {
         program: Option<TapProgram>,
     ) -> io::Result<Self> {
         let records = run.join("records").join(sr.to_string());
-        for folder in [&run.join("sr"), &run.join("intents"), &run.join("tap"), &records] {
+        for folder in [
+            &run.join("sr"),
+            &run.join("intents"),
+            &run.join("tap"),
+            &records,
+        ] {
             make_folder(folder)?;
         }
         let records = Arc::new(TmpfsRecords::new(records, id.boot, owner.epoch));
         let (run, sr_folder) = (run.to_owned(), sr_folder.to_owned());
-        Ok(Self { run, sr, sr_folder, boot: id.boot, records, owner, program })
+        Ok(Self {
+            run,
+            sr,
+            sr_folder,
+            boot: id.boot,
+            records,
+            owner,
+            program,
+        })
     }
 
     fn tap_folder(&self, vdi: Uuid) -> PathBuf {
@@ -87,7 +100,10 @@ impl RunFolder {
     }
 
     fn order(&self, lease: &Lease) -> io::Result<TapOrder> {
-        let leaf = lease.chain.first().ok_or_else(|| io::Error::other("a lease of nothing"))?;
+        let leaf = lease
+            .chain
+            .first()
+            .ok_or_else(|| io::Error::other("a lease of nothing"))?;
         Ok(TapOrder {
             sr: self.sr,
             boot: self.boot,
@@ -129,7 +145,9 @@ impl RunFolder {
     /// The process that listens on a VDI's control socket; 0 if none does
     /// yet. For a lease whose maker died before noting it.
     fn pid_of_server(&self, vdi: Uuid) -> u32 {
-        let Ok(stream) = UnixStream::connect(self.control(vdi)) else { return 0 };
+        let Ok(stream) = UnixStream::connect(self.control(vdi)) else {
+            return 0;
+        };
         getsockopt(&stream, PeerCredentials)
             .ok()
             .and_then(|peer| u32::try_from(peer.pid()).ok())
@@ -206,13 +224,20 @@ impl Host for RunFolder {
         }
         write_lease(&file, lease)?;
         fs::rename(folder.join("lease.new"), folder.join("lease"))?;
-        Ok(Box::new(Held { host: self.clone(), lease: lease.clone(), file }))
+        Ok(Box::new(Held {
+            host: self.clone(),
+            lease: lease.clone(),
+            file,
+        }))
     }
 
     fn update_lease(&self, vdi: Uuid, chain: &[ImageRef]) -> io::Result<()> {
         let path = self.tap_folder(vdi).join("lease");
         let file = OpenOptions::new().read(true).write(true).open(path)?;
-        let lease = Lease { chain: chain.to_vec(), ..read_lease(&file)? };
+        let lease = Lease {
+            chain: chain.to_vec(),
+            ..read_lease(&file)?
+        };
         write_lease(&file, &lease)
     }
 
@@ -290,7 +315,10 @@ impl LeaseHold for Held {
         let pid = spawn::start(program, &host.order(&lease)?, &file, host.owner.file())?;
         // Leases are read under the SR lock, so that is where they change.
         let _sr = host.lock_sr()?;
-        let lease = Lease { pid, ..read_lease(&file)? };
+        let lease = Lease {
+            pid,
+            ..read_lease(&file)?
+        };
         write_lease(&file, &lease)?;
         Ok(host.endpoint(&lease))
     }
@@ -299,7 +327,10 @@ impl LeaseHold for Held {
 fn read_lease(file: &File) -> io::Result<Lease> {
     let len = file.metadata()?.len();
     if len > SMALL_FILE_BYTES_MAX {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "a lease too long"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "a lease too long",
+        ));
     }
     let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
     file.read_exact_at(&mut bytes, 0)?;
@@ -314,7 +345,13 @@ fn write_lease(file: &File, lease: &Lease) -> io::Result<()> {
 }
 
 fn lock_file(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
 }
 
 fn try_lock(outcome: Result<(), TryLockError>) -> io::Result<bool> {

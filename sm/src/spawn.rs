@@ -119,7 +119,10 @@ pub fn start(
             .spawn();
         drop((lease, owner));
         child.map_err(|e| {
-            io::Error::new(e.kind(), format!("{}: {e}", program.program.to_string_lossy()))
+            io::Error::new(
+                e.kind(),
+                format!("{}: {e}", program.program.to_string_lossy()),
+            )
         })?
     };
     let pid = child.id();
@@ -147,7 +150,10 @@ fn wait_ready(mut stdout: ChildStdout) -> io::Result<()> {
     while !said.contains(&b'\n') && (said.len() as u64) < WORDS_BYTES_MAX {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, "it did not come up in time"));
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                "it did not come up in time",
+            ));
         }
         let mut fds = [PollFd::new(stdout.as_fd(), PollFlags::POLLIN)];
         let limit = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
@@ -165,7 +171,10 @@ fn wait_ready(mut stdout: ChildStdout) -> io::Result<()> {
     match serde_json::from_slice(&said) {
         Ok(FirstWords { ready: true, .. }) => Ok(()),
         Ok(FirstWords { error, .. }) => Err(io::Error::other(error.unwrap_or_default())),
-        Err(_) => Err(io::Error::other(format!("it said {:?}", String::from_utf8_lossy(&said)))),
+        Err(_) => Err(io::Error::other(format!(
+            "it said {:?}",
+            String::from_utf8_lossy(&said)
+        ))),
     }
 }
 
@@ -177,7 +186,10 @@ fn reap_later(mut child: Child, vdi: Uuid) -> io::Result<()> {
         Ok(status) => tracing::warn!(%vdi, %status, "tapdisk ended"),
         Err(error) => tracing::warn!(%vdi, %error, "tapdisk"),
     };
-    std::thread::Builder::new().name("tapdisk-reaper".into()).spawn(wait).map(drop)
+    std::thread::Builder::new()
+        .name("tapdisk-reaper".into())
+        .spawn(wait)
+        .map(drop)
 }
 
 fn last_words(log: &std::path::Path) -> String {

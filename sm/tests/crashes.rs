@@ -2,6 +2,8 @@
 //! without power, and crashes inside the recovery. Longer scenarios with live
 //! guests are the workspace's crash tests; here only trees are looked at.
 
+#![allow(clippy::unwrap_used, reason = "a helper of tests fails by panicking")]
+
 mod support;
 
 use sm::journal::SiblingKind;
@@ -37,9 +39,17 @@ fn judge(repo: &Repo, vdis: [Uuid; 2], answered: bool) -> Result<(), String> {
             return Err(format!("{}: {broken}", node.volume));
         }
     }
-    let visible: Vec<Uuid> =
-        tree.nodes.iter().filter(|n| !n.is_hidden()).map(|n| n.uuid).collect();
-    let siblings: Vec<Uuid> = visible.iter().copied().filter(|v| !vdis.contains(v)).collect();
+    let visible: Vec<Uuid> = tree
+        .nodes
+        .iter()
+        .filter(|n| !n.is_hidden())
+        .map(|n| n.uuid)
+        .collect();
+    let siblings: Vec<Uuid> = visible
+        .iter()
+        .copied()
+        .filter(|v| !vdis.contains(v))
+        .collect();
     if visible.len() - siblings.len() != 2 {
         return Err(format!("a disk is gone: {visible:?}"));
     }
@@ -53,7 +63,11 @@ fn judge(repo: &Repo, vdis: [Uuid; 2], answered: bool) -> Result<(), String> {
     }
     let mut read: Vec<u8> = visible.iter().map(|&vdi| byte(repo, vdi, 0)).collect();
     read.sort_unstable();
-    let both: &[u8] = if siblings.is_empty() { &[1, 2] } else { &[1, 1, 2, 2] };
+    let both: &[u8] = if siblings.is_empty() {
+        &[1, 2]
+    } else {
+        &[1, 1, 2, 2]
+    };
     if read != both {
         return Err(format!("the disks read {read:?}"));
     }
@@ -73,7 +87,10 @@ fn explored(attached: bool) {
         ops::attach(&repo, vdis[0], false).unwrap();
     }
     let from = disk.log_len();
-    let wanted = vdis.map(|vdi| Wanted { vdi, name: "s".into() });
+    let wanted = vdis.map(|vdi| Wanted {
+        vdi,
+        name: "s".into(),
+    });
     ops::snapshot(&repo, SiblingKind::Snapshot, &wanted).unwrap();
     disk.mark(ANSWERED);
 
@@ -87,14 +104,21 @@ fn explored(attached: bool) {
             crashed.disk.mark(ANSWERED);
         }
         // Crashes inside the recovery that just ran.
-        let tally = crashed.disk.explore(0, Effort::LIGHT, &mut seen_again, &mut |inner| {
-            judge(&recovered(&inner.disk)?, vdis, answered)
-        })?;
+        let tally = crashed
+            .disk
+            .explore(0, Effort::LIGHT, &mut seen_again, &mut |inner| {
+                judge(&recovered(&inner.disk)?, vdis, answered)
+            })?;
         again += tally.judged;
         Ok(())
     };
-    let tally = disk.explore(from, Effort::LIGHT, &mut seen, &mut judge_one).unwrap();
-    println!("attached: {attached}: {} states, {again} inside recoveries", tally.judged);
+    let tally = disk
+        .explore(from, Effort::LIGHT, &mut seen, &mut judge_one)
+        .unwrap();
+    println!(
+        "attached: {attached}: {} states, {again} inside recoveries",
+        tally.judged
+    );
     assert!(tally.judged > 100, "{tally:?}");
 }
 
@@ -124,7 +148,10 @@ fn smd_dies_and_the_tapdisk_goes_on() {
             vdi
         });
         smd.kill_process_after(changes);
-        let wanted = vdis.map(|vdi| Wanted { vdi, name: "s".into() });
+        let wanted = vdis.map(|vdi| Wanted {
+            vdi,
+            name: "s".into(),
+        });
         let outcome = ops::snapshot(&first, SiblingKind::Snapshot, &wanted);
         let alive = smd.is_alive();
         let second = repo(disk.new_process().volumes(), &host, 2);

@@ -29,7 +29,10 @@ pub fn document(value: impl Serialize) -> Outcome {
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let mut error = json!({ "code": self.0.code(), "message": self.0.to_string() });
-        if let Error::ChainTooLong { depth, depth_max, .. } = &self.0 {
+        if let Error::ChainTooLong {
+            depth, depth_max, ..
+        } = &self.0
+        {
             error["depth"] = (*depth).into();
             error["depth_max"] = (*depth_max).into();
         }

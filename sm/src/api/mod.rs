@@ -55,7 +55,9 @@ pub async fn serve(
         counters: Arc::default(),
     };
     tracing::info!(socket = %socket.display(), "smd serves");
-    let served = axum::serve(listener, routes::router(app)).with_graceful_shutdown(ended).await;
+    let served = axum::serve(listener, routes::router(app))
+        .with_graceful_shutdown(ended)
+        .await;
     // Only tidiness: a socket nobody listens on says the same.
     let _ = std::fs::remove_file(socket);
     served.context("serve the API")

@@ -41,10 +41,17 @@ pub struct Attached {
 pub fn attach(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Attached> {
     let snapshot = repo.labels.get(vdi)?.is_some_and(|label| label.read_only);
     if snapshot && !read_only {
-        return Err(Error::ReadOnly { what: format!("snapshot {vdi}") });
+        return Err(Error::ReadOnly {
+            what: format!("snapshot {vdi}"),
+        });
     }
     let hold = match lease(repo, vdi, read_only)? {
-        Leased::Already(endpoint) => return Ok(Attached { endpoint, fresh: false }),
+        Leased::Already(endpoint) => {
+            return Ok(Attached {
+                endpoint,
+                fresh: false,
+            });
+        }
         Leased::Fresh(hold) => hold,
     };
     let endpoint = hold.start_tap().map_err(|error| Error::NotRunning {
@@ -52,8 +59,16 @@ pub fn attach(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Attached> {
         reason: error.to_string(),
     })?;
     let detail = if read_only { "read-only" } else { "read-write" }.to_owned();
-    repo.labels.note(&Event { at_s: repo.ids.now_s(), operation: "attach", vdi, detail })?;
-    Ok(Attached { endpoint, fresh: true })
+    repo.labels.note(&Event {
+        at_s: repo.ids.now_s(),
+        operation: "attach",
+        vdi,
+        detail,
+    })?;
+    Ok(Attached {
+        endpoint,
+        fresh: true,
+    })
 }
 
 enum Leased {
@@ -65,12 +80,21 @@ fn lease(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Leased> {
     let locked = super::lock(repo, &[vdi])?;
     if let Some(lease) = locked.lease(vdi) {
         if lease.pid == 0 {
-            return Err(Error::Busy { reason: format!("VDI {vdi} is being attached") });
+            return Err(Error::Busy {
+                reason: format!("VDI {vdi} is being attached"),
+            });
         }
         if lease.read_only != read_only {
-            let how = if lease.read_only { "reading only" } else { "writing" };
+            let how = if lease.read_only {
+                "reading only"
+            } else {
+                "writing"
+            };
             let reason = format!("it is attached for {how}");
-            return Err(Error::InUse { what: format!("VDI {vdi}"), reason });
+            return Err(Error::InUse {
+                what: format!("VDI {vdi}"),
+                reason,
+            });
         }
         return Ok(Leased::Already(repo.host.endpoint(lease)));
     }
@@ -78,7 +102,9 @@ fn lease(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Leased> {
     locked.no_snapshot_of(&links[0])?;
     // One that nobody alive works on was ended by the recovery above.
     if locked.leaf_merge(&links[0]).is_some() {
-        return Err(Error::Busy { reason: format!("the collector merges VDI {vdi}") });
+        return Err(Error::Busy {
+            reason: format!("the collector merges VDI {vdi}"),
+        });
     }
     if relink(repo, &links, &locked.intents)? {
         links = super::visible_chain(repo, vdi)?;
@@ -89,8 +115,17 @@ fn lease(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Leased> {
         image::settle(repo, &links[0].volume)?;
     }
     let chain = links.iter().map(Link::image_ref).collect();
-    let lease = Lease { vdi, sr: repo.uuid, pid: 0, read_only, chain };
-    let hold = repo.host.make_lease(&lease).during(|| format!("lease of VDI {vdi}"))?;
+    let lease = Lease {
+        vdi,
+        sr: repo.uuid,
+        pid: 0,
+        read_only,
+        chain,
+    };
+    let hold = repo
+        .host
+        .make_lease(&lease)
+        .during(|| format!("lease of VDI {vdi}"))?;
     Ok(Leased::Fresh(hold))
 }
 
@@ -100,12 +135,22 @@ fn lease(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Leased> {
 fn relink(repo: &Repo, links: &[Link], intents: &[crate::journal::Stored]) -> Result<bool> {
     let mut changed = false;
     for stored in intents {
-        let Intent::Inner(inner) = &stored.intent else { continue };
-        let JobState::Relinking { children } = &inner.state else { continue };
+        let Intent::Inner(inner) = &stored.intent else {
+            continue;
+        };
+        let JobState::Relinking { children } = &inner.state else {
+            continue;
+        };
         let parent = volume_of(&inner.parent)?;
         let ours = |link: &&Link| {
-            children.iter().any(|child| child.footer == link.head.footer)
-                && link.head.parent.as_ref().is_some_and(|p| p.footer != inner.parent.footer)
+            children
+                .iter()
+                .any(|child| child.footer == link.head.footer)
+                && link
+                    .head
+                    .parent
+                    .as_ref()
+                    .is_some_and(|p| p.footer != inner.parent.footer)
         };
         for link in links.iter().filter(ours) {
             image::settle(repo, &link.volume)?;
@@ -134,14 +179,20 @@ pub fn detach(repo: &Repo, vdi: Uuid, force: bool) -> Result<bool> {
     }
     locked.no_snapshot_of(&chain::read(repo, vdi)?[0])?;
     drop(locked);
-    let lost = |reason: String| Error::NotRunning { what: format!("the tapdisk of VDI {vdi}"), reason };
+    let lost = |reason: String| Error::NotRunning {
+        what: format!("the tapdisk of VDI {vdi}"),
+        reason,
+    };
     let Some(mut tap) = repo.host.tap(vdi).map_err(|e| lost(e.to_string()))? else {
         return Ok(true);
     };
     match tap.call(Request::Stop { force }) {
         Ok(_) => {}
         Err(ClientError::Refused(Refusal::Busy { detail })) => {
-            return Err(Error::InUse { what: format!("VDI {vdi}"), reason: detail });
+            return Err(Error::InUse {
+                what: format!("VDI {vdi}"),
+                reason: detail,
+            });
         }
         Err(ClientError::Refused(refusal)) => return Err(lost(refusal.to_string())),
         // It may have ended before its answer was read.
@@ -155,7 +206,12 @@ pub fn detach(repo: &Repo, vdi: Uuid, force: bool) -> Result<bool> {
         return Err(lost("it was stopped but does not end".into()));
     }
     let detail = if force { "forced" } else { "" }.to_owned();
-    repo.labels.note(&Event { at_s: repo.ids.now_s(), operation: "detach", vdi, detail })?;
+    repo.labels.note(&Event {
+        at_s: repo.ids.now_s(),
+        operation: "detach",
+        vdi,
+        detail,
+    })?;
     Ok(true)
 }
 
@@ -166,8 +222,14 @@ pub fn detach(repo: &Repo, vdi: Uuid, force: bool) -> Result<bool> {
 /// # Errors
 /// The first image that cannot be settled.
 pub fn settle_all(repo: &Repo) -> Result<()> {
-    for volume in repo.volumes.list().during(|| format!("list SR {}", repo.name))? {
-        let Some(seen) = image::look(repo, &volume) else { continue };
+    for volume in repo
+        .volumes
+        .list()
+        .during(|| format!("list SR {}", repo.name))?
+    {
+        let Some(seen) = image::look(repo, &volume) else {
+            continue;
+        };
         if seen.head.is_ok() && !volume.is_raw() {
             image::settle(repo, &volume)?;
         }

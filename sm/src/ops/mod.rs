@@ -56,9 +56,9 @@ impl Locked {
                 && stored.intent.names(&leaf.volume, leaf.head.footer)
         };
         match self.intents.iter().find(names) {
-            Some(stored) => {
-                Err(Error::Busy { reason: format!("snapshot {} is under way", stored.name.id) })
-            }
+            Some(stored) => Err(Error::Busy {
+                reason: format!("snapshot {} is under way", stored.name.id),
+            }),
             None => Ok(()),
         }
     }
@@ -76,18 +76,27 @@ impl Locked {
 
 /// Takes the SR lock and recovers what concerns `vdis`.
 pub(crate) fn lock(repo: &Repo, vdis: &[Uuid]) -> Result<Locked> {
-    let guard = repo.host.lock_sr().during(|| format!("lock of SR {}", repo.name))?;
+    let guard = repo
+        .host
+        .lock_sr()
+        .during(|| format!("lock of SR {}", repo.name))?;
     recover::recover(repo, recover::Scope::Vdis(vdis))?;
     let leases = repo.host.leases().during(|| "leases".into())?;
     let intents = journal::load(repo.volumes.as_ref())?;
-    Ok(Locked { _guard: guard, leases, intents })
+    Ok(Locked {
+        _guard: guard,
+        leases,
+        intents,
+    })
 }
 
 /// The chain of a VDI that guests may see.
 pub(crate) fn visible_chain(repo: &Repo, vdi: Uuid) -> Result<Vec<Link>> {
     let chain = chain::read(repo, vdi)?;
     if chain[0].head.hidden {
-        return Err(Error::NotFound { what: format!("VDI {vdi}: it is a hidden node") });
+        return Err(Error::NotFound {
+            what: format!("VDI {vdi}: it is a hidden node"),
+        });
     }
     Ok(chain)
 }
@@ -95,7 +104,8 @@ pub(crate) fn visible_chain(repo: &Repo, vdi: Uuid) -> Result<Vec<Link>> {
 /// Refuses a label no table could show.
 pub(crate) fn check_label(text: &str) -> Result<()> {
     if text.len() > LABEL_BYTES_MAX || text.chars().any(char::is_control) {
-        let reason = format!("a name has at most {LABEL_BYTES_MAX} bytes and no control characters");
+        let reason =
+            format!("a name has at most {LABEL_BYTES_MAX} bytes and no control characters");
         return Err(Error::BadRequest { reason });
     }
     Ok(())

@@ -37,18 +37,28 @@ pub(crate) fn decide(repo: &Repo, id: Uuid, wish: Decision) -> Result<Decision> 
         Decision::Void => &names.void,
     };
     let what = || format!("decide snapshot {id}");
-    if repo.volumes.rename_record(&names.pending, to).during(what)? {
+    if repo
+        .volumes
+        .rename_record(&names.pending, to)
+        .during(what)?
+    {
         return Ok(wish);
     }
     let decided = repo.volumes.record(&names.decided).during(what)?.is_some();
-    Ok(if decided { Decision::Swap } else { Decision::Void })
+    Ok(if decided {
+        Decision::Swap
+    } else {
+        Decision::Void
+    })
 }
 
 /// Makes the swaps durable that tapdisks have done, and then the decision.
 /// Both come before anything that shows: the base's hidden flag and the
 /// sibling's name.
 pub(crate) fn make_decision_durable(repo: &Repo) -> Result<()> {
-    repo.volumes.sync("snapshot: swaps").during(|| "swap of a snapshot".into())?;
+    repo.volumes
+        .sync("snapshot: swaps")
+        .during(|| "swap of a snapshot".into())?;
     repo.volumes
         .sync_records("snapshot: decision")
         .during(|| "decision of a snapshot".into())
@@ -65,13 +75,18 @@ pub(crate) fn finish(repo: &Repo, intent: &SnapshotIntent) -> Result<()> {
         settle_base(repo, member)?;
         name_sibling(repo, member)?;
     }
-    repo.volumes.sync("snapshot: siblings' names").during(|| "names of siblings".into())?;
+    repo.volumes
+        .sync("snapshot: siblings' names")
+        .during(|| "names of siblings".into())?;
     for member in &intent.members {
         label(repo, intent.kind, member)?;
         refresh_lease(repo, member)?;
     }
     for state in [RecordState::Pending, RecordState::Decided] {
-        let name = RecordName { id: intent.id, state };
+        let name = RecordName {
+            id: intent.id,
+            state,
+        };
         journal::remove(repo.volumes.as_ref(), name, "snapshot: record cleared")?;
     }
     Ok(())
@@ -79,19 +94,26 @@ pub(crate) fn finish(repo: &Repo, intent: &SnapshotIntent) -> Result<()> {
 
 /// Whether the leaf's name leads to the new leaf already.
 pub(crate) fn swapped(repo: &Repo, member: &Member) -> Result<bool> {
-    let Shape::Divide { new_leaf, .. } = &member.shape else { return Ok(false) };
+    let Shape::Divide { new_leaf, .. } = &member.shape else {
+        return Ok(false);
+    };
     Ok(image::footer_of(repo, &VolumeName::vhd(member.vdi))? == Some(new_leaf.footer))
 }
 
 /// Only a tapdisk swaps the leaf it serves; for any other it is done here,
 /// under the image's lock.
 fn swap(repo: &Repo, member: &Member) -> Result<()> {
-    let Shape::Divide { new_leaf, .. } = &member.shape else { return Ok(()) };
+    let Shape::Divide { new_leaf, .. } = &member.shape else {
+        return Ok(());
+    };
     if swapped(repo, member)? {
         return Ok(());
     }
     if live_tap(repo, member.vdi)?.is_some() {
-        let reason = format!("the tapdisk of VDI {} has not swapped its leaf yet", member.vdi);
+        let reason = format!(
+            "the tapdisk of VDI {} has not swapped its leaf yet",
+            member.vdi
+        );
         return Err(Error::Busy { reason });
     }
     let leaf = VolumeName::vhd(member.vdi);
@@ -105,20 +127,29 @@ fn swap(repo: &Repo, member: &Member) -> Result<()> {
 
 /// Step 9 for a member whose tapdisk lives.
 pub(crate) fn settle_base_live(repo: &Repo, member: &Member, tap: &mut dyn Tap) -> Result<()> {
-    let Shape::Divide { base, .. } = &member.shape else { return Ok(()) };
+    let Shape::Divide { base, .. } = &member.shape else {
+        return Ok(());
+    };
     let volume = VolumeName::vhd(*base);
     if image::is_base(repo, &volume)? {
         return Ok(());
     }
-    let base = ImageRef { volume: volume.as_str().to_owned(), footer: member.leaf_footer };
-    tap.call(Request::SettleBase { base }).map(drop).map_err(|error| Error::NotRunning {
-        what: format!("settling of {volume}"),
-        reason: error.to_string(),
-    })
+    let base = ImageRef {
+        volume: volume.as_str().to_owned(),
+        footer: member.leaf_footer,
+    };
+    tap.call(Request::SettleBase { base })
+        .map(drop)
+        .map_err(|error| Error::NotRunning {
+            what: format!("settling of {volume}"),
+            reason: error.to_string(),
+        })
 }
 
 fn settle_base(repo: &Repo, member: &Member) -> Result<()> {
-    let Shape::Divide { base, .. } = &member.shape else { return Ok(()) };
+    let Shape::Divide { base, .. } = &member.shape else {
+        return Ok(());
+    };
     let base = VolumeName::vhd(*base);
     if image::is_base(repo, &base)? {
         return Ok(());
@@ -154,7 +185,12 @@ fn label(repo: &Repo, kind: SiblingKind, member: &Member) -> Result<()> {
     repo.labels.put(member.sibling.vdi, &label)?;
     let operation = if snapshot { "snapshot" } else { "clone" };
     let detail = member.sibling.vdi.to_string();
-    repo.labels.note(&Event { at_s, operation, vdi: member.vdi, detail })
+    repo.labels.note(&Event {
+        at_s,
+        operation,
+        vdi: member.vdi,
+        detail,
+    })
 }
 
 /// The lease of an attached member names its chain as it is now.
@@ -179,11 +215,15 @@ fn refresh_lease(repo: &Repo, member: &Member) -> Result<()> {
 /// anything else there is not ours to remove.
 pub(crate) fn take_back(repo: &Repo, intent: &SnapshotIntent) -> Result<()> {
     let gone = |volume: &VolumeName| {
-        repo.volumes.delete(volume).during(|| format!("take back {volume}"))
+        repo.volumes
+            .delete(volume)
+            .during(|| format!("take back {volume}"))
     };
     for member in &intent.members {
         gone(&volume_of(&member.sibling.image)?)?;
-        let Shape::Divide { base, new_leaf } = &member.shape else { continue };
+        let Shape::Divide { base, new_leaf } = &member.shape else {
+            continue;
+        };
         gone(&volume_of(new_leaf)?)?;
         let (base, leaf) = (VolumeName::vhd(*base), VolumeName::vhd(member.vdi));
         let what = || format!("take back {base}");
@@ -191,12 +231,20 @@ pub(crate) fn take_back(repo: &Repo, intent: &SnapshotIntent) -> Result<()> {
             gone(&base)?;
         } else if image::footer_of(repo, &base)?.is_some() {
             let reason = "a snapshot that was taken back finds it no second name".into();
-            return Err(Error::BadImage { volume: base, reason });
+            return Err(Error::BadImage {
+                volume: base,
+                reason,
+            });
         }
     }
-    repo.volumes.sync("snapshot: taken back").during(|| "taking a snapshot back".into())?;
+    repo.volumes
+        .sync("snapshot: taken back")
+        .during(|| "taking a snapshot back".into())?;
     for state in [RecordState::Pending, RecordState::Void] {
-        let name = RecordName { id: intent.id, state };
+        let name = RecordName {
+            id: intent.id,
+            state,
+        };
         journal::remove(repo.volumes.as_ref(), name, "snapshot: void record cleared")?;
     }
     Ok(())
@@ -210,15 +258,29 @@ pub(crate) fn stop_leaf_merge(
     leaf: &Link,
     tap: Option<&mut Box<dyn Tap>>,
 ) -> Result<()> {
-    let Some(merge) = locked.leaf_merge(leaf) else { return Ok(()) };
-    let busy = |reason: &str| Error::Busy { reason: format!("merge of {}: {reason}", merge.vdi) };
+    let Some(merge) = locked.leaf_merge(leaf) else {
+        return Ok(());
+    };
+    let busy = |reason: &str| Error::Busy {
+        reason: format!("merge of {}: {reason}", merge.vdi),
+    };
     if merge.state == LeafMergeState::Committing {
         return Err(busy("it is being committed"));
     }
-    let Some(tap) = tap else { return Err(busy("the collector works on it")) };
-    tap.call(Request::MergeStop).map_err(|error| busy(&error.to_string()))?;
-    let name = RecordName { id: merge.id, state: RecordState::Job };
-    journal::remove(repo.volumes.as_ref(), name, "leaf merge: stopped for a snapshot")
+    let Some(tap) = tap else {
+        return Err(busy("the collector works on it"));
+    };
+    tap.call(Request::MergeStop)
+        .map_err(|error| busy(&error.to_string()))?;
+    let name = RecordName {
+        id: merge.id,
+        state: RecordState::Job,
+    };
+    journal::remove(
+        repo.volumes.as_ref(),
+        name,
+        "leaf merge: stopped for a snapshot",
+    )
 }
 
 fn live_tap(repo: &Repo, vdi: Uuid) -> Result<Option<Box<dyn Tap>>> {

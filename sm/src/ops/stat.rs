@@ -42,9 +42,9 @@ pub struct ChainStat {
 /// [`Error::NotFound`], or the first image of the chain that cannot be read.
 pub fn stat(repo: &Repo, vdi: Uuid) -> Result<Stat> {
     let tree = scan::scan(repo)?.tree;
-    let leaf = tree
-        .by_uuid(vdi)
-        .ok_or_else(|| Error::NotFound { what: format!("VDI {vdi} in SR {}", repo.name) })?;
+    let leaf = tree.by_uuid(vdi).ok_or_else(|| Error::NotFound {
+        what: format!("VDI {vdi} in SR {}", repo.name),
+    })?;
     let mut stat = Stat {
         own_bytes: 0,
         shared_bytes: 0,
@@ -56,7 +56,10 @@ pub fn stat(repo: &Repo, vdi: Uuid) -> Result<Stat> {
     for (level, node) in tree.chain(leaf).enumerate() {
         if let Some(broken) = node.broken() {
             let reason = broken.to_string();
-            return Err(Error::BadImage { volume: node.volume.clone(), reason });
+            return Err(Error::BadImage {
+                volume: node.volume.clone(),
+                reason,
+            });
         }
         let bytes = image::allocated_bytes(repo, &node.volume)?;
         alone &= level == 0 || (node.is_hidden() && node.children.len() == 1);
