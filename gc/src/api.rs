@@ -127,19 +127,11 @@ impl IntoResponse for Refused {
 
 impl Refused {
     fn not_found(what: &str) -> Self {
-        Self {
-            status: StatusCode::NOT_FOUND,
-            code: "NOT_FOUND",
-            message: format!("no {what} is attached"),
-        }
+        Self { status: StatusCode::NOT_FOUND, code: "NOT_FOUND", message: format!("no {what} is attached") }
     }
 
     fn io(message: String) -> Self {
-        Self {
-            status: StatusCode::INTERNAL_SERVER_ERROR,
-            code: "IO_ERROR",
-            message,
-        }
+        Self { status: StatusCode::INTERNAL_SERVER_ERROR, code: "IO_ERROR", message }
     }
 }
 
@@ -153,10 +145,7 @@ struct App {
 
 /// The routes.
 pub fn router(service: Arc<Service>) -> Router {
-    let app = App {
-        service,
-        waiters: Arc::new(Semaphore::new(limits::WAITERS_MAX)),
-    };
+    let app = App { service, waiters: Arc::new(Semaphore::new(limits::WAITERS_MAX)) };
     Router::new()
         .route("/status", get(status))
         .route("/metrics", get(metrics))
@@ -171,9 +160,7 @@ pub fn router(service: Arc<Service>) -> Router {
 }
 
 /// Runs what blocks beside the threads that serve.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Answer<T> + Send + 'static,
-) -> Answer<T> {
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Answer<T> + Send + 'static) -> Answer<T> {
     match tokio::task::spawn_blocking(work).await {
         Ok(answer) => answer,
         Err(error) => Err(Refused::io(format!("the request broke off: {error}"))),
@@ -190,11 +177,7 @@ async fn status(State(app): State<App>, Query(which): Query<Which>) -> Answer<Js
             done.extend(collector.state().done.iter().cloned());
         }
         done.sort_by_key(|done| done.ended_ms);
-        Ok(Json(Status {
-            srs,
-            refused: app.service.refused(),
-            done,
-        }))
+        Ok(Json(Status { srs, refused: app.service.refused(), done }))
     })
     .await
 }
@@ -204,27 +187,14 @@ fn sr_status(name: &str, collector: &Collector) -> SrStatus {
     let state = collector.state();
     let mut nodes: BTreeMap<Uuid, NodeStatus> = BTreeMap::new();
     for (node, reason) in &state.waits {
-        let state = if reason.is_blocked() {
-            "blocked"
-        } else {
-            "waiting"
-        };
+        let state = if reason.is_blocked() { "blocked" } else { "waiting" };
         let reason = Some(reason.to_string());
-        let waits = NodeStatus {
-            state,
-            reason,
-            bytes_done: None,
-            bytes_total: None,
-            rate: None,
-            eta_s: None,
-        };
+        let waits =
+            NodeStatus { state, reason, bytes_done: None, bytes_total: None, rate: None, eta_s: None };
         nodes.insert(*node, waits);
     }
     for doing in state.running.values() {
-        let (_, sources) = doing
-            .nodes
-            .split_last()
-            .map_or((None, &[][..]), |(p, s)| (Some(p), s));
+        let (_, sources) = doing.nodes.split_last().map_or((None, &[][..]), |(p, s)| (Some(p), s));
         for node in sources {
             nodes.insert(*node, merging(doing, now));
         }
@@ -269,11 +239,7 @@ async fn run(State(app): State<App>, Json(body): Json<RunBody>) -> Answer<Respon
         code: "BUSY",
         message: format!("{} requests wait already", limits::WAITERS_MAX),
     };
-    let permit = app
-        .waiters
-        .clone()
-        .try_acquire_owned()
-        .map_err(|_| many())?;
+    let permit = app.waiters.clone().try_acquire_owned().map_err(|_| many())?;
     blocking(move || {
         let _permit = permit;
         let chosen = choose(&app.service, body.sr, body.vdi)?;
@@ -284,9 +250,7 @@ async fn run(State(app): State<App>, Json(body): Json<RunBody>) -> Answer<Respon
         let mut sum = Report::default();
         for (collector, scope) in chosen {
             let report = if body.dry_run {
-                collector
-                    .predict(scope)
-                    .map_err(|stop| Refused::io(stop.to_string()))?
+                collector.predict(scope).map_err(|stop| Refused::io(stop.to_string()))?
             } else {
                 collector.collect(scope)
             };
@@ -309,16 +273,9 @@ fn choose(service: &Service, sr: Option<Uuid>, vdi: Option<Uuid>) -> Answer<Chos
         (_, vdi) => vdi,
     };
     let Some(vdi) = vdi else {
-        return Ok(srs
-            .into_iter()
-            .map(|(_, collector)| (collector, Scope::Sr))
-            .collect());
+        return Ok(srs.into_iter().map(|(_, collector)| (collector, Scope::Sr)).collect());
     };
-    let all = if srs.is_empty() {
-        service.collectors(None)
-    } else {
-        srs
-    };
+    let all = if srs.is_empty() { service.collectors(None) } else { srs };
     let has = |collector: &Collector| sm::chain::leaf_volume(collector.repo(), vdi).is_ok();
     match all.into_iter().find(|(_, collector)| has(collector)) {
         Some((_, collector)) => Ok(vec![(collector, Scope::Vdi(vdi))]),
@@ -326,11 +283,7 @@ fn choose(service: &Service, sr: Option<Uuid>, vdi: Option<Uuid>) -> Answer<Chos
     }
 }
 
-async fn pause(
-    State(app): State<App>,
-    Json(which): Json<Which>,
-    paused: bool,
-) -> Answer<Json<Value>> {
+async fn pause(State(app): State<App>, Json(which): Json<Which>, paused: bool) -> Answer<Json<Value>> {
     wish(app, which.sr, move |wishes| wishes.paused = paused).await
 }
 
@@ -348,16 +301,11 @@ async fn wish(
     change: impl Fn(&mut crate::service::Wishes) + Send + 'static,
 ) -> Answer<Json<Value>> {
     blocking(move || {
-        let found = app
-            .service
-            .collectors_now(sr)
-            .map_err(|error| Refused::io(error.to_string()))?;
+        let found = app.service.collectors_now(sr).map_err(|error| Refused::io(error.to_string()))?;
         if let (Some(sr), true) = (sr, found.is_empty()) {
             return Err(Refused::not_found(&format!("SR {sr}")));
         }
-        app.service
-            .wish(sr, change)
-            .map_err(|error| Refused::io(error.to_string()))?;
+        app.service.wish(sr, change).map_err(|error| Refused::io(error.to_string()))?;
         Ok(Json(json!({})))
     })
     .await
@@ -366,10 +314,7 @@ async fn wish(
 async fn abort(State(app): State<App>, Json(which): Json<Which>) -> Answer<Json<Value>> {
     blocking(move || {
         let chosen = choose(&app.service, which.sr, which.vdi)?;
-        let aborted: usize = chosen
-            .iter()
-            .map(|(collector, scope)| collector.abort(*scope))
-            .sum();
+        let aborted: usize = chosen.iter().map(|(collector, scope)| collector.abort(*scope)).sum();
         Ok(Json(json!({"aborted": aborted})))
     })
     .await
@@ -383,33 +328,26 @@ async fn metrics(State(app): State<App>) -> Answer<Response> {
     .await
 }
 
+/// Picks one figure of a report.
+type Sum = fn(&Report) -> u64;
+
 fn metrics_text(service: &Service) -> String {
     let mut text = String::new();
     let mut counter = |name: &str, help: &str, kind: &str, of: &dyn Fn(&Collector) -> u64| {
         text.push_str(&format!("# HELP {name} {help}\n# TYPE {name} {kind}\n"));
         for (_, collector) in service.collectors(None) {
-            text.push_str(&format!(
-                "{name}{{sr=\"{}\"}} {}\n",
-                collector.repo().uuid,
-                of(&collector)
-            ));
+            text.push_str(&format!("{name}{{sr=\"{}\"}} {}\n", collector.repo().uuid, of(&collector)));
         }
     };
-    counter("coppice_gc_running", "Merges under way", "gauge", &|c| {
-        c.state().running.len() as u64
-    });
-    counter("coppice_gc_waiting", "Nodes that wait", "gauge", &|c| {
-        c.state().waits.len() as u64
-    });
-    let sums: [(&str, &str, fn(&Report) -> u64); 6] = [
+    counter("coppice_gc_running", "Merges under way", "gauge", &|c| c.state().running.len() as u64);
+    counter("coppice_gc_waiting", "Nodes that wait", "gauge", &|c| c.state().waits.len() as u64);
+    let sums: [(&str, &str, Sum); 6] = [
         ("coalesced", "Hidden nodes merged", |t| t.coalesced),
         ("leaf_coalesced", "Leaves merged", |t| t.leaf_coalesced),
         ("deleted", "Hidden nodes deleted", |t| t.deleted),
         ("bytes_copied", "Bytes read and written", |t| t.bytes_copied),
         ("bytes_cloned", "Bytes shared", |t| t.bytes_cloned),
-        ("bytes_freed", "Bytes of blocks given back", |t| {
-            t.bytes_freed
-        }),
+        ("bytes_freed", "Bytes of blocks given back", |t| t.bytes_freed),
     ];
     for (name, help, of) in sums {
         let name = format!("coppice_gc_{name}_total");

@@ -18,11 +18,7 @@ impl Budget {
     /// A full bucket of one second's worth.
     #[must_use]
     pub fn new(rate_bytes_per_s: u64, now: Duration) -> Self {
-        Self {
-            rate_bytes_per_s,
-            level: i128::from(rate_bytes_per_s),
-            at: now,
-        }
+        Self { rate_bytes_per_s, level: i128::from(rate_bytes_per_s), at: now }
     }
 
     /// The present rate; 0 is no limit.

@@ -55,10 +55,7 @@ impl Merge {
     /// The source that lies on the parent; names the merge in reports.
     #[must_use]
     pub fn node(&self) -> Uuid {
-        self.sources()
-            .last()
-            .copied()
-            .unwrap_or_else(|| self.parent())
+        self.sources().last().copied().unwrap_or_else(|| self.parent())
     }
 }
 
@@ -77,11 +74,7 @@ pub fn candidates(forest: &Forest) -> Vec<(Merge, Option<Reason>)> {
                 let attached = forest
                     .leases_on(child.uuid)
                     .any(|lease| lease.vdi == child.uuid && lease.usage == Use::Writes);
-                let merge = Merge::Leaf {
-                    vdi: child.uuid,
-                    parent: parent.uuid,
-                    attached,
-                };
+                let merge = Merge::Leaf { vdi: child.uuid, parent: parent.uuid, attached };
                 let against = leaf_obstacle(forest, child, parent);
                 found.push((merge, against));
             }
@@ -94,18 +87,10 @@ pub fn candidates(forest: &Forest) -> Vec<(Merge, Option<Reason>)> {
 }
 
 fn inner(forest: &Forest, node: &Node, parent: &Node) -> (Merge, Option<Reason>) {
-    let merge = Merge::Inner {
-        sources: vec![node.uuid],
-        parent: parent.uuid,
-    };
+    let merge = Merge::Inner { sources: vec![node.uuid], parent: parent.uuid };
     let read_as_leaf = || {
-        let lease = forest
-            .leases_on(node.uuid)
-            .find(|l| l.chain.first() == Some(&node.uuid))?;
-        Some(Reason::Read {
-            node: node.uuid,
-            vdi: lease.vdi,
-        })
+        let lease = forest.leases_on(node.uuid).find(|l| l.chain.first() == Some(&node.uuid))?;
+        Some(Reason::Read { node: node.uuid, vdi: lease.vdi })
     };
     let against = pair_obstacle(forest, node, parent).or_else(read_as_leaf);
     (merge, against)
@@ -125,10 +110,7 @@ fn pair_obstacle(forest: &Forest, child: &Node, parent: &Node) -> Option<Reason>
                 at.is_some_and(|at| at == 0 || lease.chain.get(at - 1) != Some(&child.uuid))
             };
             let lease = forest.leases.iter().find(other)?;
-            Some(Reason::Read {
-                node: parent.uuid,
-                vdi: lease.vdi,
-            })
+            Some(Reason::Read { node: parent.uuid, vdi: lease.vdi })
         })
 }
 
@@ -140,31 +122,21 @@ fn image_obstacle(forest: &Forest, node: &Node) -> Option<Reason> {
         Format::Sparse => {}
     }
     if let Some(claim) = forest.claim_on(uuid) {
-        return Some(Reason::Claimed {
-            node: uuid,
-            id: claim.id,
-        });
+        return Some(Reason::Claimed { node: uuid, id: claim.id });
     }
-    let held_open = forest
-        .leases_on(uuid)
-        .any(|l| l.usage == Use::Writes && l.vdi == uuid);
+    let held_open = forest.leases_on(uuid).any(|l| l.usage == Use::Writes && l.vdi == uuid);
     match &node.health {
         Health::Settled => None,
         // Its own tapdisk settles it when the merge starts.
         Health::Unsettled if held_open => None,
         Health::Unsettled => Some(Reason::Unsettled { node: uuid }),
-        Health::Broken(why) => Some(Reason::BrokenTree {
-            node: uuid,
-            why: why.clone(),
-        }),
+        Health::Broken(why) => Some(Reason::BrokenTree { node: uuid, why: why.clone() }),
     }
 }
 
 fn size_obstacle(forest: &Forest, child: &Node, parent: &Node) -> Option<Reason> {
     if child.virtual_bytes < parent.virtual_bytes {
-        return Some(Reason::SmallerThanParent {
-            parent: parent.uuid,
-        });
+        return Some(Reason::SmallerThanParent { parent: parent.uuid });
     }
     if child.virtual_bytes == parent.virtual_bytes {
         return None;
@@ -173,10 +145,7 @@ fn size_obstacle(forest: &Forest, child: &Node, parent: &Node) -> Option<Reason>
     // ancestor's data through.
     let taller = |node: &&Node| node.virtual_bytes > parent.virtual_bytes;
     let ancestor = forest.ancestry(parent.uuid).skip(1).find(taller)?;
-    Some(Reason::Uncovers {
-        parent: parent.uuid,
-        ancestor: ancestor.uuid,
-    })
+    Some(Reason::Uncovers { parent: parent.uuid, ancestor: ancestor.uuid })
 }
 
 fn leaf_obstacle(forest: &Forest, leaf: &Node, parent: &Node) -> Option<Reason> {
@@ -185,10 +154,7 @@ fn leaf_obstacle(forest: &Forest, leaf: &Node, parent: &Node) -> Option<Reason> 
         leases.find_map(|lease| match lease.usage {
             Use::Writes if lease.vdi == leaf.uuid => None,
             Use::Reads if lease.vdi == leaf.uuid => Some(Reason::AttachedReadOnly),
-            _ => Some(Reason::Read {
-                node: leaf.uuid,
-                vdi: lease.vdi,
-            }),
+            _ => Some(Reason::Read { node: leaf.uuid, vdi: lease.vdi }),
         })
     })
 }
@@ -232,15 +198,9 @@ fn runs(
 ) {
     let mut sources = vec![lowest];
     let mut top = lowest;
-    while let Some(next) = forest
-        .only_child(top)
-        .filter(|next| is_free_source(next.uuid))
-    {
+    while let Some(next) = forest.only_child(top).filter(|next| is_free_source(next.uuid)) {
         if sources.len() == SOURCES_MAX {
-            let rest = Merge::Inner {
-                sources: vec![next.uuid],
-                parent: top,
-            };
+            let rest = Merge::Inner { sources: vec![next.uuid], parent: top };
             joined.push((rest, Some(Reason::ParentFirst { parent: top })));
             break;
         }

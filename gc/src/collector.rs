@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use sm::Repo;
 use sm::journal::Intent;
 use uuid::Uuid;
+use vhd::merge::Mode;
 
 use crate::budget::Budget;
 use crate::cost;
@@ -212,10 +213,7 @@ impl Collector {
             let now = self.now();
             let next = state.retries.next(now).unwrap_or(limits::LOOK_EVERY);
             let quiet = state.quiet_until.saturating_sub(now);
-            let until = now
-                + next
-                    .min(limits::LOOK_EVERY)
-                    .max(quiet.min(limits::LOOK_EVERY));
+            let until = now + next.min(limits::LOOK_EVERY).max(quiet.min(limits::LOOK_EVERY));
             while !state.closing && state.asked == asked && !state.dirty && self.now() < until {
                 let left = until.saturating_sub(self.now());
                 let waited = self.changed.wait_timeout(state, left);
@@ -232,15 +230,13 @@ impl Collector {
     /// One look and what follows from it.
     fn round(self: &Arc<Self>, threads: &mut Vec<std::thread::JoinHandle<()>>) -> Result<()> {
         self.recover()?;
-        let forest = survey::glance(&self.repo)?;
+        let mut forest = survey::glance(&self.repo)?;
+        let spoken_for = self.state().spoken_for();
+        forest.free_bytes = forest.free_bytes.saturating_sub(spoken_for);
         let (planned, paused) = {
             let state = self.state();
             let now = self.now();
-            let running = state
-                .running
-                .values()
-                .filter_map(|doing| doing.intent)
-                .collect();
+            let running = state.running.values().filter_map(|doing| doing.intent).collect();
             let mut holds = state.retries.holds(now);
             let quiet = state.paused || state.quiet_until > now;
             let settings = Settings {
@@ -288,13 +284,9 @@ impl Collector {
                 }
             }
         }
-        let deleted = planned
-            .choices
-            .iter()
-            .any(|choice| matches!(choice, Choice::Delete { .. }))
+        let deleted = planned.choices.iter().any(|choice| matches!(choice, Choice::Delete { .. }))
             && !self.state().paused;
-        self.state()
-            .planned(&forest, planned.waits, active, deleted, self.now());
+        self.state().planned(&forest, planned.waits, active, deleted, self.now());
         Ok(())
     }
 
@@ -310,12 +302,7 @@ impl Collector {
     /// The nodes of each tree that somebody waits for, and the rest, so that
     /// each is told its own.
     fn by_focus(&self, nodes: &[Uuid], forest: &Forest) -> Vec<Vec<Uuid>> {
-        let focused: BTreeSet<Uuid> = self
-            .state()
-            .focus
-            .keys()
-            .map(|vdi| forest.root(*vdi))
-            .collect();
+        let focused: BTreeSet<Uuid> = self.state().focus.keys().map(|vdi| forest.root(*vdi)).collect();
         let mut parts: BTreeMap<Option<Uuid>, Vec<Uuid>> = BTreeMap::new();
         for node in nodes {
             let tree = Some(forest.root(*node)).filter(|tree| focused.contains(tree));
@@ -328,23 +315,14 @@ impl Collector {
     fn doing(&self, kind: Kind, nodes: Vec<Uuid>, forest: &Forest) -> Doing {
         let tree = nodes.first().map(|node| forest.root(*node));
         let focus = self.state().focus.keys().copied().collect::<Vec<_>>();
-        let focus = focus
-            .into_iter()
-            .filter(|vdi| Some(forest.root(*vdi)) == tree)
-            .collect();
-        Doing {
-            focus,
-            ..Doing::new(kind, nodes, self.now())
-        }
+        let focus = focus.into_iter().filter(|vdi| Some(forest.root(*vdi)) == tree).collect();
+        Doing { focus, ..Doing::new(kind, nodes, self.now()) }
     }
 
     fn delete(self: &Arc<Self>, nodes: &[Uuid], forest: &Forest) -> Result<()> {
         let doing = self.doing(Kind::Delete, nodes.to_vec(), forest);
         let key = self.state().begin(doing);
-        let watch = JobWatch {
-            collector: self.clone(),
-            key,
-        };
+        let watch = JobWatch { collector: self.clone(), key };
         let outcome = garbage::delete(&self.repo, &watch, nodes);
         let mut state = self.state();
         match outcome {
@@ -368,21 +346,18 @@ impl Collector {
 
     /// Starts a merge on a thread of its own; returns once its record stands
     /// (or it failed to begin), so that the next look sees it.
-    fn start(
-        self: &Arc<Self>,
-        choice: Choice,
-        forest: &Forest,
-    ) -> Option<std::thread::JoinHandle<()>> {
+    fn start(self: &Arc<Self>, choice: Choice, forest: &Forest) -> Option<std::thread::JoinHandle<()>> {
         let (nodes, kind, attached) = subject(&choice, forest);
         let doing = self.doing(kind, nodes, forest);
-        let key = self.state().begin(Doing { attached, ..doing });
+        let room = match &choice {
+            Choice::Begin { cost, mode: Mode::Shadow, .. } => cost.gained_max,
+            Choice::Begin { .. } | Choice::Resume { .. } | Choice::Delete { .. } => 0,
+        };
+        let key = self.state().begin(Doing { attached, room, ..doing });
         let (begun, wait) = mpsc::channel();
         let this = self.clone();
         let body = move || {
-            let watch = JobWatch {
-                collector: this.clone(),
-                key,
-            };
+            let watch = JobWatch { collector: this.clone(), key };
             let outcome = this.merge(&watch, &choice, key, &begun);
             this.ended(key, &choice, outcome);
         };
@@ -399,13 +374,7 @@ impl Collector {
         }
     }
 
-    fn merge(
-        &self,
-        watch: &JobWatch,
-        choice: &Choice,
-        key: u64,
-        begun: &mpsc::Sender<()>,
-    ) -> Result<()> {
+    fn merge(&self, watch: &JobWatch, choice: &Choice, key: u64, begun: &mpsc::Sender<()>) -> Result<()> {
         let found = match choice {
             Choice::Begin { merge, .. } => Some(Job::begin(&self.repo, watch, merge)?),
             Choice::Resume { intent } => Job::take_over(&self.repo, watch, *intent)?,
@@ -422,11 +391,7 @@ impl Collector {
             Intent::LeafMerge(_) => "leaf coalesce",
             Intent::Snapshot(_) => "snapshot",
         };
-        let vdi = self
-            .state()
-            .running
-            .get(&key)
-            .and_then(|doing| doing.nodes.first().copied());
+        let vdi = self.state().running.get(&key).and_then(|doing| doing.nodes.first().copied());
         let vdi = vdi.unwrap_or_default();
         tracing::info!(sr = %self.repo.uuid, %vdi, job = %id, "{what}: begins");
         let outcome = job.carry_on(intent);
@@ -476,19 +441,10 @@ fn failed(state: &State, scope: Scope) -> Vec<FailedNode> {
         Scope::Sr => true,
         Scope::Vdi(vdi) => state.same_tree(*node, vdi),
     };
-    let counts = |reason: &Reason| {
-        reason.is_blocked() || matches!(reason, Reason::Retry { .. } | Reason::Paused)
-    };
-    let waits = state
-        .waits
-        .iter()
-        .filter(|(node, reason)| in_scope(node) && counts(reason));
-    waits
-        .map(|(uuid, reason)| FailedNode {
-            uuid: *uuid,
-            reason: reason.to_string(),
-        })
-        .collect()
+    let counts =
+        |reason: &Reason| reason.is_blocked() || matches!(reason, Reason::Retry { .. } | Reason::Paused);
+    let waits = state.waits.iter().filter(|(node, reason)| in_scope(node) && counts(reason));
+    waits.map(|(uuid, reason)| FailedNode { uuid: *uuid, reason: reason.to_string() }).collect()
 }
 
 /// Nodes (the one that names the merge first), kind, and whether a tapdisk
@@ -506,11 +462,7 @@ fn subject(choice: &Choice, forest: &Forest) -> (Vec<Uuid>, Kind, bool) {
         }
         Choice::Resume { intent } => {
             let claim = forest.claims.iter().find(|claim| claim.id == *intent);
-            (
-                claim.map(|claim| claim.nodes.clone()).unwrap_or_default(),
-                Kind::Inner,
-                false,
-            )
+            (claim.map(|claim| claim.nodes.clone()).unwrap_or_default(), Kind::Inner, false)
         }
         Choice::Delete { nodes } => (nodes.clone(), Kind::Delete, false),
     }
@@ -557,11 +509,7 @@ impl Watch for JobWatch {
             self.aborted(&state)?;
             state.budget.take(bytes, self.now())
         };
-        if wait.is_zero() {
-            Ok(())
-        } else {
-            self.sleep(wait)
-        }
+        if wait.is_zero() { Ok(()) } else { self.sleep(wait) }
     }
 
     fn note(&self, event: Event) {
@@ -571,9 +519,6 @@ impl Watch for JobWatch {
     fn rate(&self) -> u64 {
         let state = self.collector.state();
         // The budget is shared by as many merges as may run.
-        state
-            .budget
-            .rate()
-            .div_ceil(state.settings.parallel.max(1) as u64)
+        state.budget.rate().div_ceil(state.settings.parallel.max(1) as u64)
     }
 }

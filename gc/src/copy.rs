@@ -25,6 +25,8 @@ pub(crate) struct Copying<'a> {
     /// The sources, open for writing, when they are emptied on the way; same
     /// order as `sources`.
     pub emptied: Vec<Writer>,
+    /// Has every reader of the sources drop the map it has.
+    pub tell_readers: &'a dyn Fn() -> Result<()>,
 }
 
 impl Copying<'_> {
@@ -35,11 +37,7 @@ impl Copying<'_> {
     /// [`Stop::Aborted`] between two windows; then everything copied so far
     /// is durable, or will be after [`Self::settle`].
     pub fn run(&mut self) -> Result<()> {
-        let mode = if self.emptied.is_empty() {
-            Mode::Shadow
-        } else {
-            Mode::Empty
-        };
+        let mode = if self.emptied.is_empty() { Mode::Shadow } else { Mode::Empty };
         let mut merge = Merge::new(mode, window_limits(mode), BlockNo(0));
         while let Some(window) = self.sources.next(&mut merge)? {
             self.watch.allow(window.bytes())?;
@@ -48,21 +46,45 @@ impl Copying<'_> {
         Ok(())
     }
 
+    /// All steps of a window. Once a clear was begun, readers are told even
+    /// if something fails: nobody may open a source for writing, and so give
+    /// its free space away, while a map still names that space.
     fn window(&mut self, window: &Window) -> Result<()> {
+        let mut held = Vec::new();
+        let outcome = self.move_blocks(window, &mut held);
+        if held.is_empty() {
+            return outcome;
+        }
+        (self.tell_readers)()?;
+        for (source, slots) in held {
+            if let Some(writer) = self.emptied.get_mut(source) {
+                writer.release(slots).map_err(format)?;
+            }
+        }
+        outcome
+    }
+
+    fn move_blocks(&mut self, window: &Window, held: &mut Vec<(usize, Vec<vhd::units::Slot>)>) -> Result<()> {
         for step in window.steps() {
             match step {
                 Step::Copy(copy) => self.block(&copy)?,
                 Step::CommitParent => self.parent.commit().map_err(format)?,
-                // Clearing and giving back are one call: an image is only
-                // emptied while nobody else reads it.
                 Step::Clear { source, blocks } => {
-                    if let Some(writer) = self.emptied.get_mut(source) {
-                        writer.clear_blocks(&blocks).map_err(format)?;
-                        self.sources.cleared(source, &blocks);
-                        self.watch
-                            .note(Event::Freed(blocks.len() as u64 * BLOCK_BYTES));
+                    let Some(writer) = self.emptied.get_mut(source) else {
+                        continue;
+                    };
+                    let cleared = writer.clear_blocks_held(&blocks).map_err(format);
+                    // Also when it failed: it may have reached the disk.
+                    held.push((source, Vec::new()));
+                    let slots = cleared?;
+                    if let Some((_, last)) = held.last_mut() {
+                        *last = slots;
                     }
+                    self.sources.cleared(source, &blocks);
+                    let bytes = blocks.len() as u64 * BLOCK_BYTES;
+                    self.watch.note(Event::Freed(bytes));
                 }
+                // By the caller, once readers were told.
                 Step::Release { .. } => {}
             }
         }
@@ -80,14 +102,8 @@ impl Copying<'_> {
             let Some((volume, offset)) = self.sources.place(*source, copy.block, run.first) else {
                 continue;
             };
-            let kind = self
-                .parent
-                .copy_in(copy.block, *run, volume, offset, below)
-                .map_err(format)?;
-            self.watch.note(Event::Copied {
-                bytes: run.bytes(),
-                cloned: kind == CopyKind::Cloned,
-            });
+            let kind = self.parent.copy_in(copy.block, *run, volume, offset, below).map_err(format)?;
+            self.watch.note(Event::Copied { bytes: run.bytes(), cloned: kind == CopyKind::Cloned });
         }
         if gained {
             self.watch.note(Event::Gained(BLOCK_BYTES));
@@ -110,14 +126,12 @@ impl Copying<'_> {
 
 fn window_limits(mode: Mode) -> WindowLimits {
     match mode {
-        Mode::Shadow => WindowLimits {
-            bytes_max: limits::WINDOW_BYTES_MAX,
-            blocks_max: limits::WINDOW_BLOCKS_MAX,
-        },
-        Mode::Empty => WindowLimits {
-            bytes_max: limits::SLICE_BYTES_MAX,
-            blocks_max: limits::SLICE_BLOCKS_MAX,
-        },
+        Mode::Shadow => {
+            WindowLimits { bytes_max: limits::WINDOW_BYTES_MAX, blocks_max: limits::WINDOW_BLOCKS_MAX }
+        }
+        Mode::Empty => {
+            WindowLimits { bytes_max: limits::SLICE_BYTES_MAX, blocks_max: limits::SLICE_BLOCKS_MAX }
+        }
     }
 }
 
@@ -132,12 +146,8 @@ pub(crate) fn is_zero(sources: &Sources, copy: &BlockCopy) -> Result<bool> {
         let mut at = 0;
         while at < run.bytes() {
             let len = (run.bytes() - at).min(ZERO_CHECK_BYTES);
-            let part = buf
-                .get_mut(..usize::try_from(len).unwrap_or(0))
-                .unwrap_or_default();
-            volume
-                .read_at(part, offset + at)
-                .map_err(|e| sm::Error::io("read a source", e))?;
+            let part = buf.get_mut(..usize::try_from(len).unwrap_or(0)).unwrap_or_default();
+            volume.read_at(part, offset + at).map_err(|e| sm::Error::io("read a source", e))?;
             if part.iter().any(|byte| *byte != 0) {
                 return Ok(false);
             }

@@ -34,11 +34,7 @@ use crate::sources::Sources;
 /// # Errors
 /// A table cannot be read, or an image is of a kind that is never merged.
 pub fn cost(repo: &Repo, merge: &Merge) -> Result<Cost, String> {
-    let names: Vec<VolumeName> = merge
-        .sources()
-        .iter()
-        .map(|uuid| VolumeName::vhd(*uuid))
-        .collect();
+    let names: Vec<VolumeName> = merge.sources().iter().map(|uuid| VolumeName::vhd(*uuid)).collect();
     let parent = VolumeName::vhd(merge.parent());
     let said = |error: sm::Error| error.to_string();
     let sources = Sources::open(repo, &names, &parent).map_err(said)?;
@@ -65,18 +61,9 @@ struct Stack {
 ///
 /// # Errors
 /// A block table cannot be read.
-pub fn predict(
-    repo: &Repo,
-    forest: &Forest,
-    settings: Settings,
-    only: Option<Uuid>,
-) -> Result<Report, Stop> {
+pub fn predict(repo: &Repo, forest: &Forest, settings: Settings, only: Option<Uuid>) -> Result<Report, Stop> {
     settle_attached(repo, forest);
-    let mut model = Model {
-        repo,
-        stacks: BTreeMap::new(),
-        report: Report::default(),
-    };
+    let mut model = Model { repo, stacks: BTreeMap::new(), report: Report::default() };
     let mut forest = forest.clone();
     forest.claims.retain(|claim| !claim.merge);
     let running = BTreeSet::new();
@@ -131,11 +118,7 @@ fn cost_of_original(repo: &Repo, merge: &Merge) -> Result<Cost, String> {
 /// What guests wrote a moment ago is in the tapdisks' memory; once settled,
 /// the block tables on disk are those of this moment.
 fn settle_attached(repo: &Repo, forest: &Forest) {
-    for lease in forest
-        .leases
-        .iter()
-        .filter(|lease| lease.usage == Use::Writes)
-    {
+    for lease in forest.leases.iter().filter(|lease| lease.usage == Use::Writes) {
         if let Ok(Some(mut tap)) = repo.host.tap(lease.vdi)
             && let Err(error) = tap.call(Request::Settle)
         {
@@ -159,8 +142,7 @@ impl Model<'_> {
                 Choice::Resume { .. } => {}
                 Choice::Delete { nodes: gone } => {
                     for uuid in gone {
-                        self.report.bytes_freed +=
-                            self.stack(*uuid)?.blocks.len() as u64 * BLOCK_BYTES;
+                        self.report.bytes_freed += self.stack(*uuid)?.blocks.len() as u64 * BLOCK_BYTES;
                         nodes.remove(uuid);
                     }
                     self.report.deleted += gone.len() as u64;
@@ -173,11 +155,7 @@ impl Model<'_> {
         }
         self.report.peak_extra_bytes = self.report.peak_extra_bytes.max(peak);
         let mut after = Forest::new(nodes.into_values());
-        after.leases = forest
-            .leases
-            .iter()
-            .map(|lease| refreshed(&after, lease))
-            .collect();
+        after.leases = forest.leases.iter().map(|lease| refreshed(&after, lease)).collect();
         after.claims.clone_from(&forest.claims);
         after.free_bytes = forest.free_bytes;
         Ok(after)
@@ -188,20 +166,10 @@ impl Model<'_> {
             let name = VolumeName::vhd(uuid);
             let own = Sources::open(self.repo, std::slice::from_ref(&name), &name)?;
             let blocks = (0..own.blocks()).map(BlockNo);
-            let blocks = blocks
-                .filter(|block| own.presence(0, *block) != Presence::Absent)
-                .collect();
-            self.stacks.insert(
-                uuid,
-                Stack {
-                    images: vec![uuid],
-                    blocks,
-                },
-            );
+            let blocks = blocks.filter(|block| own.presence(0, *block) != Presence::Absent).collect();
+            self.stacks.insert(uuid, Stack { images: vec![uuid], blocks });
         }
-        self.stacks
-            .get_mut(&uuid)
-            .ok_or_else(|| Stop::Later("a node vanished".into()))
+        self.stacks.get_mut(&uuid).ok_or_else(|| Stop::Later("a node vanished".into()))
     }
 
     /// Adds a merge to the report and makes the parent's new stack. Returns
@@ -240,9 +208,13 @@ impl Model<'_> {
                 self.stacks.insert(*vdi, stack);
             }
         }
-        Ok(match mode {
-            Mode::Shadow => room,
-            Mode::Empty => room.min(limits::SLICE_BYTES_MAX.max(limits::LIVE_WINDOW_BYTES)),
+        let held = present.len() as u64 * BLOCK_BYTES;
+        Ok(match (merge, mode) {
+            // Its tapdisk moves a window at a time and does not say how the
+            // room changes within it.
+            (Merge::Leaf { attached: true, .. }, _) => held.min(limits::LIVE_WINDOW_BYTES),
+            (_, Mode::Shadow) => room,
+            (_, Mode::Empty) => room.min(limits::SLICE_BYTES_MAX),
         })
     }
 
@@ -258,18 +230,12 @@ impl Model<'_> {
         let names: Vec<VolumeName> = images.iter().map(|uuid| VolumeName::vhd(*uuid)).collect();
         let parent = images.last().copied().unwrap_or_else(|| merge.parent());
         let sources = Sources::open(self.repo, &names, &VolumeName::vhd(parent))?;
-        let window = WindowLimits {
-            bytes_max: limits::WINDOW_BYTES_MAX,
-            blocks_max: limits::WINDOW_BLOCKS_MAX,
-        };
+        let window =
+            WindowLimits { bytes_max: limits::WINDOW_BYTES_MAX, blocks_max: limits::WINDOW_BLOCKS_MAX };
         let mut walk = Blocks::new(Mode::Shadow, window, BlockNo(0));
         let mut gained = BTreeSet::new();
         while let Some(window) = sources.next(&mut walk)? {
-            for copy in window
-                .copies
-                .iter()
-                .filter(|copy| present.contains(&copy.block))
-            {
+            for copy in window.copies.iter().filter(|copy| present.contains(&copy.block)) {
                 let is_below = own.contains(&copy.block) || below.contains(&copy.block);
                 if !is_below && is_zero(&sources, copy)? {
                     continue;
@@ -296,9 +262,7 @@ fn relink(nodes: &mut BTreeMap<Uuid, Node>, merge: &Merge) {
                     *above = *parent;
                 }
             }
-            let size = top
-                .and_then(|top| nodes.get(&top))
-                .map_or(0, |node| node.virtual_bytes);
+            let size = top.and_then(|top| nodes.get(&top)).map_or(0, |node| node.virtual_bytes);
             if let Some(parent) = nodes.get_mut(parent) {
                 parent.virtual_bytes = parent.virtual_bytes.max(size);
             }
@@ -319,8 +283,5 @@ fn refreshed(forest: &Forest, lease: &crate::forest::Lease) -> crate::forest::Le
         Some(top) if forest.node(*top).is_some() => forest.ancestry(*top).map(|n| n.uuid).collect(),
         _ => lease.chain.clone(),
     };
-    crate::forest::Lease {
-        chain,
-        ..lease.clone()
-    }
+    crate::forest::Lease { chain, ..lease.clone() }
 }

@@ -40,11 +40,7 @@ pub fn run(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> ExitC
         .with_default_directive(tracing::level_filters::LevelFilter::INFO.into())
         .from_env_lossy();
     // Somebody may have set one up already: then that one serves.
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .try_init()
-        .ok();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init().ok();
     match serve(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -60,14 +56,9 @@ fn serve(args: &Args) -> anyhow::Result<()> {
     }
     let _lock = only_one(args)?;
     let service = Service::new(&args.state, &args.run).context("read the settings")?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let attending = service.clone();
-    let thread = std::thread::Builder::new()
-        .name("attend".into())
-        .spawn(move || attending.attend())?;
+    let thread = std::thread::Builder::new().name("attend".into()).spawn(move || attending.attend())?;
     let served = runtime.block_on(listen(args, service.clone()));
     service.close();
     if thread.join().is_err() {
@@ -82,11 +73,7 @@ fn serve(args: &Args) -> anyhow::Result<()> {
 /// Refuses a second gcd on one run folder.
 fn only_one(args: &Args) -> anyhow::Result<File> {
     let path = args.run.join("gcd.lock");
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)?;
+    let file = File::options().create(true).truncate(false).write(true).open(&path)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(_) => anyhow::bail!("another gcd serves {}", args.run.display()),
@@ -97,8 +84,7 @@ async fn listen(args: &Args, service: Arc<Service>) -> anyhow::Result<()> {
     let path = args.run.join("gcd.sock");
     // Ours: we hold the lock, so whoever left it is gone.
     std::fs::remove_file(&path).ok();
-    let listener =
-        UnixListener::bind(&path).with_context(|| format!("listen on {}", path.display()))?;
+    let listener = UnixListener::bind(&path).with_context(|| format!("listen on {}", path.display()))?;
     let mut term = signal(SignalKind::terminate())?;
     let mut int = signal(SignalKind::interrupt())?;
     tracing::info!(socket = %path.display(), "gcd: ready");

@@ -125,10 +125,7 @@ impl Forest {
     /// node that names it broken.
     #[must_use]
     pub fn new(nodes: impl IntoIterator<Item = Node>) -> Self {
-        let mut forest = Self {
-            nodes: nodes.into_iter().map(|n| (n.uuid, n)).collect(),
-            ..Self::default()
-        };
+        let mut forest = Self { nodes: nodes.into_iter().map(|n| (n.uuid, n)).collect(), ..Self::default() };
         let known: BTreeSet<Uuid> = forest.nodes.keys().copied().collect();
         for node in forest.nodes.values_mut() {
             let parents = match &node.link {
@@ -137,11 +134,7 @@ impl Forest {
                 Link::OneOf(parents) => parents,
             };
             for parent in parents {
-                forest
-                    .children
-                    .entry(*parent)
-                    .or_default()
-                    .insert(node.uuid);
+                forest.children.entry(*parent).or_default().insert(node.uuid);
             }
             if let Link::Child(parent) = &node.link
                 && !known.contains(parent)
@@ -157,11 +150,7 @@ impl Forest {
     /// The same without some nodes: what a deletion will leave.
     #[must_use]
     pub fn without(&self, gone: &[Uuid]) -> Self {
-        let nodes = self
-            .nodes
-            .values()
-            .filter(|node| !gone.contains(&node.uuid))
-            .cloned();
+        let nodes = self.nodes.values().filter(|node| !gone.contains(&node.uuid)).cloned();
         Self {
             leases: self.leases.clone(),
             claims: self.claims.clone(),
@@ -186,11 +175,7 @@ impl Forest {
                 at = parent;
             }
             // A cycle has no root; its smallest member stands for it.
-            let root = if cyclic.last() == Some(&start) {
-                seen.first().copied()
-            } else {
-                Some(at)
-            };
+            let root = if cyclic.last() == Some(&start) { seen.first().copied() } else { Some(at) };
             self.roots.insert(start, root.unwrap_or(at));
         }
         for uuid in cyclic {
@@ -213,11 +198,7 @@ impl Forest {
 
     /// Children, those of unreadable images that may be included.
     pub fn children(&self, uuid: Uuid) -> impl Iterator<Item = &Node> {
-        self.children
-            .get(&uuid)
-            .into_iter()
-            .flatten()
-            .filter_map(|child| self.nodes.get(child))
+        self.children.get(&uuid).into_iter().flatten().filter_map(|child| self.nodes.get(child))
     }
 
     /// The one child, if there is just one.
@@ -265,11 +246,7 @@ impl Forest {
     #[must_use]
     pub fn heights(&self) -> BTreeMap<Uuid, usize> {
         let mut longest: BTreeMap<Uuid, usize> = BTreeMap::new();
-        for leaf in self
-            .nodes
-            .keys()
-            .filter(|uuid| self.children(**uuid).next().is_none())
-        {
+        for leaf in self.nodes.keys().filter(|uuid| self.children(**uuid).next().is_none()) {
             let depth = self.depth(*leaf);
             for node in self.ancestry(*leaf) {
                 let entry = longest.entry(node.uuid).or_default();
@@ -292,9 +269,7 @@ impl Forest {
                 tainted.extend(parents.iter().map(|parent| self.root(*parent)));
             }
             for tree in tainted {
-                trees
-                    .entry(tree)
-                    .or_insert_with(|| (node.uuid, why.clone()));
+                trees.entry(tree).or_insert_with(|| (node.uuid, why.clone()));
             }
         }
         trees
@@ -304,13 +279,11 @@ impl Forest {
     /// merged or deleted anywhere (invariant 11).
     #[must_use]
     pub fn unknown_parents(&self) -> Option<(&Node, &str)> {
-        self.nodes
-            .values()
-            .find_map(|node| match (&node.link, &node.health) {
-                (Link::Unknown, Health::Broken(why)) => Some((node, why.as_str())),
-                (Link::Unknown, _) => Some((node, "its parent is not known")),
-                _ => None,
-            })
+        self.nodes.values().find_map(|node| match (&node.link, &node.health) {
+            (Link::Unknown, Health::Broken(why)) => Some((node, why.as_str())),
+            (Link::Unknown, _) => Some((node, "its parent is not known")),
+            _ => None,
+        })
     }
 
     /// The record that names a node.
@@ -321,9 +294,7 @@ impl Forest {
 
     /// Leases whose map includes a node.
     pub fn leases_on(&self, uuid: Uuid) -> impl Iterator<Item = &Lease> {
-        self.leases
-            .iter()
-            .filter(move |lease| lease.chain.contains(&uuid))
+        self.leases.iter().filter(move |lease| lease.chain.contains(&uuid))
     }
 }
 

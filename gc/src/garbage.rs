@@ -40,10 +40,7 @@ pub fn delete(repo: &Repo, watch: &dyn Watch, nodes: &[Uuid]) -> Result<Deleted>
     }
     let mut generations: BTreeMap<usize, Vec<Uuid>> = BTreeMap::new();
     for uuid in nodes {
-        generations
-            .entry(forest.depth(*uuid))
-            .or_default()
-            .push(*uuid);
+        generations.entry(forest.depth(*uuid)).or_default().push(*uuid);
     }
     for generation in generations.values().rev() {
         let before = done.gone.len();
@@ -60,10 +57,7 @@ pub fn delete(repo: &Repo, watch: &dyn Watch, nodes: &[Uuid]) -> Result<Deleted>
             }
         }
         if done.gone.len() > before {
-            io(
-                "delete garbage",
-                repo.volumes.sync("garbage: generation deleted"),
-            )?;
+            io("delete garbage", repo.volumes.sync("garbage: generation deleted"))?;
         }
     }
     for uuid in &done.gone {
@@ -79,9 +73,7 @@ fn is_garbage(forest: &Forest, uuid: Uuid, gone: &[Uuid]) -> bool {
     forest.node(uuid).is_some_and(|node| {
         node.role == Role::Hidden
             && !matches!(node.health, Health::Broken(_))
-            && forest
-                .children(uuid)
-                .all(|child| gone.contains(&child.uuid))
+            && forest.children(uuid).all(|child| gone.contains(&child.uuid))
             && forest.claim_on(uuid).is_none()
             && forest.leases_on(uuid).next().is_none()
     })

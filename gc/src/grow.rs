@@ -21,12 +21,7 @@ impl Job<'_> {
     /// old places; only then are they written over (invariant 6). A crash
     /// between leaves a sound image with a gap that whoever carries on must not
     /// use before it told the readers too; so the record stays till then.
-    pub(crate) fn grow(
-        &self,
-        image: &ImageRef,
-        name: &VolumeName,
-        virtual_bytes: u64,
-    ) -> Result<()> {
+    pub(crate) fn grow(&self, image: &ImageRef, name: &VolumeName, virtual_bytes: u64) -> Result<()> {
         if image::meta(self.repo, name)?.virtual_bytes() >= virtual_bytes {
             return Ok(());
         }
@@ -35,19 +30,26 @@ impl Job<'_> {
         let mut meta = Meta::read(volume.as_ref()).map_err(bad)?;
         if resize::needs_moving(&meta, virtual_bytes) {
             resize::make_room(volume.as_ref(), &mut meta, virtual_bytes).map_err(bad)?;
-            self.tell_readers(image)?;
+            self.tell_readers([image])?;
         }
         resize::grow(volume.as_ref(), &mut meta, virtual_bytes).map_err(bad)
     }
 
-    /// Has every reader of an image drop the map it has. Whoever takes a
-    /// lease from now on reads the new table.
-    pub(crate) fn tell_readers(&self, image: &ImageRef) -> Result<()> {
+    /// Has every reader of some images drop the map it has. Whoever takes a
+    /// lease from now on reads the new tables.
+    ///
+    /// # Errors
+    /// [`Stop::Unfinished`] if one cannot be told.
+    pub(crate) fn tell_readers<'i>(&self, images: impl IntoIterator<Item = &'i ImageRef>) -> Result<()> {
+        let images: Vec<&ImageRef> = images.into_iter().collect();
         let readers = {
             let _lock = self.lock()?;
             survey::leases(self.repo)?
         };
-        let on = |r: &&sm::lease::Lease| r.chain.iter().any(|link| link.footer == image.footer);
+        let on = |r: &&sm::lease::Lease| {
+            let mut chain = r.chain.iter();
+            chain.any(|link| images.iter().any(|image| image.footer == link.footer))
+        };
         for reader in readers.iter().filter(on) {
             let told = self.ask_to_refresh(reader.vdi);
             let why = match told {
@@ -55,10 +57,7 @@ impl Job<'_> {
                 Ok(false) => "cannot be told to".to_owned(),
                 Err(stop) => stop.to_string(),
             };
-            return Err(Stop::Unfinished(format!(
-                "{} must drop its map of {} first: {why}",
-                reader.vdi, image.volume
-            )));
+            return Err(Stop::Unfinished(format!("{} must drop the map it has: {why}", reader.vdi)));
         }
         Ok(())
     }

@@ -15,9 +15,7 @@
 
 use sm::Repo;
 use sm::host::Guard;
-use sm::journal::{
-    self, InnerIntent, Intent, JobState, LeafMergeIntent, LeafMergeState, RecordName,
-};
+use sm::journal::{self, InnerIntent, Intent, JobState, LeafMergeIntent, LeafMergeState, RecordName};
 use tapdisk_control::{ClientError, ImageRef};
 use uuid::Uuid;
 use vhd::storage::{VolumeName, Why};
@@ -96,15 +94,7 @@ impl<'a> Job<'a> {
         check(&forest, merge)?;
         let intent = record_of(&forest, merge, id)?;
         journal::put(repo.volumes.as_ref(), &intent, "merge: record intent")?;
-        Ok((
-            Self {
-                repo,
-                watch,
-                resumed: false,
-                _hold: hold,
-            },
-            intent,
-        ))
+        Ok((Self { repo, watch, resumed: false, _hold: hold }, intent))
     }
 
     /// Takes over a merge whose record stands. `None` when somebody alive
@@ -112,36 +102,18 @@ impl<'a> Job<'a> {
     ///
     /// # Errors
     /// I/O errors.
-    pub fn take_over(
-        repo: &'a Repo,
-        watch: &'a dyn Watch,
-        id: Uuid,
-    ) -> Result<Option<(Self, Intent)>> {
+    pub fn take_over(repo: &'a Repo, watch: &'a dyn Watch, id: Uuid) -> Result<Option<(Self, Intent)>> {
         let Some(hold) = io("hold the intent", repo.host.hold_intent(id))? else {
             return Ok(None);
         };
         // Read after the hold: what its last holder wrote is final now, and
         // durable before it is acted on.
-        io(
-            "sync the journal",
-            repo.volumes
-                .sync_records("merge: the record that was found"),
-        )?;
+        io("sync the journal", repo.volumes.sync_records("merge: the record that was found"))?;
         let found = journal::load(repo.volumes.as_ref())?
             .into_iter()
             .map(|stored| stored.intent)
             .find(|intent| intent.id() == id && !matches!(intent, Intent::Snapshot(_)));
-        Ok(found.map(|intent| {
-            (
-                Self {
-                    repo,
-                    watch,
-                    resumed: true,
-                    _hold: hold,
-                },
-                intent,
-            )
-        }))
+        Ok(found.map(|intent| (Self { repo, watch, resumed: true, _hold: hold }, intent)))
     }
 
     /// Does what is left of a merge, whatever state it is in.
@@ -165,10 +137,7 @@ impl<'a> Job<'a> {
 
     /// Clears the record.
     pub(crate) fn clear(&self, id: Uuid, why: Why) -> Result<()> {
-        let name = RecordName {
-            id,
-            state: journal::RecordState::Job,
-        };
+        let name = RecordName { id, state: journal::RecordState::Job };
         journal::remove(self.repo.volumes.as_ref(), name, why)?;
         Ok(())
     }
@@ -183,23 +152,16 @@ impl<'a> Job<'a> {
 /// # Errors
 /// [`Stop::Later`] with what stands against it.
 fn check(forest: &Forest, merge: &Merge) -> Result<()> {
-    let found = candidates(forest)
-        .into_iter()
-        .find(|(candidate, _)| candidate == merge);
+    let found = candidates(forest).into_iter().find(|(candidate, _)| candidate == merge);
     let Some((_, against)) = found else {
         return Err(Stop::Later("the tree has changed".into()));
     };
-    let unknown = forest
-        .unknown_parents()
-        .map(|(node, why)| format!("{} cannot be read: {why}", node.uuid));
+    let unknown = forest.unknown_parents().map(|(node, why)| format!("{} cannot be read: {why}", node.uuid));
     let broken = || {
         let (node, why) = forest.broken_trees().remove(&forest.root(merge.parent()))?;
         Some(format!("{node} is broken: {why}"))
     };
-    match unknown
-        .or_else(broken)
-        .or(against.map(|reason| reason.to_string()))
-    {
+    match unknown.or_else(broken).or(against.map(|reason| reason.to_string())) {
         Some(reason) => Err(Stop::Later(reason)),
         None => Ok(()),
     }
@@ -207,19 +169,13 @@ fn check(forest: &Forest, merge: &Merge) -> Result<()> {
 
 fn record_of(forest: &Forest, merge: &Merge, id: Uuid) -> Result<Intent> {
     let image = |uuid: Uuid| match forest.node(uuid) {
-        Some(node) => Ok(ImageRef {
-            volume: VolumeName::vhd(uuid).as_str().to_owned(),
-            footer: node.footer,
-        }),
+        Some(node) => Ok(ImageRef { volume: VolumeName::vhd(uuid).as_str().to_owned(), footer: node.footer }),
         None => Err(Stop::Later("the tree has changed".into())),
     };
     Ok(match merge {
         Merge::Inner { sources, parent } => Intent::Inner(InnerIntent {
             id,
-            nodes: sources
-                .iter()
-                .map(|uuid| image(*uuid))
-                .collect::<Result<_>>()?,
+            nodes: sources.iter().map(|uuid| image(*uuid)).collect::<Result<_>>()?,
             parent: image(*parent)?,
             state: JobState::Copying,
         }),

@@ -75,33 +75,20 @@ impl Job<'_> {
     fn merger(&self, intent: &LeafMergeIntent) -> Result<Box<dyn LeafMerger + '_>> {
         let tap = io("reach a tapdisk", self.repo.host.tap(intent.vdi))?;
         Ok(match tap {
-            Some(tap) => Box::new(Live {
-                job: self,
-                intent: intent.clone(),
-                tap,
-                parent_before: None,
-            }),
-            None => Box::new(Offline {
-                job: self,
-                intent: intent.clone(),
-            }),
+            Some(tap) => Box::new(Live { job: self, intent: intent.clone(), tap, parent_before: None }),
+            None => Box::new(Offline { job: self, intent: intent.clone() }),
         })
     }
 
     /// Step 3.
     fn record_commit(&self, intent: &mut LeafMergeIntent) -> Result<()> {
         let _lock = self.lock()?;
-        let stands = journal::load(self.repo.volumes.as_ref())?
-            .iter()
-            .any(|s| s.intent.id() == intent.id);
+        let stands = journal::load(self.repo.volumes.as_ref())?.iter().any(|s| s.intent.id() == intent.id);
         if !stands {
             return Err(Stop::Later("another operation stopped it".into()));
         }
         intent.state = LeafMergeState::Committing;
-        self.put(
-            &Intent::LeafMerge(intent.clone()),
-            "leaf merge: record commit",
-        )
+        self.put(&Intent::LeafMerge(intent.clone()), "leaf merge: record commit")
     }
 
     /// Whether the name of the leaf leads to its former parent already.
@@ -112,9 +99,7 @@ impl Job<'_> {
 }
 
 fn survey_has(job: &Job<'_>, vdi: Uuid) -> Result<bool> {
-    Ok(crate::survey::leases(job.repo)?
-        .iter()
-        .any(|lease| lease.vdi == vdi))
+    Ok(crate::survey::leases(job.repo)?.iter().any(|lease| lease.vdi == vdi))
 }
 
 /// The leaf's tapdisk does it; we watch.
@@ -129,9 +114,7 @@ struct Live<'a> {
 impl Live<'_> {
     fn call(&mut self, request: Request) -> Result<Reply> {
         let vdi = self.intent.vdi;
-        self.tap
-            .call(request)
-            .map_err(|source| Stop::Tap { vdi, source })
+        self.tap.call(request).map_err(|source| Stop::Tap { vdi, source })
     }
 
     fn status(&mut self) -> Result<MergeStatus> {
@@ -139,10 +122,7 @@ impl Live<'_> {
             Reply::Merge(status) => Ok(status),
             other => {
                 let source = ClientError::Io(std::io::Error::other(format!("answered {other:?}")));
-                Err(Stop::Tap {
-                    vdi: self.intent.vdi,
-                    source,
-                })
+                Err(Stop::Tap { vdi: self.intent.vdi, source })
             }
         }
     }
@@ -167,18 +147,9 @@ impl Live<'_> {
     fn note(&self, before: &MergeStatus, now: &MergeStatus) {
         let watch = self.job.watch;
         let cloned = now.bytes_cloned.saturating_sub(before.bytes_cloned);
-        let copied = now
-            .bytes_copied
-            .saturating_sub(before.bytes_copied)
-            .saturating_sub(cloned);
-        watch.note(Event::Copied {
-            bytes: copied,
-            cloned: false,
-        });
-        watch.note(Event::Copied {
-            bytes: cloned,
-            cloned: true,
-        });
+        let copied = now.bytes_copied.saturating_sub(before.bytes_copied).saturating_sub(cloned);
+        watch.note(Event::Copied { bytes: copied, cloned: false });
+        watch.note(Event::Copied { bytes: cloned, cloned: true });
     }
 }
 
@@ -204,18 +175,14 @@ impl LeafMerger for Live<'_> {
             if now.blocks_total > last.blocks_total {
                 let more = (now.blocks_total - last.blocks_total) * BLOCK_BYTES;
                 self.job.watch.note(Event::Total(more));
-                self.job
-                    .watch
-                    .note(Event::Peak(more.min(limits::LIVE_WINDOW_BYTES)));
+                self.job.watch.note(Event::Peak(more.min(limits::LIVE_WINDOW_BYTES)));
             }
             if now.blocks_done != last.blocks_done || now.phase != last.phase {
                 moved_at = self.job.watch.now();
             }
             match now.phase {
                 MergePhase::Empty => {
-                    self.job
-                        .watch
-                        .note(Event::Freed(now.blocks_total * BLOCK_BYTES));
+                    self.job.watch.note(Event::Freed(now.blocks_total * BLOCK_BYTES));
                     return Ok(());
                 }
                 MergePhase::Starting | MergePhase::Moving => {}
@@ -223,21 +190,13 @@ impl LeafMerger for Live<'_> {
                     return Err(Stop::Later("another operation stopped it".into()));
                 }
                 MergePhase::Failed => {
-                    let what = now
-                        .error
-                        .unwrap_or_else(|| "its tapdisk gives no reason".into());
+                    let what = now.error.unwrap_or_else(|| "its tapdisk gives no reason".into());
                     let source = ClientError::Refused(Refusal::Failed { detail: what });
-                    return Err(Stop::Tap {
-                        vdi: self.intent.vdi,
-                        source,
-                    });
+                    return Err(Stop::Tap { vdi: self.intent.vdi, source });
                 }
             }
             if self.job.watch.now().saturating_sub(moved_at) >= limits::STALL_MAX {
-                return Err(Stop::Later(format!(
-                    "nothing moved for {} s",
-                    limits::STALL_MAX.as_secs()
-                )));
+                return Err(Stop::Later(format!("nothing moved for {} s", limits::STALL_MAX.as_secs())));
             }
             last = now;
             self.job.watch.sleep(limits::STATUS_POLL)?;
@@ -253,9 +212,7 @@ impl LeafMerger for Live<'_> {
             let (leaf, parent) = (self.intent.leaf.clone(), self.intent.parent.clone());
             self.call(Request::MergeCommit { leaf, parent })?;
         }
-        if let (Some(before), Ok(Reply::Stats(stats))) =
-            (self.parent_before, self.call(Request::Stats))
-        {
+        if let (Some(before), Ok(Reply::Stats(stats))) = (self.parent_before, self.call(Request::Stats)) {
             let gained = (stats.leaf_blocks * BLOCK_BYTES).saturating_sub(before);
             // The room was paid for window by window as the leaf shrank.
             self.job.watch.note(Event::Gained(gained));
@@ -276,8 +233,7 @@ impl LeafMerger for Offline<'_> {
         let leaf = self.job.volume(&self.intent.leaf)?;
         let parent = self.job.volume(&self.intent.parent)?;
         // The leaf's lock first: with it nobody can attach the disk.
-        let open =
-            |name| Writer::open(repo.volumes.as_ref(), name, repo.host.records()).map_err(format);
+        let open = |name| Writer::open(repo.volumes.as_ref(), name, repo.host.records()).map_err(format);
         let emptied = vec![open(&leaf)?];
         settle_if_needed(repo, &parent)?;
         let size = image::meta(repo, &leaf)?.virtual_bytes();
@@ -289,6 +245,8 @@ impl LeafMerger for Offline<'_> {
             sources,
             parent: open(&parent)?,
             emptied,
+            // Nobody reads a leaf that we hold the lock of.
+            tell_readers: &|| Ok(()),
         };
         let ran = copying.run();
         copying.settle()?;
@@ -312,20 +270,12 @@ impl LeafMerger for Offline<'_> {
             settle_if_needed(repo, &leaf)?;
             settle_if_needed(repo, &parent)?;
             if image::allocated_bytes(repo, &leaf)? != 0 {
-                return Err(Stop::Later(format!(
-                    "{leaf} is being committed but is not empty"
-                )));
+                return Err(Stop::Later(format!("{leaf} is being committed but is not empty")));
             }
             image::set_hidden(repo, &parent, false)?;
             io("take the leaf's name", repo.volumes.replace(&parent, &leaf))?;
         }
-        io(
-            "take the leaf's name",
-            repo.volumes.sync("leaf merge: name"),
-        )?;
-        io(
-            "pending record",
-            repo.host.records().remove(self.intent.leaf.footer),
-        )
+        io("take the leaf's name", repo.volumes.sync("leaf merge: name"))?;
+        io("pending record", repo.host.records().remove(self.intent.leaf.footer))
     }
 }

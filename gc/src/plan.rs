@@ -120,16 +120,10 @@ pub fn plan(view: &View<'_>) -> Plan {
     let unknown = view.forest.unknown_parents();
     let blocked = |forest: &Forest, uuid: Uuid| {
         if let Some((node, why)) = unknown {
-            return Some(Reason::UnknownParents {
-                node: node.uuid,
-                why: why.to_owned(),
-            });
+            return Some(Reason::UnknownParents { node: node.uuid, why: why.to_owned() });
         }
         let (node, why) = broken.get(&forest.root(uuid))?;
-        Some(Reason::BrokenTree {
-            node: *node,
-            why: why.clone(),
-        })
+        Some(Reason::BrokenTree { node: *node, why: why.clone() })
     };
     let mut slots = Slots::new(view);
     resume(view, &blocked, &mut slots, &mut plan);
@@ -154,9 +148,11 @@ fn forget_worked_on(view: &View<'_>, plan: &mut Plan) {
             Choice::Delete { .. } | Choice::Begin { .. } => None,
         })
         .collect();
-    let ours = view.forest.claims.iter().filter(|claim| {
-        claim.merge && (view.running.contains(&claim.id) || resumed.contains(&claim.id))
-    });
+    let ours = view
+        .forest
+        .claims
+        .iter()
+        .filter(|claim| claim.merge && (view.running.contains(&claim.id) || resumed.contains(&claim.id)));
     for node in ours.flat_map(|claim| &claim.nodes) {
         plan.waits.remove(node);
     }
@@ -174,15 +170,9 @@ struct Slots {
 
 impl Slots {
     fn new(view: &View<'_>) -> Self {
-        let mut slots = Self {
-            busy: BTreeSet::new(),
-            used: 0,
-            parallel: view.settings.parallel,
-        };
+        let mut slots = Self { busy: BTreeSet::new(), used: 0, parallel: view.settings.parallel };
         for claim in view.forest.claims.iter().filter(|claim| claim.merge) {
-            slots
-                .busy
-                .extend(claim.nodes.iter().map(|node| view.forest.root(*node)));
+            slots.busy.extend(claim.nodes.iter().map(|node| view.forest.root(*node)));
             slots.used += usize::from(view.running.contains(&claim.id));
         }
         slots
@@ -203,32 +193,20 @@ fn resume(view: &View<'_>, blocked: &Blocked<'_>, slots: &mut Slots, plan: &mut 
             continue;
         }
         let held = view.holds.get(&claim.id).cloned();
-        let against = claim
-            .nodes
-            .iter()
-            .find_map(|node| blocked(view.forest, *node))
-            .or(held);
+        let against = claim.nodes.iter().find_map(|node| blocked(view.forest, *node)).or(held);
         match against.map_or_else(|| slots.take(), Err) {
             Ok(()) => plan.choices.push(Choice::Resume { intent: claim.id }),
             Err(reason) => {
                 // The record names the parent last; it is not what waits.
-                let sources = claim
-                    .nodes
-                    .split_last()
-                    .map_or(&[][..], |(_, sources)| sources);
-                plan.waits
-                    .extend(sources.iter().map(|node| (*node, reason.clone())));
+                let sources = claim.nodes.split_last().map_or(&[][..], |(_, sources)| sources);
+                plan.waits.extend(sources.iter().map(|node| (*node, reason.clone())));
             }
         }
     }
 }
 
 /// Hidden nodes nobody needs, to a fixed point, children first.
-fn garbage(
-    forest: &Forest,
-    blocked: &Blocked<'_>,
-    waits: &mut BTreeMap<Uuid, Reason>,
-) -> Vec<Uuid> {
+fn garbage(forest: &Forest, blocked: &Blocked<'_>, waits: &mut BTreeMap<Uuid, Reason>) -> Vec<Uuid> {
     let mut gone: BTreeSet<Uuid> = BTreeSet::new();
     let mut order = Vec::new();
     let childless = |node: &Node, gone: &BTreeSet<Uuid>| {
@@ -239,18 +217,8 @@ fn garbage(
         let Some(node) = forest.node(uuid).filter(|n| childless(n, &gone)) else {
             continue;
         };
-        let claimed = || {
-            forest.claim_on(uuid).map(|claim| Reason::Claimed {
-                node: uuid,
-                id: claim.id,
-            })
-        };
-        let read = || {
-            forest.leases_on(uuid).next().map(|l| Reason::Read {
-                node: uuid,
-                vdi: l.vdi,
-            })
-        };
+        let claimed = || forest.claim_on(uuid).map(|claim| Reason::Claimed { node: uuid, id: claim.id });
+        let read = || forest.leases_on(uuid).next().map(|l| Reason::Read { node: uuid, vdi: l.vdi });
         match blocked(forest, uuid).or_else(claimed).or_else(read) {
             Some(reason) => {
                 waits.entry(uuid).or_insert(reason);
@@ -275,13 +243,7 @@ struct Ready {
     height: usize,
 }
 
-fn begin(
-    view: &View<'_>,
-    forest: &Forest,
-    blocked: &Blocked<'_>,
-    slots: &mut Slots,
-    plan: &mut Plan,
-) {
+fn begin(view: &View<'_>, forest: &Forest, blocked: &Blocked<'_>, slots: &mut Slots, plan: &mut Plan) {
     let heights = forest.heights();
     let mut ready = Vec::new();
     for (merge, against) in candidates(forest) {
@@ -295,42 +257,45 @@ fn begin(
         match outcome {
             Ok((mode, cost)) => {
                 let height = heights.get(&merge.node()).copied().unwrap_or_default();
-                ready.push(Ready {
-                    merge,
-                    mode,
-                    cost,
-                    tree,
-                    height,
-                });
+                ready.push(Ready { merge, mode, cost, tree, height });
             }
             Err(reason) => wait(plan, &merge, &reason),
         }
     }
     ready.sort_by(|a, b| {
         let unfocused = |ready: &Ready| !view.focus.contains(&ready.tree);
-        unfocused(a)
-            .cmp(&unfocused(b))
-            .then_with(|| order(a, b, view.settings.chain_max))
+        unfocused(a).cmp(&unfocused(b)).then_with(|| order(a, b, view.settings.chain_max))
     });
-    for Ready {
-        merge,
-        mode,
-        cost,
-        tree,
-        ..
-    } in ready
-    {
-        if slots.busy.contains(&tree) {
-            wait(plan, &merge, &Reason::TreeBusy);
-            continue;
-        }
-        match slots.take() {
+    // Two merges must not both count on the same room.
+    let mut spoken_for = 0_u64;
+    for Ready { merge, mode, cost, tree, .. } in ready {
+        let room = room(mode, &cost, view.settings);
+        let left = forest.free_bytes.saturating_sub(spoken_for);
+        let free = if slots.busy.contains(&tree) {
+            Err(Reason::TreeBusy)
+        } else if spoken_for > 0 && room > left {
+            let needed = room;
+            Err(Reason::NoSpace { needed, free: left })
+        } else {
+            slots.take()
+        };
+        match free {
             Ok(()) => {
                 slots.busy.insert(tree);
+                spoken_for = spoken_for.saturating_add(room);
                 plan.choices.push(Choice::Begin { merge, mode, cost });
             }
             Err(reason) => wait(plan, &merge, &reason),
         }
+    }
+}
+
+/// Bytes a merge needs at its peak.
+fn room(mode: Mode, cost: &Cost, settings: Settings) -> u64 {
+    match mode {
+        Mode::Shadow if cost.gained_max == 0 => 0,
+        Mode::Shadow => cost.gained_max.saturating_add(settings.reserve_bytes),
+        Mode::Empty => cost.gained_max.min(settings.slice_bytes),
     }
 }
 
@@ -346,10 +311,7 @@ fn weigh(view: &View<'_>, forest: &Forest, merge: &Merge) -> Result<(Mode, Cost)
     let free = forest.free_bytes;
     let slice = view.settings.slice_bytes.min(cost.gained_max);
     if slice > free {
-        return Err(Reason::NoSpace {
-            needed: slice,
-            free,
-        });
+        return Err(Reason::NoSpace { needed: slice, free });
     }
     if matches!(merge, Merge::Leaf { .. }) {
         return Ok((Mode::Empty, cost));
@@ -359,18 +321,9 @@ fn weigh(view: &View<'_>, forest: &Forest, merge: &Merge) -> Result<(Mode, Cost)
     }
     // In slices every reader must drop its old map before a slice's space is
     // given back, and a copy under way cannot.
-    let copies = merge
-        .sources()
-        .iter()
-        .flat_map(|node| forest.leases_on(*node).map(move |l| (node, l)));
-    match copies
-        .into_iter()
-        .find(|(_, lease)| lease.usage == Use::Copies)
-    {
-        Some((node, lease)) => Err(Reason::Read {
-            node: *node,
-            vdi: lease.vdi,
-        }),
+    let copies = merge.sources().iter().flat_map(|node| forest.leases_on(*node).map(move |l| (node, l)));
+    match copies.into_iter().find(|(_, lease)| lease.usage == Use::Copies) {
+        Some((node, lease)) => Err(Reason::Read { node: *node, vdi: lease.vdi }),
         None => Ok((Mode::Empty, cost)),
     }
 }
@@ -378,13 +331,10 @@ fn weigh(view: &View<'_>, forest: &Forest, merge: &Merge) -> Result<(Mode, Cost)
 /// Which of two merges goes first.
 fn order(a: &Ready, b: &Ready, chain_max: usize) -> Ordering {
     let urgent = |ready: &Ready| {
-        (ready.height + limits::NEAR_LIMIT >= chain_max)
-            .then_some(ready.height)
-            .unwrap_or_default()
+        if ready.height + limits::NEAR_LIMIT >= chain_max { ready.height } else { 0 }
     };
     // freed / copied, compared without dividing.
-    let worth =
-        |x: &Ready, y: &Ready| u128::from(x.cost.freed + 1) * u128::from(y.cost.copy_max + 1);
+    let worth = |x: &Ready, y: &Ready| u128::from(x.cost.freed + 1) * u128::from(y.cost.copy_max + 1);
     Reverse(urgent(a))
         .cmp(&Reverse(urgent(b)))
         .then_with(|| worth(b, a).cmp(&worth(a, b)))

@@ -18,11 +18,7 @@ fn random_nodes(random: &mut Random) -> Vec<Node> {
     let mut nodes: Vec<Node> = Vec::new();
     for n in 1..=u128::from(1 + random.below(30)) {
         let parent = u128::from(random.below(n as u64));
-        nodes.push(if random.below(3) == 0 {
-            leaf(n, parent)
-        } else {
-            hidden(n, parent)
-        });
+        nodes.push(if random.below(3) == 0 { leaf(n, parent) } else { hidden(n, parent) });
     }
     // Whoever has children is hidden.
     let parents: BTreeSet<Link> = nodes.iter().map(|node| node.link.clone()).collect();
@@ -41,31 +37,19 @@ fn apply(forest: &Forest, plan: &Plan) -> Forest {
             Choice::Resume { .. } => panic!("there are no records"),
             Choice::Delete { nodes: gone } => {
                 for uuid in gone {
-                    assert!(
-                        nodes.values().all(|n| n.link != Link::Child(*uuid)),
-                        "a child is left"
-                    );
+                    assert!(nodes.values().all(|n| n.link != Link::Child(*uuid)), "a child is left");
                     assert_eq!(nodes.remove(uuid).unwrap().role, Role::Hidden);
                 }
             }
-            Choice::Begin {
-                merge: Merge::Inner { sources, parent },
-                ..
-            } => {
-                for node in nodes
-                    .values_mut()
-                    .filter(|n| n.link == Link::Child(sources[0]))
-                {
+            Choice::Begin { merge: Merge::Inner { sources, parent }, .. } => {
+                for node in nodes.values_mut().filter(|n| n.link == Link::Child(sources[0])) {
                     node.link = Link::Child(*parent);
                 }
                 for source in sources {
                     assert_eq!(nodes.remove(source).unwrap().role, Role::Hidden);
                 }
             }
-            Choice::Begin {
-                merge: Merge::Leaf { vdi, parent, .. },
-                ..
-            } => {
+            Choice::Begin { merge: Merge::Leaf { vdi, parent, .. }, .. } => {
                 let base = nodes.remove(parent).unwrap();
                 assert_eq!(base.role, Role::Hidden);
                 nodes.get_mut(vdi).unwrap().link = base.link;
@@ -84,17 +68,11 @@ fn collecting_any_forest_ends_at_the_minimal_one() {
         let mut random = Random(0x9E37_79B9_7F4A_7C15 ^ (seed << 20));
         let mut forest = forest(random_nodes(&mut random));
         let visible = |f: &Forest| -> Vec<Uuid> {
-            f.nodes()
-                .filter(|n| n.role == Role::Visible)
-                .map(|n| n.uuid)
-                .collect()
+            f.nodes().filter(|n| n.role == Role::Visible).map(|n| n.uuid).collect()
         };
         let before = visible(&forest);
         let limit = forest.nodes().count() + 1;
-        let settings = Settings {
-            parallel: 1 + random.below(3) as usize,
-            ..Settings::default()
-        };
+        let settings = Settings { parallel: 1 + random.below(3) as usize, ..Settings::default() };
         let mut rounds = 0;
         loop {
             let plan = planned_with(&forest, settings, &Holds::new(), &|_| Ok(COST));
@@ -108,10 +86,7 @@ fn collecting_any_forest_ends_at_the_minimal_one() {
         }
         assert_eq!(visible(&forest), before, "seed {seed}");
         for node in forest.nodes().filter(|node| node.role == Role::Hidden) {
-            assert!(
-                forest.children(node.uuid).count() > 1,
-                "seed {seed}: {node:?} is not needed"
-            );
+            assert!(forest.children(node.uuid).count() > 1, "seed {seed}: {node:?} is not needed");
         }
     }
 }
@@ -131,18 +106,12 @@ fn whatever_is_left_has_a_reason() {
             }
         }
         let mut forest = forest(nodes);
-        let chains: Vec<Vec<Uuid>> = forest
-            .nodes()
-            .map(|n| forest.ancestry(n.uuid).map(|n| n.uuid).collect())
-            .collect();
+        let chains: Vec<Vec<Uuid>> =
+            forest.nodes().map(|n| forest.ancestry(n.uuid).map(|n| n.uuid).collect()).collect();
         for chain in chains {
             if random.below(6) == 0 {
                 let usage = [Use::Writes, Use::Reads, Use::Copies][random.below(3) as usize];
-                forest.leases.push(Lease {
-                    vdi: chain[0],
-                    chain,
-                    usage,
-                });
+                forest.leases.push(Lease { vdi: chain[0], chain, usage });
             }
         }
         let kept = forest.leases.iter().filter(|lease| {
@@ -178,13 +147,11 @@ fn whatever_is_left_has_a_reason() {
                 0 => {
                     waits(node.uuid)
                         || working.iter().any(|w| {
-                            forest.parent(forest.node(*w).unwrap()).map(|p| p.uuid)
-                                == Some(node.uuid)
+                            forest.parent(forest.node(*w).unwrap()).map(|p| p.uuid) == Some(node.uuid)
                         })
                 }
                 1 => {
-                    rest.only_child(node.uuid)
-                        .is_some_and(|child| waits(child.uuid))
+                    rest.only_child(node.uuid).is_some_and(|child| waits(child.uuid))
                         || forest.children(node.uuid).count() > 1
                 }
                 _ => true,

@@ -11,11 +11,7 @@ fn node(n: u128, parent: u128, role: Role) -> Node {
     Node {
         uuid: id(n),
         footer: id(n + 1_000_000),
-        link: if parent == 0 {
-            Link::Root
-        } else {
-            Link::Child(id(parent))
-        },
+        link: if parent == 0 { Link::Root } else { Link::Child(id(parent)) },
         role,
         format: Format::Sparse,
         health: Health::Settled,
@@ -38,18 +34,10 @@ fn forest(nodes: Vec<Node>) -> Forest {
 }
 
 fn lease(chain: &[u128], usage: Use) -> Lease {
-    Lease {
-        vdi: id(chain[0]),
-        chain: chain.iter().map(|n| id(*n)).collect(),
-        usage,
-    }
+    Lease { vdi: id(chain[0]), chain: chain.iter().map(|n| id(*n)).collect(), usage }
 }
 
-const COST: Cost = Cost {
-    copy_max: 100 << 20,
-    freed: 10 << 20,
-    gained_max: 90 << 20,
-};
+const COST: Cost = Cost { copy_max: 100 << 20, freed: 10 << 20, gained_max: 90 << 20 };
 
 fn planned(forest: &Forest) -> Plan {
     planned_with(forest, Settings::default(), &Holds::new(), &|_| Ok(COST))
@@ -61,21 +49,11 @@ fn planned_with(
     holds: &Holds,
     cost: &dyn Fn(&Merge) -> Result<Cost, String>,
 ) -> Plan {
-    plan(&View {
-        forest,
-        settings,
-        running: &BTreeSet::new(),
-        holds,
-        focus: &BTreeSet::new(),
-        cost,
-    })
+    plan(&View { forest, settings, running: &BTreeSet::new(), holds, focus: &BTreeSet::new(), cost })
 }
 
 fn inner(sources: &[u128], parent: u128) -> Merge {
-    Merge::Inner {
-        sources: sources.iter().map(|n| id(*n)).collect(),
-        parent: id(parent),
-    }
+    Merge::Inner { sources: sources.iter().map(|n| id(*n)).collect(), parent: id(parent) }
 }
 
 fn merges(plan: &Plan) -> Vec<Merge> {
@@ -90,35 +68,18 @@ fn merges(plan: &Plan) -> Vec<Merge> {
 
 #[test]
 fn nothing_to_do_in_a_minimal_tree() {
-    let plan = planned(&forest(vec![
-        hidden(1, 0),
-        leaf(2, 1),
-        leaf(3, 1),
-        leaf(4, 0),
-    ]));
+    let plan = planned(&forest(vec![hidden(1, 0), leaf(2, 1), leaf(3, 1), leaf(4, 0)]));
     assert_eq!(plan, Plan::default());
 }
 
 #[test]
 fn garbage_goes_to_a_fixed_point_children_first_and_frees_what_it_leaves() {
     // 1 - 2 - 3 (all garbage above 2's leaf 9) and 1 - 4 - 5.
-    let plan = planned(&forest(vec![
-        hidden(1, 0),
-        leaf(9, 1),
-        hidden(4, 1),
-        hidden(5, 4),
-        hidden(6, 4),
-    ]));
-    let Some(Choice::Delete { nodes }) = plan.choices.first() else {
-        panic!("{plan:?}")
-    };
+    let plan = planned(&forest(vec![hidden(1, 0), leaf(9, 1), hidden(4, 1), hidden(5, 4), hidden(6, 4)]));
+    let Some(Choice::Delete { nodes }) = plan.choices.first() else { panic!("{plan:?}") };
     assert_eq!(nodes.last(), Some(&id(4)));
     assert_eq!(nodes.len(), 3);
-    let leaf = Merge::Leaf {
-        vdi: id(9),
-        parent: id(1),
-        attached: false,
-    };
+    let leaf = Merge::Leaf { vdi: id(9), parent: id(1), attached: false };
     assert_eq!(merges(&plan), [leaf], "in the same pass");
 }
 
@@ -128,27 +89,11 @@ fn garbage_that_is_read_or_named_stays_with_its_reason() {
     read.leases.push(lease(&[2, 1], Use::Copies));
     let plan = planned(&read);
     assert!(plan.choices.is_empty());
-    assert_eq!(
-        plan.waits[&id(2)],
-        Reason::Read {
-            node: id(2),
-            vdi: id(2)
-        }
-    );
+    assert_eq!(plan.waits[&id(2)], Reason::Read { node: id(2), vdi: id(2) });
 
     let mut named = forest(vec![hidden(1, 0)]);
-    named.claims.push(Claim {
-        id: id(77),
-        nodes: vec![id(1)],
-        merge: false,
-    });
-    assert_eq!(
-        planned(&named).waits[&id(1)],
-        Reason::Claimed {
-            node: id(1),
-            id: id(77)
-        }
-    );
+    named.claims.push(Claim { id: id(77), nodes: vec![id(1)], merge: false });
+    assert_eq!(planned(&named).waits[&id(1)], Reason::Claimed { node: id(1), id: id(77) });
 }
 
 #[test]
@@ -158,27 +103,13 @@ fn adjacent_candidates_join_and_the_leaf_waits_for_them() {
     assert_eq!(merges(&plan), [inner(&[3, 2], 1)]);
     assert_eq!(plan.waits[&id(4)], Reason::ParentFirst { parent: id(3) });
 
-    let forked = vec![
-        hidden(1, 0),
-        hidden(2, 1),
-        leaf(4, 2),
-        hidden(3, 2),
-        leaf(5, 3),
-        leaf(6, 3),
-    ];
+    let forked = vec![hidden(1, 0), hidden(2, 1), leaf(4, 2), hidden(3, 2), leaf(5, 3), leaf(6, 3)];
     assert_eq!(merges(&planned(&forest(forked))), [inner(&[2], 1)]);
 }
 
 #[test]
 fn an_unsettled_node_cuts_the_run() {
-    let mut nodes = vec![
-        hidden(1, 0),
-        hidden(2, 1),
-        hidden(3, 2),
-        hidden(4, 3),
-        leaf(5, 4),
-        leaf(6, 4),
-    ];
+    let mut nodes = vec![hidden(1, 0), hidden(2, 1), hidden(3, 2), hidden(4, 3), leaf(5, 4), leaf(6, 4)];
     nodes[2].health = Health::Unsettled;
     let plan = planned(&forest(nodes));
     assert_eq!(merges(&plan), [inner(&[2], 1)]);
@@ -198,22 +129,10 @@ fn what_stands_against_a_pair() {
     let into = Reason::ParentTakesNothing { parent: id(1) };
     assert_eq!(reason(&|n| n[0].format = Format::Raw), Some(into.clone()));
     assert_eq!(reason(&|n| n[0].format = Format::Fixed), Some(into));
-    assert_eq!(
-        reason(&|n| n[1].format = Format::OtherBlocks),
-        Some(Reason::OtherBlocks { node: id(2) })
-    );
-    assert_eq!(
-        reason(&|n| n[0].virtual_bytes *= 2),
-        Some(Reason::SmallerThanParent { parent: id(1) })
-    );
-    let broken = Reason::BrokenTree {
-        node: id(4),
-        why: "torn".into(),
-    };
-    assert_eq!(
-        reason(&|n| n[3].health = Health::Broken("torn".into())),
-        Some(broken)
-    );
+    assert_eq!(reason(&|n| n[1].format = Format::OtherBlocks), Some(Reason::OtherBlocks { node: id(2) }));
+    assert_eq!(reason(&|n| n[0].virtual_bytes *= 2), Some(Reason::SmallerThanParent { parent: id(1) }));
+    let broken = Reason::BrokenTree { node: id(4), why: "torn".into() };
+    assert_eq!(reason(&|n| n[3].health = Health::Broken("torn".into())), Some(broken));
     // Grandparent 9 is larger than 1, and 2 would make 1 grow.
     let uncovers = reason(&|n| {
         n.push(hidden(9, 0));
@@ -222,13 +141,7 @@ fn what_stands_against_a_pair() {
         n[1].virtual_bytes = 3 << 30;
         n[4].virtual_bytes = 2 << 30;
     });
-    assert_eq!(
-        uncovers,
-        Some(Reason::Uncovers {
-            parent: id(1),
-            ancestor: id(9)
-        })
-    );
+    assert_eq!(uncovers, Some(Reason::Uncovers { parent: id(1), ancestor: id(9) }));
 }
 
 #[test]
@@ -237,57 +150,25 @@ fn leases_count_as_children() {
     for (chain, usage, want) in [
         (&[3, 2, 1][..], Use::Writes, None),
         (&[3, 2, 1], Use::Copies, None),
-        (
-            &[2, 1],
-            Use::Copies,
-            Some(Reason::Read {
-                node: id(2),
-                vdi: id(2),
-            }),
-        ),
+        (&[2, 1], Use::Copies, Some(Reason::Read { node: id(2), vdi: id(2) })),
         // An old map, in which 3 lay on 1.
-        (
-            &[3, 1],
-            Use::Reads,
-            Some(Reason::Read {
-                node: id(1),
-                vdi: id(3),
-            }),
-        ),
+        (&[3, 1], Use::Reads, Some(Reason::Read { node: id(1), vdi: id(3) })),
     ] {
         let mut forest = forest(nodes());
         forest.leases.push(lease(chain, usage));
-        assert_eq!(
-            planned(&forest).waits.get(&id(2)),
-            want.as_ref(),
-            "{chain:?}"
-        );
+        assert_eq!(planned(&forest).waits.get(&id(2)), want.as_ref(), "{chain:?}");
     }
     for (usage, attached, want) in [
         (Use::Writes, true, None),
         (Use::Reads, false, Some(Reason::AttachedReadOnly)),
-        (
-            Use::Copies,
-            false,
-            Some(Reason::Read {
-                node: id(2),
-                vdi: id(2),
-            }),
-        ),
+        (Use::Copies, false, Some(Reason::Read { node: id(2), vdi: id(2) })),
     ] {
         let mut forest = forest(vec![hidden(1, 0), leaf(2, 1)]);
         forest.leases.push(lease(&[2, 1], usage));
         let plan = planned(&forest);
         assert_eq!(plan.waits.get(&id(2)), want.as_ref());
         if want.is_none() {
-            assert_eq!(
-                merges(&plan),
-                [Merge::Leaf {
-                    vdi: id(2),
-                    parent: id(1),
-                    attached
-                }]
-            );
+            assert_eq!(merges(&plan), [Merge::Leaf { vdi: id(2), parent: id(1), attached }]);
         }
     }
 }
@@ -302,37 +183,19 @@ fn one_broken_tree_holds_up_no_other() {
     });
     nodes.push(leaf(6, 99));
     let plan = planned(&forest(nodes.clone()));
-    assert_eq!(
-        merges(&plan),
-        [Merge::Leaf {
-            vdi: id(12),
-            parent: id(11),
-            attached: false
-        }]
-    );
+    assert_eq!(merges(&plan), [Merge::Leaf { vdi: id(12), parent: id(11), attached: false }]);
 
     // Unless nobody knows whose child it is.
     nodes[4].link = Link::Unknown;
     let plan = planned(&forest(nodes));
     assert_eq!(plan.choices, []);
-    let reason = Reason::UnknownParents {
-        node: id(5),
-        why: "bad footer".into(),
-    };
-    assert_eq!(
-        plan.waits,
-        BTreeMap::from([(id(2), reason.clone()), (id(12), reason)])
-    );
+    let reason = Reason::UnknownParents { node: id(5), why: "bad footer".into() };
+    assert_eq!(plan.waits, BTreeMap::from([(id(2), reason.clone()), (id(12), reason)]));
 }
 
 #[test]
 fn a_cycle_and_a_missing_parent_are_broken_trees() {
-    let plan = planned(&forest(vec![
-        hidden(1, 2),
-        hidden(2, 1),
-        hidden(3, 98),
-        leaf(4, 3),
-    ]));
+    let plan = planned(&forest(vec![hidden(1, 2), hidden(2, 1), hidden(3, 98), leaf(4, 3)]));
     assert_eq!(plan.choices, []);
     assert!(matches!(plan.waits[&id(4)], Reason::BrokenTree { .. }));
     assert!(plan.waits[&id(1)].to_string().contains("cycle"));
@@ -356,27 +219,12 @@ fn records_come_first_then_long_chains_then_worth() {
     }
     nodes.extend([leaf(425, 424), leaf(426, 424)]);
     let mut forest = forest(nodes);
-    forest.claims.push(Claim {
-        id: id(7),
-        nodes: vec![id(101), id(100)],
-        merge: true,
-    });
-    let cost = |merge: &Merge| {
-        Ok(Cost {
-            freed: if merge.parent() == id(300) { 20 } else { 10 },
-            ..COST
-        })
-    };
-    let all = Settings {
-        parallel: 4,
-        ..Settings::default()
-    };
+    forest.claims.push(Claim { id: id(7), nodes: vec![id(101), id(100)], merge: true });
+    let cost = |merge: &Merge| Ok(Cost { freed: if merge.parent() == id(300) { 20 } else { 10 }, ..COST });
+    let all = Settings { parallel: 4, ..Settings::default() };
     let plan = planned_with(&forest, all, &Holds::new(), &cost);
     assert_eq!(plan.choices[0], Choice::Resume { intent: id(7) });
-    assert_eq!(
-        merges(&plan),
-        [inner(&[401], 400), inner(&[301], 300), inner(&[201], 200)]
-    );
+    assert_eq!(merges(&plan), [inner(&[401], 400), inner(&[301], 300), inner(&[201], 200)]);
     assert!(plan.waits.is_empty());
 
     let two = Settings { parallel: 2, ..all };
@@ -398,37 +246,40 @@ fn space_decides_between_whole_slices_and_waiting() {
     assert_eq!(mode(&forest), Ok(Mode::Empty));
     forest.free_bytes = limits::SLICE_BYTES_MAX - 1;
     let needed = limits::SLICE_BYTES_MAX;
-    assert_eq!(
-        mode(&forest),
-        Err(Reason::NoSpace {
-            needed,
-            free: needed - 1
-        })
-    );
+    assert_eq!(mode(&forest), Err(Reason::NoSpace { needed, free: needed - 1 }));
     forest.free_bytes = limits::SLICE_BYTES_MAX;
     forest.leases.push(lease(&[3, 2, 1], Use::Copies));
-    assert_eq!(
-        mode(&forest),
-        Err(Reason::Read {
-            node: id(2),
-            vdi: id(3)
-        })
-    );
+    assert_eq!(mode(&forest), Err(Reason::Read { node: id(2), vdi: id(3) }));
+}
+
+#[test]
+fn two_merges_do_not_count_on_the_same_room() {
+    let mut forest = forest(vec![
+        hidden(1, 0),
+        hidden(2, 1),
+        leaf(3, 2),
+        leaf(4, 2),
+        hidden(11, 0),
+        hidden(12, 11),
+        leaf(13, 12),
+        leaf(14, 12),
+    ]);
+    let one = COST.gained_max + limits::RESERVE_BYTES;
+    forest.free_bytes = 2 * one - 1;
+    let plan = planned(&forest);
+    assert_eq!(merges(&plan), [inner(&[2], 1)]);
+    assert_eq!(plan.waits[&id(12)], Reason::NoSpace { needed: one, free: one - 1 });
+    forest.free_bytes += 1;
+    assert_eq!(merges(&planned(&forest)).len(), 2);
 }
 
 #[test]
 fn held_nodes_wait_with_their_reason() {
     let forest = forest(vec![hidden(1, 0), leaf(2, 1)]);
-    let reason = Reason::SetAside {
-        attempts: 6,
-        why: "EIO".into(),
-    };
+    let reason = Reason::SetAside { attempts: 6, why: "EIO".into() };
     let holds = Holds::from([(id(2), reason.clone())]);
     let plan = planned_with(&forest, Settings::default(), &holds, &|_| Ok(COST));
-    assert_eq!(
-        (plan.choices, plan.waits),
-        (vec![], BTreeMap::from([(id(2), reason)]))
-    );
+    assert_eq!((plan.choices, plan.waits), (vec![], BTreeMap::from([(id(2), reason)])));
 }
 
 #[path = "plan_random_tests.rs"]

@@ -53,6 +53,8 @@ pub struct Doing {
     pub aborted: bool,
     /// VDIs of its tree that somebody waits for.
     pub focus: Vec<Uuid>,
+    /// Bytes it may still gain on balance, as forecast.
+    pub room: u64,
 }
 
 /// What was done in the tree of a VDI that somebody waits for.
@@ -80,6 +82,7 @@ impl Doing {
             ledger: Ledger::default(),
             aborted: false,
             focus: Vec::new(),
+            room: 0,
         }
     }
 
@@ -207,10 +210,7 @@ impl State {
             }
             Intent::LeafMerge(leaf) => {
                 doing.kind = Kind::Leaf;
-                doing.nodes = [&leaf.leaf, &leaf.parent]
-                    .into_iter()
-                    .filter_map(uuid)
-                    .collect();
+                doing.nodes = [&leaf.leaf, &leaf.parent].into_iter().filter_map(uuid).collect();
             }
             Intent::Snapshot(_) => {}
         }
@@ -263,9 +263,7 @@ impl State {
             self.done.pop_front();
         }
         self.done.push_back(Done {
-            job: doing
-                .intent
-                .map_or_else(|| format!("{}-{key}", doing.began_ms), |id| id.to_string()),
+            job: doing.intent.map_or_else(|| format!("{}-{key}", doing.began_ms), |id| id.to_string()),
             vdi: doing.nodes.first().copied().unwrap_or_default(),
             kind: doing.kind,
             began_ms: doing.began_ms,
@@ -291,10 +289,7 @@ impl State {
         again: bool,
         now: Duration,
     ) {
-        self.roots = forest
-            .nodes()
-            .map(|node| (node.uuid, forest.root(node.uuid)))
-            .collect();
+        self.roots = forest.nodes().map(|node| (node.uuid, forest.root(node.uuid))).collect();
         // What only has to wait a little, and what a running merge or the
         // number of them holds up, is still to come.
         for (node, reason) in &waits {
@@ -335,10 +330,7 @@ impl State {
             Scope::Vdi(vdi) => {
                 let mut nodes = self.running.values().flat_map(|doing| &doing.nodes);
                 !nodes.any(|node| self.same_tree(*node, vdi))
-                    && self
-                        .roots
-                        .get(&vdi)
-                        .is_none_or(|root| !self.active.contains(root))
+                    && self.roots.get(&vdi).is_none_or(|root| !self.active.contains(root))
             }
         }
     }
@@ -346,16 +338,23 @@ impl State {
     /// Whether two nodes were in one tree in the last round.
     #[must_use]
     pub fn same_tree(&self, a: Uuid, b: Uuid) -> bool {
-        a == b
-            || self
-                .roots
-                .get(&a)
-                .is_some_and(|root| self.roots.get(&b) == Some(root))
+        a == b || self.roots.get(&a).is_some_and(|root| self.roots.get(&b) == Some(root))
     }
 
     pub(crate) fn focus_on(&mut self, vdi: Uuid) {
-        let focus = self.focus.entry(vdi).or_default();
+        let mut focus = self.focus.remove(&vdi).unwrap_or_default();
         focus.waiters += 1;
+        // What runs already is waited for too, so it counts.
+        let roots = &self.roots;
+        let root = roots.get(&vdi);
+        for doing in self.running.values_mut() {
+            let here = |node: &Uuid| *node == vdi || (root.is_some() && roots.get(node) == root);
+            if doing.nodes.iter().any(here) && !doing.focus.contains(&vdi) {
+                doing.focus.push(vdi);
+                focus.room.add(&doing.ledger);
+            }
+        }
+        self.focus.insert(vdi, focus);
     }
 
     /// What was done in the VDI's tree since the first of those who wait for
@@ -382,6 +381,12 @@ impl State {
         self.room = Ledger::default();
     }
 
+    /// Free space that merges under way will still take.
+    pub(crate) fn spoken_for(&self) -> u64 {
+        let left = |doing: &Doing| doing.room.saturating_sub(doing.ledger.gained);
+        self.running.values().map(left).sum()
+    }
+
     /// Sums since `before`.
     pub(crate) fn since(&self, before: &Report) -> Report {
         Report {
@@ -400,23 +405,11 @@ impl State {
     /// last merges reached, else a guess.
     #[must_use]
     pub fn expected_rate(&self) -> f64 {
-        let recent = self
-            .done
-            .iter()
-            .rev()
-            .filter(|done| done.bytes_copied > 0)
-            .take(10);
+        let recent = self.done.iter().rev().filter(|done| done.bytes_copied > 0).take(10);
         let (bytes, ms) = recent.fold((0, 0), |(bytes, ms), done| {
-            (
-                bytes + done.bytes_copied,
-                ms + done.ended_ms.saturating_sub(done.began_ms),
-            )
+            (bytes + done.bytes_copied, ms + done.ended_ms.saturating_sub(done.began_ms))
         });
-        let reached = if bytes > 0 {
-            bytes as f64 * 1000.0 / ms.max(1) as f64
-        } else {
-            200e6
-        };
+        let reached = if bytes > 0 { bytes as f64 * 1000.0 / ms.max(1) as f64 } else { 200e6 };
         match self.budget.rate() {
             0 => reached,
             rate => reached.min(rate as f64),
@@ -425,8 +418,6 @@ impl State {
 }
 
 fn wall_ms() -> u64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

@@ -32,33 +32,17 @@ impl Retries {
     /// more slowly; what failed is set aside after
     /// [`limits::ATTEMPTS_MAX`] attempts.
     pub fn failed(&mut self, node: Uuid, stop: &Stop, now: Duration) {
-        let attempts = self
-            .failures
-            .get(&node)
-            .map_or(0, |failure| failure.attempts)
-            + 1;
+        let attempts = self.failures.get(&node).map_or(0, |failure| failure.attempts) + 1;
         let ends = matches!(stop, Stop::Failed(error) if !error.is_busy());
-        let wait = limits::RETRY_FIRST
-            .saturating_mul(1 << (attempts - 1).min(16))
-            .min(limits::RETRY_MAX);
+        let wait = limits::RETRY_FIRST.saturating_mul(1 << (attempts - 1).min(16)).min(limits::RETRY_MAX);
         let not_before = (!ends || attempts < limits::ATTEMPTS_MAX).then(|| now + wait);
         if self.failures.len() >= limits::FAILURES_KEPT && !self.failures.contains_key(&node) {
-            let oldest = self
-                .failures
-                .iter()
-                .min_by_key(|(_, failure)| failure.not_before);
+            let oldest = self.failures.iter().min_by_key(|(_, failure)| failure.not_before);
             if let Some(oldest) = oldest.map(|(uuid, _)| *uuid) {
                 self.failures.remove(&oldest);
             }
         }
-        self.failures.insert(
-            node,
-            Failure {
-                attempts,
-                why: stop.to_string(),
-                not_before,
-            },
-        );
+        self.failures.insert(node, Failure { attempts, why: stop.to_string(), not_before });
     }
 
     /// A merge was done, or somebody asks for it again.
@@ -80,32 +64,19 @@ impl Retries {
                 None => Some(Reason::SetAside { attempts, why }),
                 Some(at) if at > now => {
                     let wait_s = (at - now).as_secs_f64().ceil() as u64;
-                    Some(Reason::Retry {
-                        attempts,
-                        why,
-                        wait_s,
-                    })
+                    Some(Reason::Retry { attempts, why, wait_s })
                 }
                 Some(_) => None,
             }
         };
-        self.failures
-            .iter()
-            .filter_map(|(node, failure)| Some((*node, hold(failure)?)))
-            .collect()
+        self.failures.iter().filter_map(|(node, failure)| Some((*node, hold(failure)?))).collect()
     }
 
     /// Time until the next retry, if one is due at all.
     #[must_use]
     pub fn next(&self, now: Duration) -> Option<Duration> {
-        let waits = self
-            .failures
-            .values()
-            .filter_map(|failure| failure.not_before);
-        waits
-            .map(|at| at.saturating_sub(now))
-            .filter(|wait| !wait.is_zero())
-            .min()
+        let waits = self.failures.values().filter_map(|failure| failure.not_before);
+        waits.map(|at| at.saturating_sub(now)).filter(|wait| !wait.is_zero()).min()
     }
 }
 
@@ -134,10 +105,7 @@ mod tests {
             }
         }
         assert_eq!(waits, [5, 10, 20, 40, 80]);
-        assert!(matches!(
-            retries.holds(now)[&NODE],
-            Reason::SetAside { attempts: 6, .. }
-        ));
+        assert!(matches!(retries.holds(now)[&NODE], Reason::SetAside { attempts: 6, .. }));
         assert_eq!(retries.next(now), None);
         retries.forget(NODE);
         assert!(retries.holds(now).is_empty());
@@ -156,11 +124,7 @@ mod tests {
     fn the_list_is_bounded() {
         let mut retries = Retries::default();
         for n in 0..1000 {
-            retries.failed(
-                Uuid::from_u128(n),
-                &failure(),
-                Duration::from_secs(n as u64),
-            );
+            retries.failed(Uuid::from_u128(n), &failure(), Duration::from_secs(n as u64));
         }
         assert_eq!(retries.failures.len(), limits::FAILURES_KEPT);
         assert!(retries.failures.contains_key(&Uuid::from_u128(999)));

@@ -62,14 +62,9 @@ impl Job<'_> {
         // ours and now; nobody makes them faster than they are moved.
         for _ in 0..limits::RELINK_ROUNDS_MAX {
             if intent.state == JobState::Copying {
-                self.copy(intent)
-                    .map_err(|stop| self.give_up(intent, stop))?;
+                self.copy(intent).map_err(|stop| self.give_up(intent, stop))?;
                 draining = self.record_children(intent).map_err(|stop| {
-                    if intent.state == JobState::Copying {
-                        self.give_up(intent, stop)
-                    } else {
-                        stop
-                    }
+                    if intent.state == JobState::Copying { self.give_up(intent, stop) } else { stop }
                 })?;
             }
             if matches!(intent.state, JobState::Relinking { .. }) {
@@ -83,64 +78,50 @@ impl Job<'_> {
             }
             draining = self.record_children(intent)?;
         }
-        Err(Stop::Later(
-            "children keep coming to the merged node".into(),
-        ))
+        Err(Stop::Later("children keep coming to the merged node".into()))
     }
 
     /// Steps 2 to 4.
     fn copy(&self, intent: &InnerIntent) -> Result<()> {
         if self.resumed {
-            // A former holder may have moved blocks of P and died before every
-            // reader knew; opening P for writing gives their old room away.
-            self.tell_readers(&intent.parent)?;
+            // A former holder may have moved blocks of P, or cleared some of
+            // N, and died before every reader knew; opening an image for
+            // writing gives the old room away.
+            self.tell_readers(intent.nodes.iter().chain([&intent.parent]))?;
         }
         let parent = self.volume(&intent.parent)?;
-        let nodes = intent
-            .nodes
-            .iter()
-            .map(|node| self.volume(node))
-            .collect::<Result<Vec<_>>>()?;
+        let nodes = intent.nodes.iter().map(|node| self.volume(node)).collect::<Result<Vec<_>>>()?;
         for name in nodes.iter().chain([&parent]) {
             settle_if_needed(self.repo, name)?;
         }
-        let readers = {
-            let _lock = self.lock()?;
-            survey::leases(self.repo)?
-        };
-        let reads = |image: &ImageRef| readers.iter().any(|r| names(&r.chain, image));
         if let Some(top) = nodes.first() {
             let size = image::meta(self.repo, top)?.virtual_bytes();
             self.grow(&intent.parent, &parent, size)?;
         }
         let sources = Sources::open(self.repo, &nodes, &parent)?;
-        let writer = Writer::open(
-            self.repo.volumes.as_ref(),
-            &parent,
-            self.repo.host.records(),
-        )
-        .map_err(format)?;
-        let forecast = vhd::merge::forecast(&sources, |block| {
-            writer.presence(block) != vhd::rw::Presence::Absent
-        });
+        let writer =
+            Writer::open(self.repo.volumes.as_ref(), &parent, self.repo.host.records()).map_err(format)?;
+        let forecast =
+            vhd::merge::forecast(&sources, |block| writer.presence(block) != vhd::rw::Presence::Absent);
         self.watch.note(Event::Total(forecast.bytes_max));
         let gained = forecast.blocks_gained * BLOCK_BYTES;
         let emptied = if self.fits(gained)? {
             Vec::new()
-        } else if intent.nodes.iter().any(reads) {
-            // Readers of N would have to drop their maps slice by slice.
-            return Err(Stop::Later(format!(
-                "no space: {gained} bytes are needed while it is read"
-            )));
         } else {
+            // Slice by slice. Nothing was cleared yet, so a reader that
+            // cannot be told is a reason to wait, not to hold on.
+            self.tell_readers(&intent.nodes).map_err(|stop| match stop {
+                Stop::Unfinished(why) => Stop::Later(format!("no space, and {why}")),
+                other => other,
+            })?;
             self.open_all(&nodes)?
         };
-        let watch = self.watch;
         let mut copying = Copying {
-            watch,
+            watch: self.watch,
             sources,
             parent: writer,
             emptied,
+            tell_readers: &|| self.tell_readers(&intent.nodes),
         };
         copying.run()?;
         copying.settle()
@@ -152,9 +133,8 @@ impl Job<'_> {
     }
 
     fn open_all(&self, names: &[VolumeName]) -> Result<Vec<Writer>> {
-        let open = |name| {
-            Writer::open(self.repo.volumes.as_ref(), name, self.repo.host.records()).map_err(format)
-        };
+        let open =
+            |name| Writer::open(self.repo.volumes.as_ref(), name, self.repo.host.records()).map_err(format);
         names.iter().map(open).collect()
     }
 
@@ -213,23 +193,18 @@ impl Job<'_> {
         let parent = self.volume(&intent.parent)?;
         let mut draining = Vec::new();
         for child in children {
-            let writer = readers.iter().find(|r| {
-                !r.read_only
-                    && r.chain
-                        .first()
-                        .is_some_and(|leaf| leaf.footer == child.footer)
-            });
+            let writer = readers
+                .iter()
+                .find(|r| !r.read_only && r.chain.first().is_some_and(|leaf| leaf.footer == child.footer));
             let tap = match writer {
-                Some(reader) => io("reach a tapdisk", self.repo.host.tap(reader.vdi))?
-                    .map(|tap| (reader.vdi, tap)),
+                Some(reader) => {
+                    io("reach a tapdisk", self.repo.host.tap(reader.vdi))?.map(|tap| (reader.vdi, tap))
+                }
                 None => None,
             };
             match tap {
                 Some((vdi, tap)) => {
-                    let order = Request::Refresh {
-                        leaf: child.clone(),
-                        parent: Some(intent.parent.clone()),
-                    };
+                    let order = Request::Refresh { leaf: child.clone(), parent: Some(intent.parent.clone()) };
                     draining.push(begin_refresh(vdi, tap, order)?);
                 }
                 None => self.relink_unattached(child, &parent, intent)?,
@@ -240,12 +215,7 @@ impl Job<'_> {
         Ok(draining)
     }
 
-    fn relink_unattached(
-        &self,
-        child: &ImageRef,
-        parent: &VolumeName,
-        intent: &InnerIntent,
-    ) -> Result<()> {
+    fn relink_unattached(&self, child: &ImageRef, parent: &VolumeName, intent: &InnerIntent) -> Result<()> {
         let name = match self.volume(child) {
             Ok(name) => name,
             // It was deleted meanwhile, or reverted: nothing to move.
@@ -253,20 +223,11 @@ impl Job<'_> {
             Err(stop) => return Err(stop),
         };
         let meta = image::meta(self.repo, &name)?;
-        if meta
-            .parent
-            .as_ref()
-            .is_some_and(|now| now.uuid == intent.parent.footer)
-        {
+        if meta.parent.as_ref().is_some_and(|now| now.uuid == intent.parent.footer) {
             return Ok(());
         }
         settle_if_needed(self.repo, &name)?;
-        Ok(image::set_parent(
-            self.repo,
-            &name,
-            parent,
-            intent.parent.footer,
-        )?)
+        Ok(image::set_parent(self.repo, &name, parent, intent.parent.footer)?)
     }
 
     /// Step 7: every reader drops the map in which N was, one after the
@@ -285,16 +246,13 @@ impl Job<'_> {
             let Some(reader) = readers.iter().find(on) else {
                 break;
             };
-            if let Err(stop) = self.ask_to_refresh(reader.vdi) {
-                if self.watch.now().saturating_sub(begun) >= limits::LEAVE_WAIT_MAX {
-                    return Err(stop);
-                }
+            if let Err(stop) = self.ask_to_refresh(reader.vdi)
+                && self.watch.now().saturating_sub(begun) >= limits::LEAVE_WAIT_MAX
+            {
+                return Err(stop);
             }
             if self.watch.now().saturating_sub(begun) >= limits::LEAVE_WAIT_MAX {
-                return Err(Stop::Later(format!(
-                    "{} still reads what was merged",
-                    reader.vdi
-                )));
+                return Err(Stop::Later(format!("{} still reads what was merged", reader.vdi)));
             }
             self.watch.sleep(limits::LEAVE_POLL)?;
         }
@@ -312,10 +270,7 @@ impl Job<'_> {
         let Some(leaf) = chain.first() else {
             return Ok(false);
         };
-        let order = Request::Refresh {
-            leaf: leaf.image_ref(),
-            parent: None,
-        };
+        let order = Request::Refresh { leaf: leaf.image_ref(), parent: None };
         self.drained(begin_refresh(vdi, tap, order)?)?;
         Ok(true)
     }
@@ -325,14 +280,8 @@ impl Job<'_> {
     fn drained(&self, mut reader: Draining) -> Result<()> {
         let vdi = reader.vdi;
         while !reader.last {
-            let answer = reader
-                .tap
-                .next_answer(reader.call)
-                .map_err(|source| Stop::Tap { vdi, source })?;
-            answer.outcome.map_err(|refusal| Stop::Tap {
-                vdi,
-                source: refusal.into(),
-            })?;
+            let answer = reader.tap.next_answer(reader.call).map_err(|source| Stop::Tap { vdi, source })?;
+            answer.outcome.map_err(|refusal| Stop::Tap { vdi, source: refusal.into() })?;
             reader.last = answer.last;
         }
         let _lock = self.lock()?;
@@ -345,16 +294,9 @@ impl Job<'_> {
         {
             let _lock = self.lock()?;
             let forest = survey::survey(self.repo, &survey::leases(self.repo)?)?;
-            let nodes: Vec<Uuid> = intent
-                .nodes
-                .iter()
-                .filter_map(|n| node_uuid(&forest, n))
-                .collect();
+            let nodes: Vec<Uuid> = intent.nodes.iter().filter_map(|n| node_uuid(&forest, n)).collect();
             for uuid in &nodes {
-                if forest
-                    .children(*uuid)
-                    .any(|child| !nodes.contains(&child.uuid))
-                {
+                if forest.children(*uuid).any(|child| !nodes.contains(&child.uuid)) {
                     return Ok(false);
                 }
                 if let Some(lease) = forest.leases_on(*uuid).next() {
@@ -376,14 +318,8 @@ impl Job<'_> {
         }
         let freed = image::allocated_bytes(self.repo, &name)?;
         io("delete a merged node", self.repo.volumes.delete(&name))?;
-        io(
-            "delete a merged node",
-            self.repo.volumes.sync("inner: node deleted"),
-        )?;
-        io(
-            "pending record",
-            self.repo.host.records().remove(node.footer),
-        )?;
+        io("delete a merged node", self.repo.volumes.sync("inner: node deleted"))?;
+        io("pending record", self.repo.host.records().remove(node.footer))?;
         if let Some(uuid) = name.uuid() {
             self.repo.labels.remove(uuid)?;
         }
@@ -397,20 +333,15 @@ impl Job<'_> {
         match image::footer_of(self.repo, &name)? {
             Some(footer) if footer == image.footer => Ok(name),
             Some(_) => Err(Stop::Later(format!("{name} is another image by now"))),
-            None => Err(sm::Error::NotFound {
-                what: format!("volume {name}"),
-            }
-            .into()),
+            None => Err(sm::Error::NotFound { what: format!("volume {name}") }.into()),
         }
     }
 }
 
 /// Reads a VDI's chain anew for its lease. The caller holds the SR lock.
 pub(crate) fn update_lease(job: &Job<'_>, vdi: Uuid) -> Result<()> {
-    let chain: Vec<ImageRef> = sm::chain::read(job.repo, vdi)?
-        .iter()
-        .map(sm::chain::Link::image_ref)
-        .collect();
+    let chain: Vec<ImageRef> =
+        sm::chain::read(job.repo, vdi)?.iter().map(sm::chain::Link::image_ref).collect();
     match job.repo.host.update_lease(vdi, &chain) {
         // It detached meanwhile.
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
@@ -421,9 +352,7 @@ pub(crate) fn update_lease(job: &Job<'_>, vdi: Uuid) -> Result<()> {
 /// Starts a refresh and waits until the header, if one is to be written, is
 /// durable.
 fn begin_refresh(vdi: Uuid, mut tap: Box<dyn sm::host::Tap>, order: Request) -> Result<Draining> {
-    let answer = tap
-        .begin(order)
-        .map_err(|source| Stop::Tap { vdi, source })?;
+    let answer = tap.begin(order).map_err(|source| Stop::Tap { vdi, source })?;
     match answer.outcome {
         Ok(Reply::HeaderDurable | Reply::Drained | Reply::Done) => {}
         Ok(other) => {
@@ -431,41 +360,23 @@ fn begin_refresh(vdi: Uuid, mut tap: Box<dyn sm::host::Tap>, order: Request) -> 
             return Err(Stop::Tap { vdi, source });
         }
         Err(refusal) => {
-            return Err(Stop::Tap {
-                vdi,
-                source: refusal.into(),
-            });
+            return Err(Stop::Tap { vdi, source: refusal.into() });
         }
     }
-    Ok(Draining {
-        vdi,
-        tap,
-        call: answer.id,
-        last: answer.last,
-    })
+    Ok(Draining { vdi, tap, call: answer.id, last: answer.last })
 }
 
 /// Everything that stands on the topmost node, prepared images included.
 fn movable_children(forest: &Forest, intent: &InnerIntent) -> Result<Vec<ImageRef>> {
-    let top = intent
-        .nodes
-        .first()
-        .and_then(|node| node_uuid(forest, node));
+    let top = intent.nodes.first().and_then(|node| node_uuid(forest, node));
     let Some(top) = top else {
         return Err(Stop::Later("the merged node is gone".into()));
     };
     forest
         .children(top)
         .map(|child| {
-            match forest
-                .claims
-                .iter()
-                .find(|c| c.id != intent.id && c.nodes.contains(&child.uuid))
-            {
-                Some(claim) => Err(Stop::Later(format!(
-                    "operation {} holds {}",
-                    claim.id, child.uuid
-                ))),
+            match forest.claims.iter().find(|c| c.id != intent.id && c.nodes.contains(&child.uuid)) {
+                Some(claim) => Err(Stop::Later(format!("operation {} holds {}", claim.id, child.uuid))),
                 None => Ok(ImageRef {
                     volume: VolumeName::vhd(child.uuid).as_str().to_owned(),
                     footer: child.footer,
@@ -477,10 +388,7 @@ fn movable_children(forest: &Forest, intent: &InnerIntent) -> Result<Vec<ImageRe
 
 fn node_uuid(forest: &Forest, image: &ImageRef) -> Option<Uuid> {
     let uuid = VolumeName::new(&image.volume)?.uuid()?;
-    forest
-        .node(uuid)
-        .filter(|node| node.footer == image.footer)
-        .map(|node| node.uuid)
+    forest.node(uuid).filter(|node| node.footer == image.footer).map(|node| node.uuid)
 }
 
 fn names(chain: &[ImageRef], image: &ImageRef) -> bool {

@@ -36,10 +36,7 @@ impl Wishes {
             0 => limits::PARALLEL,
             n => n.min(limits::PARALLEL_MAX),
         };
-        Settings {
-            parallel,
-            ..Settings::default()
-        }
+        Settings { parallel, ..Settings::default() }
     }
 }
 
@@ -78,22 +75,12 @@ impl Service {
     pub fn new(state: &Path, run: &Path) -> std::io::Result<Arc<Self>> {
         let wishes_file = state.join("gc.json");
         let wishes = read_json(&wishes_file)?.unwrap_or_default();
-        let attending = Mutex::new(Attending {
-            wishes,
-            ..Attending::default()
-        });
-        Ok(Arc::new(Self {
-            run: run.into(),
-            wishes_file,
-            attending,
-            changed: Condvar::new(),
-        }))
+        let attending = Mutex::new(Attending { wishes, ..Attending::default() });
+        Ok(Arc::new(Self { run: run.into(), wishes_file, attending, changed: Condvar::new() }))
     }
 
     fn attending(&self) -> MutexGuard<'_, Attending> {
-        self.attending
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.attending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Looks for SRs that came or went, now and ever again, until
@@ -138,13 +125,8 @@ impl Service {
                 .filter(|(_, attended)| !now.contains(&attended.sr))
                 .map(|(uuid, _)| *uuid)
                 .collect();
-            attending
-                .refused
-                .retain(|uuid, _| now.iter().any(|sr| sr.uuid == *uuid));
-            stale
-                .iter()
-                .filter_map(|uuid| attending.srs.remove(uuid))
-                .collect::<Vec<_>>()
+            attending.refused.retain(|uuid, _| now.iter().any(|sr| sr.uuid == *uuid));
+            stale.iter().filter_map(|uuid| attending.srs.remove(uuid)).collect::<Vec<_>>()
         };
         end(gone);
         for sr in now {
@@ -174,14 +156,7 @@ impl Service {
             .map_err(|error| error.to_string())?;
         tracing::info!(sr = %sr.uuid, "collecting");
         attending.refused.remove(&sr.uuid);
-        attending.srs.insert(
-            sr.uuid,
-            Attended {
-                sr: sr.clone(),
-                collector,
-                thread,
-            },
-        );
+        attending.srs.insert(sr.uuid, Attended { sr: sr.clone(), collector, thread });
         Ok(())
     }
 
@@ -198,13 +173,8 @@ impl Service {
     #[must_use]
     pub fn collectors(&self, sr: Option<Uuid>) -> Vec<(String, Arc<Collector>)> {
         let attending = self.attending();
-        let wanted = attending
-            .srs
-            .iter()
-            .filter(|(uuid, _)| sr.is_none_or(|sr| sr == **uuid));
-        wanted
-            .map(|(_, attended)| (attended.sr.name.clone(), attended.collector.clone()))
-            .collect()
+        let wanted = attending.srs.iter().filter(|(uuid, _)| sr.is_none_or(|sr| sr == **uuid));
+        wanted.map(|(_, attended)| (attended.sr.name.clone(), attended.collector.clone())).collect()
     }
 
     /// As [`Self::collectors`], but looks for an SR that was attached just
@@ -212,10 +182,7 @@ impl Service {
     ///
     /// # Errors
     /// The attached SRs cannot be read.
-    pub fn collectors_now(
-        &self,
-        sr: Option<Uuid>,
-    ) -> std::io::Result<Vec<(String, Arc<Collector>)>> {
+    pub fn collectors_now(&self, sr: Option<Uuid>) -> std::io::Result<Vec<(String, Arc<Collector>)>> {
         let found = self.collectors(sr);
         if !found.is_empty() {
             return Ok(found);
@@ -233,11 +200,7 @@ impl Service {
     /// What is wished for an SR.
     #[must_use]
     pub fn wishes(&self, sr: Uuid) -> Wishes {
-        self.attending()
-            .wishes
-            .get(&sr)
-            .copied()
-            .unwrap_or_default()
+        self.attending().wishes.get(&sr).copied().unwrap_or_default()
     }
 
     /// Changes what is wished for `sr` or for all attached SRs, at once and
@@ -249,19 +212,13 @@ impl Service {
         let kept = {
             let mut attending = self.attending();
             let known: Vec<Uuid> = attending.srs.keys().copied().collect();
-            for uuid in known
-                .into_iter()
-                .filter(|uuid| sr.is_none_or(|sr| sr == *uuid))
-            {
+            for uuid in known.into_iter().filter(|uuid| sr.is_none_or(|sr| sr == *uuid)) {
                 change(attending.wishes.entry(uuid).or_default());
             }
             attending.wishes.clone()
         };
         for (_, collector) in self.collectors(sr) {
-            let wishes = kept
-                .get(&collector.repo().uuid)
-                .copied()
-                .unwrap_or_default();
+            let wishes = kept.get(&collector.repo().uuid).copied().unwrap_or_default();
             let now = collector.now();
             {
                 let mut state = collector.state();

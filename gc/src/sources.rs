@@ -31,26 +31,15 @@ impl Source {
         let volume = image::open(repo, name, Access::Read)?;
         let bad = |error| image::bad(name, error);
         let meta = Meta::read(volume.as_ref()).map_err(bad)?;
-        let unsuitable = |what: &str| sm::Error::Unsupported {
-            what: format!("merging {name}, {what}"),
-        };
-        let layout = meta
-            .layout
-            .as_ref()
-            .ok_or_else(|| unsuitable("a fixed image"))?;
+        let unsuitable = |what: &str| sm::Error::Unsupported { what: format!("merging {name}, {what}") };
+        let layout = meta.layout.as_ref().ok_or_else(|| unsuitable("a fixed image"))?;
         if layout.block_sectors != BLOCK_SECTORS {
             return Err(unsuitable("whose blocks are not 2 MiB"));
         }
         let bat = read_bat(volume.as_ref(), layout).map_err(bad)?;
         let whole = read_batmap(volume.as_ref(), &meta);
         let virtual_bytes = meta.virtual_bytes();
-        Ok(Self {
-            name: name.clone(),
-            volume,
-            bat,
-            whole,
-            virtual_bytes,
-        })
+        Ok(Self { name: name.clone(), volume, bat, whole, virtual_bytes })
     }
 
     fn presence(&self, block: BlockNo) -> Presence {
@@ -64,21 +53,14 @@ impl Source {
     /// The last block counts as partial when the disk ends inside it: what
     /// lies behind the end is not part of the view and must not move.
     fn is_whole(&self, block: BlockNo) -> bool {
-        let byte = self
-            .whole
-            .as_deref()
-            .and_then(|bits| bits.get(block.index() / 8));
+        let byte = self.whole.as_deref().and_then(|bits| bits.get(block.index() / 8));
         byte.is_some_and(|byte| byte & (0x80 >> (block.0 % 8)) != 0)
             && self.visible_sectors(block) == BLOCK_SECTORS
     }
 
     fn visible_sectors(&self, block: BlockNo) -> u32 {
-        let left = self
-            .virtual_bytes
-            .saturating_sub(u64::from(block.0) * BLOCK_BYTES);
-        u32::try_from(left.div_ceil(SECTOR_BYTES))
-            .unwrap_or(u32::MAX)
-            .min(BLOCK_SECTORS)
+        let left = self.virtual_bytes.saturating_sub(u64::from(block.0) * BLOCK_BYTES);
+        u32::try_from(left.div_ceil(SECTOR_BYTES)).unwrap_or(u32::MAX).min(BLOCK_SECTORS)
     }
 
     fn read_bitmap(&self, block: BlockNo) -> sm::Result<SectorBitmap> {
@@ -110,17 +92,9 @@ impl Sources {
     /// # Errors
     /// An image cannot be read, or is of a kind that is never merged.
     pub fn open(repo: &Repo, sources: &[VolumeName], parent: &VolumeName) -> sm::Result<Self> {
-        let images = sources
-            .iter()
-            .map(|name| Source::open(repo, name))
-            .collect::<sm::Result<_>>()?;
-        let chain =
-            Chain::open(repo.volumes.as_ref(), parent).map_err(|e| image::bad(parent, e))?;
-        Ok(Self {
-            images,
-            below: chain.into_map(),
-            bitmaps: RefCell::default(),
-        })
+        let images = sources.iter().map(|name| Source::open(repo, name)).collect::<sm::Result<_>>()?;
+        let chain = Chain::open(repo.volumes.as_ref(), parent).map_err(|e| image::bad(parent, e))?;
+        Ok(Self { images, below: chain.into_map(), bitmaps: RefCell::default() })
     }
 
     /// The next window, its bitmaps read.
@@ -177,11 +151,7 @@ impl Sources {
     /// Bytes of all blocks the sources have.
     #[must_use]
     pub fn allocated_bytes(&self) -> u64 {
-        let blocks = self
-            .images
-            .iter()
-            .flat_map(|image| &image.bat)
-            .filter(|e| **e != BAT_FREE);
+        let blocks = self.images.iter().flat_map(|image| &image.bat).filter(|e| **e != BAT_FREE);
         blocks.count() as u64 * BLOCK_BYTES
     }
 }
@@ -192,19 +162,12 @@ impl Tables for Sources {
     }
 
     fn blocks(&self) -> u32 {
-        let longest = self
-            .images
-            .iter()
-            .map(|image| image.bat.len())
-            .max()
-            .unwrap_or(0);
+        let longest = self.images.iter().map(|image| image.bat.len()).max().unwrap_or(0);
         u32::try_from(longest).unwrap_or(u32::MAX)
     }
 
     fn presence(&self, source: usize, block: BlockNo) -> Presence {
-        self.images
-            .get(source)
-            .map_or(Presence::Absent, |image| image.presence(block))
+        self.images.get(source).map_or(Presence::Absent, |image| image.presence(block))
     }
 
     fn bitmap(&self, source: usize, block: BlockNo) -> Option<SectorBitmap> {

@@ -21,20 +21,9 @@ use crate::forest::{Claim, Forest, Format, Health, Lease, Link, Node, Role, Use}
 pub fn survey(repo: &Repo, readers: &[Reader]) -> sm::Result<Forest> {
     let found = scan::scan(repo)?;
     let mut forest = Forest::new(nodes(&found.tree));
-    forest.claims = found
-        .intents
-        .iter()
-        .map(|stored| claim(&found.tree, stored))
-        .collect();
-    forest.leases = readers
-        .iter()
-        .map(|reader| lease(&forest, reader))
-        .collect();
-    forest.free_bytes = repo
-        .volumes
-        .space()
-        .map_err(|e| sm::Error::io("free space", e))?
-        .free;
+    forest.claims = found.intents.iter().map(|stored| claim(&found.tree, stored)).collect();
+    forest.leases = readers.iter().map(|reader| lease(&forest, reader)).collect();
+    forest.free_bytes = repo.volumes.space().map_err(|e| sm::Error::io("free space", e))?.free;
     Ok(forest)
 }
 
@@ -44,10 +33,7 @@ pub fn survey(repo: &Repo, readers: &[Reader]) -> sm::Result<Forest> {
 /// As [`survey`], and the lock or the leases cannot be had.
 pub fn glance(repo: &Repo) -> sm::Result<Forest> {
     let readers = {
-        let _lock = repo
-            .host
-            .lock_sr()
-            .map_err(|e| sm::Error::io("lock the SR", e))?;
+        let _lock = repo.host.lock_sr().map_err(|e| sm::Error::io("lock the SR", e))?;
         leases(repo)?
     };
     survey(repo, &readers)
@@ -58,9 +44,7 @@ pub fn glance(repo: &Repo) -> sm::Result<Forest> {
 /// # Errors
 /// A lease cannot be read: nothing may then be changed.
 pub fn leases(repo: &Repo) -> sm::Result<Vec<Reader>> {
-    repo.host
-        .leases()
-        .map_err(|e| sm::Error::io("read the leases", e))
+    repo.host.leases().map_err(|e| sm::Error::io("read the leases", e))
 }
 
 fn nodes(tree: &VdiTree) -> Vec<Node> {
@@ -78,16 +62,8 @@ fn nodes(tree: &VdiTree) -> Vec<Node> {
             uuid: node.uuid,
             footer: node.footer,
             link,
-            role: if node.is_hidden() {
-                Role::Hidden
-            } else {
-                Role::Visible
-            },
-            format: if node.volume.is_raw() {
-                Format::Raw
-            } else {
-                Format::Sparse
-            },
+            role: if node.is_hidden() { Role::Hidden } else { Role::Visible },
+            format: if node.volume.is_raw() { Format::Raw } else { Format::Sparse },
             health,
             virtual_bytes: node.virtual_bytes,
         }
@@ -142,35 +118,19 @@ fn claim(tree: &VdiTree, stored: &Stored) -> Claim {
     match &stored.intent {
         Intent::Inner(intent) => {
             let images = intent.nodes.iter().chain([&intent.parent]);
-            Claim {
-                id,
-                nodes: images.filter_map(named).collect(),
-                merge: true,
-            }
+            Claim { id, nodes: images.filter_map(named).collect(), merge: true }
         }
         Intent::LeafMerge(intent) => {
             let images = [&intent.leaf, &intent.parent];
-            Claim {
-                id,
-                nodes: images.into_iter().filter_map(named).collect(),
-                merge: true,
-            }
+            Claim { id, nodes: images.into_iter().filter_map(named).collect(), merge: true }
         }
         Intent::Snapshot(_) => {
             let nodes = tree.nodes.iter().filter(|node| {
-                let key = if node.footer.is_nil() {
-                    node.uuid
-                } else {
-                    node.footer
-                };
+                let key = if node.footer.is_nil() { node.uuid } else { node.footer };
                 stored.intent.names(&node.volume, key)
             });
             let prepared = tree.prepared.iter().map(prepared_uuid);
-            Claim {
-                id,
-                nodes: nodes.map(|node| node.uuid).chain(prepared).collect(),
-                merge: false,
-            }
+            Claim { id, nodes: nodes.map(|node| node.uuid).chain(prepared).collect(), merge: false }
         }
     }
 }
@@ -178,21 +138,14 @@ fn claim(tree: &VdiTree, stored: &Stored) -> Claim {
 fn node_of(tree: &VdiTree, image: &ImageRef) -> Option<Uuid> {
     let by_footer = tree.nodes.iter().find(|node| node.footer == image.footer);
     by_footer
-        .or_else(|| {
-            tree.nodes
-                .iter()
-                .find(|node| node.volume.as_str() == image.volume)
-        })
+        .or_else(|| tree.nodes.iter().find(|node| node.volume.as_str() == image.volume))
         .map(|node| node.uuid)
 }
 
 /// The uuid of its footer finds the image also while a snapshot renames it.
 fn lease(forest: &Forest, reader: &Reader) -> Lease {
-    let by_footer: BTreeMap<Uuid, Uuid> = forest
-        .nodes()
-        .filter(|node| !node.footer.is_nil())
-        .map(|node| (node.footer, node.uuid))
-        .collect();
+    let by_footer: BTreeMap<Uuid, Uuid> =
+        forest.nodes().filter(|node| !node.footer.is_nil()).map(|node| (node.footer, node.uuid)).collect();
     let chain = reader.chain.iter().filter_map(|image| {
         let by_name = || VolumeName::new(&image.volume).and_then(|name| name.uuid());
         by_footer.get(&image.footer).copied().or_else(by_name)
@@ -200,10 +153,6 @@ fn lease(forest: &Forest, reader: &Reader) -> Lease {
     Lease {
         vdi: reader.vdi,
         chain: chain.collect(),
-        usage: if reader.read_only {
-            Use::Reads
-        } else {
-            Use::Writes
-        },
+        usage: if reader.read_only { Use::Reads } else { Use::Writes },
     }
 }

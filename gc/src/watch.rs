@@ -77,11 +77,7 @@ impl Ledger {
             Event::Total(bytes) => self.total += bytes,
             Event::Copied { bytes, cloned } => {
                 self.done += bytes;
-                *(if cloned {
-                    &mut self.cloned
-                } else {
-                    &mut self.copied
-                }) += bytes;
+                *(if cloned { &mut self.cloned } else { &mut self.copied }) += bytes;
             }
             Event::Dropped(bytes) => self.done += bytes,
             Event::Gained(bytes) => {
@@ -91,6 +87,17 @@ impl Ledger {
             Event::Freed(bytes) => self.freed += bytes,
             Event::Peak(bytes) => self.peak = self.peak.max(self.extra() + bytes),
         }
+    }
+
+    /// Adds what another job did.
+    pub fn add(&mut self, other: &Self) {
+        self.total += other.total;
+        self.done += other.done;
+        self.copied += other.copied;
+        self.cloned += other.cloned;
+        self.gained += other.gained;
+        self.freed += other.freed;
+        self.peak += other.peak;
     }
 
     /// Bytes of blocks that went away on balance.
@@ -115,17 +122,11 @@ pub struct Unhurried {
 
 impl Watch for Unhurried {
     fn now(&self) -> Duration {
-        *self
-            .slept
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+        *self.slept.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     fn sleep(&self, time: Duration) -> Result<(), Aborted> {
-        *self
-            .slept
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner) += time;
+        *self.slept.lock().unwrap_or_else(std::sync::PoisonError::into_inner) += time;
         Ok(())
     }
 
@@ -134,10 +135,7 @@ impl Watch for Unhurried {
     }
 
     fn note(&self, event: Event) {
-        self.ledger
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .note(event);
+        self.ledger.lock().unwrap_or_else(std::sync::PoisonError::into_inner).note(event);
     }
 
     fn rate(&self) -> u64 {

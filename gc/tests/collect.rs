@@ -1,7 +1,10 @@
 //! Whole collections of detached trees on real files: what every VDI reads
 //! stays, the forest becomes minimal, and predictions come true.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests are not test functions")]
+
 use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,7 +18,7 @@ use sm::{Repo, image};
 use uuid::Uuid;
 use vhd::chain::Chain;
 use vhd::create::{NewImage, NewKind, ParentLink};
-use vhd::storage::VolumeName;
+use vhd::storage::{Access, Space, Volume, VolumeName, Volumes, Why};
 use vhd::units::{BLOCK_BYTES, BlockNo, SectorRun};
 use vhd::writer::Writer;
 
@@ -32,10 +35,7 @@ impl Sr {
         let (path, run) = (folder.path().join("sr"), folder.path().join("run"));
         std::fs::create_dir(&path).unwrap();
         std::fs::create_dir_all(run.join("sr")).unwrap();
-        let id = HostId {
-            host: Uuid::from_u128(1),
-            boot: Uuid::from_u128(2),
-        };
+        let id = HostId { host: Uuid::from_u128(1), boot: Uuid::from_u128(2) };
         let owner = Owner::acquire(&path, id).unwrap();
         let attached = AttachedSr {
             uuid: Uuid::from_u128(0xAB),
@@ -46,12 +46,7 @@ impl Sr {
             id,
         };
         let repo = attached.open_owned(&run, owner, None).unwrap().repo;
-        Self {
-            _folder: folder,
-            attached,
-            run,
-            repo,
-        }
+        Self { _folder: folder, attached, run, repo }
     }
 
     fn path(&self) -> &Path {
@@ -66,13 +61,7 @@ impl Sr {
             0 => NewKind::Dynamic,
             parent => {
                 let volume = VolumeName::vhd(id(parent));
-                NewKind::Child {
-                    parent: ParentLink {
-                        uuid: footer(parent),
-                        volume,
-                        timestamp_s: 0,
-                    },
-                }
+                NewKind::Child { parent: ParentLink { uuid: footer(parent), volume, timestamp_s: 0 } }
             }
         };
         let new = NewImage {
@@ -106,10 +95,7 @@ impl Sr {
     }
 
     fn depth(&self, n: u128) -> usize {
-        Chain::open(self.repo.volumes.as_ref(), &VolumeName::vhd(id(n)))
-            .unwrap()
-            .nodes()
-            .len()
+        Chain::open(self.repo.volumes.as_ref(), &VolumeName::vhd(id(n))).unwrap().nodes().len()
     }
 
     fn volumes(&self) -> usize {
@@ -118,10 +104,7 @@ impl Sr {
 
     fn allocated(&self) -> u64 {
         let names = self.repo.volumes.list().unwrap();
-        names
-            .iter()
-            .filter_map(|name| image::allocated_bytes(&self.repo, name).ok())
-            .sum()
+        names.iter().filter_map(|name| image::allocated_bytes(&self.repo, name).ok()).sum()
     }
 
     /// Predicts, collects, and compares both with what is on disk.
@@ -129,37 +112,29 @@ impl Sr {
         let collector = Collector::new(self.repo.clone(), Settings::default(), 0);
         let predicted = collector.predict(scope).unwrap();
         let before = self.allocated();
-        let worker = collector.clone();
-        let thread = std::thread::spawn(move || worker.work());
-        let report = collector.collect(scope);
-        collector.close();
-        thread.join().unwrap();
-        assert!(
-            self.repo.volumes.records().unwrap().is_empty(),
-            "records are left"
-        );
+        let asking = collector.clone();
+        let asked = collector.state().asked;
+        let asker = std::thread::spawn(move || {
+            let report = asking.collect(scope);
+            asking.close();
+            report
+        });
+        // Only then is everything done counted as done for the asker.
+        while collector.state().asked == asked {
+            std::thread::yield_now();
+        }
+        collector.work();
+        let report = asker.join().unwrap();
+        assert!(self.repo.volumes.records().unwrap().is_empty(), "records are left");
         assert_eq!(report.bytes_freed, before - self.allocated(), "{report:?}");
+        assert_eq!(predicted.bytes_freed, report.bytes_freed, "{predicted:?}\n{report:?}");
         assert_eq!(
-            predicted.bytes_freed, report.bytes_freed,
-            "{predicted:?}\n{report:?}"
-        );
-        assert_eq!(
-            (
-                predicted.coalesced,
-                predicted.leaf_coalesced,
-                predicted.deleted
-            ),
+            (predicted.coalesced, predicted.leaf_coalesced, predicted.deleted),
             (report.coalesced, report.leaf_coalesced, report.deleted)
         );
-        assert!(
-            predicted.bytes_copied >= report.bytes_copied,
-            "{predicted:?}\n{report:?}"
-        );
+        assert!(predicted.bytes_copied >= report.bytes_copied, "{predicted:?}\n{report:?}");
         assert!(predicted.bytes_cloned >= report.bytes_cloned);
-        assert!(
-            predicted.peak_extra_bytes >= report.peak_extra_bytes,
-            "{predicted:?}\n{report:?}"
-        );
+        assert!(predicted.peak_extra_bytes >= report.peak_extra_bytes, "{predicted:?}\n{report:?}");
         report
     }
 }
@@ -191,10 +166,7 @@ fn a_chain_becomes_one_image_and_reads_the_same() {
     let report = sr.collect(Scope::Sr);
     assert!(sr.read(4) == before);
     assert_eq!((sr.volumes(), sr.depth(4)), (1, 1));
-    assert_eq!(
-        (report.coalesced, report.leaf_coalesced, report.deleted),
-        (2, 1, 0)
-    );
+    assert_eq!((report.coalesced, report.leaf_coalesced, report.deleted), (2, 1, 0));
     assert_eq!(report.failed, []);
     // 7 blocks were held, 4 are left.
     assert_eq!(report.bytes_freed, 4 * BLOCK_BYTES);
@@ -224,10 +196,7 @@ fn forks_stay_and_what_lies_between_them_goes() {
     let before = [sr.read(4), sr.read(6)];
     let report = sr.collect(Scope::Sr);
     assert_eq!([sr.read(4), sr.read(6)], before);
-    assert_eq!(
-        (report.coalesced, report.leaf_coalesced, report.deleted),
-        (2, 1, 2)
-    );
+    assert_eq!((report.coalesced, report.leaf_coalesced, report.deleted), (2, 1, 2));
     assert_eq!((sr.volumes(), sr.depth(4), sr.depth(6)), (3, 2, 2));
 }
 
@@ -252,14 +221,7 @@ fn zeros_over_nothing_are_not_kept() {
     sr.image(1, 0, true, 4);
     sr.image(2, 1, false, 4);
     sr.write(1, &[(0, run(0, 4096), 1)]);
-    sr.write(
-        2,
-        &[
-            (0, run(0, 4096), 0),
-            (1, run(0, 4096), 0),
-            (2, run(0, 8), 2),
-        ],
-    );
+    sr.write(2, &[(0, run(0, 4096), 0), (1, run(0, 4096), 0), (2, run(0, 8), 2)]);
     let before = sr.read(2);
     let report = sr.collect(Scope::Sr);
     assert!(sr.read(2) == before);
@@ -293,10 +255,85 @@ fn an_unreadable_image_stops_deletions_and_merges_with_its_reason() {
     let report = sr.collect(Scope::Sr);
     assert_eq!((report.leaf_coalesced, sr.depth(2)), (0, 2));
     assert_eq!(report.failed.len(), 1);
-    assert!(
-        report.failed[0].reason.contains(&id(9).to_string()),
-        "{report:?}"
-    );
+    assert!(report.failed[0].reason.contains(&id(9).to_string()), "{report:?}");
+}
+
+/// A repository that says how much room it has.
+#[derive(Debug)]
+struct Tight(Arc<dyn Volumes>, u64);
+
+impl Volumes for Tight {
+    fn list(&self) -> io::Result<Vec<VolumeName>> {
+        self.0.list()
+    }
+    fn create(&self, name: &VolumeName) -> io::Result<Arc<dyn Volume>> {
+        self.0.create(name)
+    }
+    fn open(&self, name: &VolumeName, access: Access) -> io::Result<Arc<dyn Volume>> {
+        self.0.open(name, access)
+    }
+    fn link(&self, from: &VolumeName, to: &VolumeName) -> io::Result<()> {
+        self.0.link(from, to)
+    }
+    fn replace(&self, from: &VolumeName, over: &VolumeName) -> io::Result<()> {
+        self.0.replace(from, over)
+    }
+    fn delete(&self, name: &VolumeName) -> io::Result<()> {
+        self.0.delete(name)
+    }
+    fn same(&self, a: &VolumeName, b: &VolumeName) -> io::Result<bool> {
+        self.0.same(a, b)
+    }
+    fn sync(&self, why: Why) -> io::Result<()> {
+        self.0.sync(why)
+    }
+    fn space(&self) -> io::Result<Space> {
+        Ok(Space { total: 1 << 40, free: self.1 })
+    }
+    fn records(&self) -> io::Result<Vec<String>> {
+        self.0.records()
+    }
+    fn record(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        self.0.record(name)
+    }
+    fn put_record(&self, name: &str, bytes: &[u8], why: Why) -> io::Result<()> {
+        self.0.put_record(name, bytes, why)
+    }
+    fn rename_record(&self, from: &str, to: &str) -> io::Result<bool> {
+        self.0.rename_record(from, to)
+    }
+    fn delete_record(&self, name: &str, why: Why) -> io::Result<()> {
+        self.0.delete_record(name, why)
+    }
+    fn sync_records(&self, why: Why) -> io::Result<()> {
+        self.0.sync_records(why)
+    }
+}
+
+#[test]
+fn short_of_space_it_goes_in_slices() {
+    for free in [40 << 20, 1 << 20] {
+        let mut sr = Sr::new();
+        for (n, parent, hidden) in [(1, 0, true), (2, 1, true), (3, 2, true), (4, 3, false), (5, 3, false)] {
+            sr.image(n, parent, hidden, 60);
+        }
+        let all = |first: u32, step: usize, value: u8| -> Vec<_> {
+            (first..60).step_by(step).map(|block| (block, SectorRun::BLOCK, value)).collect()
+        };
+        sr.write(1, &all(0, 7, 1));
+        sr.write(2, &all(0, 2, 2));
+        sr.write(3, &all(1, 3, 3));
+        sr.repo.volumes = Arc::new(Tight(sr.repo.volumes.clone(), free));
+        let before = [sr.read(4), sr.read(5)];
+        let report = sr.collect(Scope::Sr);
+        assert!([sr.read(4), sr.read(5)] == before);
+        if free > 32 << 20 {
+            assert_eq!((report.coalesced, sr.volumes()), (2, 3));
+            assert!(report.peak_extra_bytes <= 32 << 20, "{report:?}");
+        } else {
+            assert!(report.failed[0].reason.contains("no space"), "{report:?}");
+        }
+    }
 }
 
 /// A small generator, so that a failure is repeated by its seed alone.
@@ -328,22 +365,14 @@ fn any_forest_reads_the_same_and_the_prediction_comes_true() {
                 .map(|_| {
                     let first = random.below(256) as u32 * 16;
                     let sectors = (1 + random.below(64) as u32 * 8).min(4096 - first);
-                    let run = if random.below(3) == 0 {
-                        SectorRun::BLOCK
-                    } else {
-                        run(first, sectors)
-                    };
+                    let run = if random.below(3) == 0 { SectorRun::BLOCK } else { run(first, sectors) };
                     (random.below(blocks) as u32, run, random.below(3) as u8)
                 })
                 .collect();
             sr.write(n, &writes);
         }
         let visible: Vec<u128> = (1..=u128::from(count))
-            .filter(|n| {
-                !image::meta(&sr.repo, &VolumeName::vhd(id(*n)))
-                    .unwrap()
-                    .hidden()
-            })
+            .filter(|n| !image::meta(&sr.repo, &VolumeName::vhd(id(*n))).unwrap().hidden())
             .collect();
         let before: Vec<_> = visible.iter().map(|n| sr.read(*n)).collect();
         let report = sr.collect(Scope::Sr);
@@ -352,11 +381,7 @@ fn any_forest_reads_the_same_and_the_prediction_comes_true() {
         }
         assert_eq!(report.failed, [], "seed {seed}");
         let again = sr.collect(Scope::Sr);
-        assert_eq!(
-            (again.coalesced, again.leaf_coalesced, again.deleted),
-            (0, 0, 0),
-            "seed {seed}"
-        );
+        assert_eq!((again.coalesced, again.leaf_coalesced, again.deleted), (0, 0, 0), "seed {seed}");
     }
 }
 
@@ -380,10 +405,7 @@ fn the_service_follows_attached_srs_and_answers() {
     service.kick(None);
     let begun = std::time::Instant::now();
     while !service.collectors(None).is_empty() {
-        assert!(
-            begun.elapsed().as_secs() < 20,
-            "the detached SR keeps its collector"
-        );
+        assert!(begun.elapsed().as_secs() < 20, "the detached SR keeps its collector");
         std::thread::yield_now();
     }
     service.close();

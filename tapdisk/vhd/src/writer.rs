@@ -346,13 +346,30 @@ impl Writer {
     /// What the volume said. The image's durable metadata still names durable
     /// data only; drop the writer and open it anew.
     pub fn commit(&mut self) -> Result<()> {
+        let freed = self.commit_held()?;
+        self.release(freed)
+    }
+
+    /// As [`Self::commit`], but the slots that became free are handed out
+    /// instead of being given back.
+    fn commit_held(&mut self) -> Result<Vec<Slot>> {
         if !self.open.rw.is_dirty() && !self.unflushed {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let captured = self.open.rw.capture();
         let freed = self.write_back(captured).map_err(|e| Error::from(e).of(&self.name))?;
         self.unflushed = false;
-        for slot in freed {
+        Ok(freed)
+    }
+
+    /// Gives back the space of blocks that [`Self::clear_blocks_held`]
+    /// cleared, once nobody reads through an older map.
+    ///
+    /// # Errors
+    /// What the volume said; the space is then given back by whoever opens
+    /// the image next.
+    pub fn release(&mut self, slots: Vec<Slot>) -> Result<()> {
+        for slot in slots {
             let gap = slot_bytes(slot);
             self.open.volume.zero(gap.offset, gap.len).map_err(|e| Error::from(e).of(&self.name))?;
             self.open.rw.slots().put(slot);
@@ -377,6 +394,19 @@ impl Writer {
             volume.flush("commit: metadata")?;
         }
         Ok(rw.durable(captured))
+    }
+
+    /// Blocks leave the image, durably. Their space stays as it is: somebody
+    /// may still read through an older map, until [`Self::release`]. The
+    /// image must not be settled or dropped in between.
+    ///
+    /// # Errors
+    /// As [`Self::commit`].
+    pub fn clear_blocks_held(&mut self, blocks: &[BlockNo]) -> Result<Vec<Slot>> {
+        for block in blocks {
+            self.open.rw.free(*block);
+        }
+        self.commit_held()
     }
 
     /// Blocks leave the image, durably; their space is then given back.
