@@ -28,13 +28,13 @@ use crate::cost;
 use crate::forest::Forest;
 use crate::garbage;
 use crate::job::{Job, Result, Stop};
+use crate::job_watch::JobWatch;
 use crate::limits;
 use crate::plan::{Choice, Merge, Settings, View, plan};
 use crate::progress::{Doing, Kind, State};
 use crate::reason::Reason;
 use crate::report::{FailedNode, Report};
 use crate::survey;
-use crate::watch::{Aborted, Event, Watch};
 
 /// See the module.
 #[derive(Debug)]
@@ -42,7 +42,7 @@ pub struct Collector {
     repo: Repo,
     began: Instant,
     state: Mutex<State>,
-    changed: Condvar,
+    pub(crate) changed: Condvar,
 }
 
 /// What a caller wants collected.
@@ -465,60 +465,5 @@ fn subject(choice: &Choice, forest: &Forest) -> (Vec<Uuid>, Kind, bool) {
             (claim.map(|claim| claim.nodes.clone()).unwrap_or_default(), Kind::Inner, false)
         }
         Choice::Delete { nodes } => (nodes.clone(), Kind::Delete, false),
-    }
-}
-
-/// A job's view of its collector.
-#[derive(Debug)]
-struct JobWatch {
-    collector: Arc<Collector>,
-    key: u64,
-}
-
-impl JobWatch {
-    fn aborted(&self, state: &State) -> std::result::Result<(), Aborted> {
-        match state.running.get(&self.key) {
-            Some(doing) if !doing.aborted => Ok(()),
-            _ => Err(Aborted),
-        }
-    }
-}
-
-impl Watch for JobWatch {
-    fn now(&self) -> Duration {
-        self.collector.now()
-    }
-
-    fn sleep(&self, time: Duration) -> std::result::Result<(), Aborted> {
-        let until = self.now() + time;
-        let mut state = self.collector.state();
-        loop {
-            self.aborted(&state)?;
-            let left = until.saturating_sub(self.now());
-            if left.is_zero() {
-                return Ok(());
-            }
-            let waited = self.collector.changed.wait_timeout(state, left);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
-    fn allow(&self, bytes: u64) -> std::result::Result<(), Aborted> {
-        let wait = {
-            let mut state = self.collector.state();
-            self.aborted(&state)?;
-            state.budget.take(bytes, self.now())
-        };
-        if wait.is_zero() { Ok(()) } else { self.sleep(wait) }
-    }
-
-    fn note(&self, event: Event) {
-        self.collector.state().note(self.key, event);
-    }
-
-    fn rate(&self) -> u64 {
-        let state = self.collector.state();
-        // The budget is shared by as many merges as may run.
-        state.budget.rate().div_ceil(state.settings.parallel.max(1) as u64)
     }
 }

@@ -28,6 +28,7 @@ pub mod forest;
 pub mod garbage;
 mod grow;
 pub mod job;
+mod job_watch;
 pub mod leaf;
 pub mod limits;
 pub mod plan;
