@@ -61,23 +61,22 @@ pub fn crash_everywhere(name: &str, ran: &Ran, effort: Effort, seed: u64, found:
     }
 }
 
-/// Recovers a state, sometimes with a second crash inside, and compares.
+/// Recovers a state and compares; and again with a second crash inside the
+/// recovery, a few times if that was a kill, whose recovery replays a record.
 fn survives(ran: &Ran, state: &SimDisk, at: At, kind: CrashKind, rng: &mut SmallRng, n: usize) -> Result<(), String> {
-    let again = n.is_multiple_of(5);
-    // To crash inside a recovery, it is run once to its end to know its log.
-    let (state, kind) = if again {
-        let _ = recovered(state, n as u64);
-        let second = if rng.random_range(0..2) == 0 { kind } else { CrashKind::PowerCut };
-        let inside = rng.random_range(0..=state.log_len());
-        let strategies = state.strategies(inside, second, 2, 2);
-        let strategy = strategies[rng.random_range(0..strategies.len())];
-        let worst = kind.max(second);
-        (state.crash(inside, second, rng, strategy), worst)
-    } else {
-        (state.clone(), kind)
-    };
-    let world = recovered(&state, n as u64 + 1)?;
+    let world = recovered(state, n as u64)?;
     compare(ran, &world, at, kind)?;
+    for _ in 0..usize::from(n.is_multiple_of(3)) * if kind == CrashKind::Kill { 4 } else { 1 } {
+        let second = if rng.random_range(0..3) == 0 { kind } else { CrashKind::PowerCut };
+        let inside = rng.random_range(0..=state.log_len());
+        let strategies = state.strategies(inside, second, 3, 3);
+        let strategy = strategies[rng.random_range(0..strategies.len())];
+        let again = state.crash(inside, second, rng, strategy);
+        let worst = kind.max(second);
+        recovered(&again, n as u64 + 1)
+            .and_then(|world| compare(ran, &world, at, worst))
+            .map_err(|e| format!("and {second:?} at {inside} of its recovery, {strategy:?}: {e}"))?;
+    }
     if n.is_multiple_of(7) {
         collect_garbage(&world).map_err(|e| format!("collecting after recovery: {e}"))?;
         compare(ran, &world, at, kind).map_err(|e| format!("after collecting: {e}"))?;
@@ -104,6 +103,14 @@ fn compare(ran: &Ran, world: &World, at: At, kind: CrashKind) -> Result<(), Stri
     let snapshots = scan.intents.iter().filter(|stored| matches!(stored.intent, sm::journal::Intent::Snapshot(_)));
     if let Some(left) = snapshots.map(|stored| stored.name).next() {
         return Err(format!("recovery left the record {left}"));
+    }
+    let known = |vdi: Uuid| {
+        ran.expected.iter().any(|expected| match expected {
+            Expected::Disk { vdi: own, .. } | Expected::Snapshot { vdi: own, .. } => *own == vdi,
+        })
+    };
+    if let Some(node) = scan.tree.nodes.iter().find(|node| !node.is_hidden() && !known(node.uuid)) {
+        return Err(format!("{} shows up as a disk", node.volume));
     }
     let visible = |vdi: Uuid| scan.tree.by_uuid(vdi).is_some_and(|ix| !scan.tree.nodes[ix].is_hidden());
     for expected in &ran.expected {

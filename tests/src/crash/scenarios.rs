@@ -8,10 +8,15 @@ use gc::job::Job;
 use gc::{garbage, survey};
 use sm::journal::SiblingKind;
 use sm::ops::{self, Wanted};
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
 use uuid::Uuid;
 use vhd::storage::sim::{Sabotage, SimDisk};
+use vhd::storage::{Access, VolumeName};
+use vhd::units::{BlockNo, SectorRun};
+use vhd::writer::Writer;
 
-use super::oracle::{At, Instant, Oracle};
+use super::oracle::{At, Instant, Oracle, stamp};
 use super::world::{BLOCKS, SharedGuest, World, locked};
 
 /// A visible disk and what it may hold.
@@ -46,13 +51,14 @@ pub struct Scenario {
 }
 
 /// All of them.
-pub const ALL: [Scenario; 6] = [
+pub const ALL: [Scenario; 7] = [
     Scenario { name: "writes", go: writes },
     Scenario { name: "snapshots", go: snapshots },
     Scenario { name: "offline", go: offline },
     Scenario { name: "leaf merge", go: leaf_merge },
     Scenario { name: "merge stopped", go: merge_stopped },
     Scenario { name: "inner merge", go: inner_merge },
+    Scenario { name: "writer", go: writer },
 ];
 
 impl Scenario {
@@ -288,4 +294,51 @@ fn inner_merge(play: &mut Play) {
     play.meanwhile(40);
     play.collect();
     play.traffic(5);
+}
+
+/// The blocking writer on a disk nobody serves, over a parent: whole and
+/// partial blocks, cleared ones, and an image whose front was damaged before.
+fn writer(play: &mut Play) {
+    play.attach();
+    play.traffic(12);
+    play.snapshot();
+    play.traffic(6);
+    play.detach();
+    let name = VolumeName::vhd(play.vdi);
+    let repo = play.world.repo.clone();
+    damage_front(&repo, &name);
+    let mut rng = SmallRng::seed_from_u64(play.world.disk.log_len() as u64);
+    for round in 0..4 {
+        let opened = Writer::open(repo.volumes.as_ref(), &name, repo.host.records());
+        let mut writer = opened.expect("open for writing");
+        for n in 0..6 {
+            write_some(play, &mut writer, &mut rng, (round * 10 + n + 1) << 40);
+        }
+        let began = play.world.disk.log_len();
+        writer.commit().expect("commit");
+        play.oracle.flushed(began, play.world.disk.log_len());
+        if round % 2 == 0 {
+            writer.settle(None).expect("settle");
+        }
+    }
+}
+
+fn write_some(play: &mut Play, writer: &mut Writer, rng: &mut SmallRng, value: u64) {
+    let block = rng.random_range(0..BLOCKS);
+    let first = [0, 2044, 4088][rng.random_range(0..3)] + rng.random_range(0..4);
+    let run = SectorRun { first, count: rng.random_range(1..5) };
+    let sectors = block * 4096 + u64::from(first)..block * 4096 + u64::from(run.end());
+    let bytes: Vec<u8> = sectors.clone().flat_map(|sector| stamp(value, sector)).collect();
+    let began = play.world.disk.log_len();
+    play.oracle.began(sectors.clone(), value, began, false);
+    let block = BlockNo(u32::try_from(block).expect("few blocks"));
+    writer.write(block, run, &bytes, true).expect("write");
+    play.oracle.answered(sectors, value, began, play.world.disk.log_len());
+}
+
+/// The footer's copy at the front is lost, long before any crash.
+fn damage_front(repo: &sm::Repo, name: &VolumeName) {
+    let volume = repo.volumes.open(name, Access::Write).expect("open");
+    volume.write_at(&[0; 512], 0).expect("damage");
+    volume.flush("scenario: damage").expect("flush");
 }
