@@ -86,7 +86,7 @@ impl Opener {
         if read_only {
             let chain = Chain::open(self.volumes.as_ref(), top)?;
             let bytes = chain.virtual_bytes();
-            return Ok((Engine::new(bytes, None, self.lower(chain)), None));
+            return Ok((Engine::new(bytes, None, self.lower(chain)?), None));
         }
         let leaf = self.image(top)?;
         let lower = self.below(top, &leaf.meta)?;
@@ -111,13 +111,22 @@ impl Opener {
     /// # Errors
     /// What is wrong with an image of the chain, naming it.
     pub fn below(&self, name: &VolumeName, meta: &Meta) -> vhd::error::Result<Lower> {
-        Ok(self.lower(Chain::below(self.volumes.as_ref(), name, meta)?))
+        self.lower(Chain::below(self.volumes.as_ref(), name, meta)?)
     }
 
-    fn lower(&self, chain: Chain) -> Lower {
+    /// An image whose record stands is unsettled: only its next holder may
+    /// open it before that is replayed, so a chain over it is refused.
+    fn lower(&self, chain: Chain) -> vhd::error::Result<Lower> {
         let map = chain.into_map();
+        for node in map.nodes() {
+            let left = self.records.existing(node.uuid).map_err(|e| vhd::error::Error::from(e).of(&node.name))?;
+            if left.is_some_and(|record| !record.is_empty()) {
+                let what = "reading an image that is not settled: whoever wrote it last must be recovered first";
+                return Err(vhd::error::Error::Unsupported { what }.of(&node.name));
+            }
+        }
         let files = map.nodes().iter().map(|node| self.files.add(Arc::clone(&node.volume))).collect();
-        Lower::new(map, files)
+        Ok(Lower::new(map, files))
     }
 
     /// Settles an image whose metadata is durable.
