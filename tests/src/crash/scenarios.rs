@@ -1,5 +1,6 @@
 //! What happens before the crash: real operations under guest traffic.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use gc::candidates::candidates;
@@ -311,19 +312,22 @@ fn writer(play: &mut Play) {
     for round in 0..4 {
         let opened = Writer::open(repo.volumes.as_ref(), &name, repo.host.records());
         let mut writer = opened.expect("open for writing");
-        for n in 0..6 {
-            write_some(play, &mut writer, &mut rng, (round * 10 + n + 1) << 40);
-        }
-        let began = play.world.disk.log_len();
+        let written = |n: u64| write_some(play, &mut writer, &mut rng, (round * 10 + n + 1) << 40);
+        let written: Vec<_> = (0..6).map(written).collect();
+        // Nothing is promised before this returns, and everything after.
         writer.commit().expect("commit");
-        play.oracle.flushed(began, play.world.disk.log_len());
+        let now = play.world.disk.log_len();
+        for (sectors, value, began) in written {
+            play.oracle.answered(sectors, value, began, now);
+        }
+        play.oracle.flushed(now, now);
         if round % 2 == 0 {
             writer.settle(None).expect("settle");
         }
     }
 }
 
-fn write_some(play: &mut Play, writer: &mut Writer, rng: &mut SmallRng, value: u64) {
+fn write_some(play: &mut Play, writer: &mut Writer, rng: &mut SmallRng, value: u64) -> (Range<u64>, u64, At) {
     let block = rng.random_range(0..BLOCKS);
     let first = [0, 2044, 4088][rng.random_range(0..3)] + rng.random_range(0..4);
     let run = SectorRun { first, count: rng.random_range(1..5) };
@@ -333,7 +337,7 @@ fn write_some(play: &mut Play, writer: &mut Writer, rng: &mut SmallRng, value: u
     play.oracle.began(sectors.clone(), value, began, false);
     let block = BlockNo(u32::try_from(block).expect("few blocks"));
     writer.write(block, run, &bytes, true).expect("write");
-    play.oracle.answered(sectors, value, began, play.world.disk.log_len());
+    (sectors, value, began)
 }
 
 /// The footer's copy at the front is lost, long before any crash.
