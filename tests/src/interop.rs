@@ -168,9 +168,8 @@ fn others_read_what_we_write() {
     eprintln!("seeds {base} and the {} after it", CHAINS - 1);
     for batch in 0..CHAINS / 20 {
         let repository = Repository::new();
-        let chains: Vec<Grown> = (0..20)
-            .map(|i| grow_chain(&repository, base.wrapping_add(batch * 20 + i)))
-            .collect();
+        let chains: Vec<Grown> =
+            (0..20).map(|i| grow_chain(&repository, base.wrapping_add(batch * 20 + i))).collect();
         check_with_libvhdi(&chains);
         for chain in &chains {
             let (path, content) = &chain.levels[0];

@@ -76,7 +76,11 @@ fn cases(from: &Templates) -> Vec<Case> {
     let to = |parent: &str| from.child.clone().with_parent(Uuid::new_v4(), &from.parent_text, parent);
     cases.push(Case { what: "a parent above the SR", image: to(&outside), codes: &["PARENT_OUTSIDE_SR"] });
     cases.push(Case { what: "a parent anywhere", image: to(&absolute), codes: &["PARENT_OUTSIDE_SR"] });
-    cases.push(Case { what: "a parent that is not there", image: from.child.clone(), codes: &["MISSING_PARENT"] });
+    cases.push(Case {
+        what: "a parent that is not there",
+        image: from.child.clone(),
+        codes: &["MISSING_PARENT"],
+    });
     cases
 }
 

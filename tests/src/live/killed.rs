@@ -46,8 +46,10 @@ fn a_killed_tapdisk_loses_no_acknowledged_write() {
         });
         assert!(acked >= last, "round {round}: {acked} of {last}");
         // What is dead is not attached; smd may still have to notice.
-        wait_until("the dead disk to be detached", || host.cli(&["vdi", "detach", "d"]).status == 0
-            || host.ok(&["vdi", "show", "d"])["attached"] == false);
+        wait_until("the dead disk to be detached", || {
+            host.cli(&["vdi", "detach", "d"]).status == 0
+                || host.ok(&["vdi", "show", "d"])["attached"] == false
+        });
     }
     guest.check(&host.attach(&vdi));
 }
@@ -144,8 +146,10 @@ fn a_tapdisk_killed_in_a_merge_loses_nothing() {
             false
         });
         assert!(killed.load(Ordering::Relaxed), "round {round}: the disk went away by itself");
-        wait_until("the dead disk to be detached", || host.cli(&["vdi", "detach", "d"]).status == 0
-            || host.ok(&["vdi", "show", "d"])["attached"] == false);
+        wait_until("the dead disk to be detached", || {
+            host.cli(&["vdi", "detach", "d"]).status == 0
+                || host.ok(&["vdi", "show", "d"])["attached"] == false
+        });
     }
     let at = host.attach(&vdi);
     guest.check(&at);
@@ -174,4 +178,3 @@ fn merge_all(host: &Host, vdi: &str) {
         host.ok(&["vdi", "show", vdi])["depth"] == 1
     });
 }
-

@@ -60,8 +60,9 @@ fn snapshots_keep_their_content_and_merge_away() {
 
     host.ok(&["vdi", "delete", "web@1"]);
     host.ok(&["gc", "run", "store", "--wait"]);
-    wait_until("the chain to be one image", || tree(&host, "store")["roots"][0]["depth"] == 1
-        && tree(&host, "store")["roots"][0]["kind"] == "leaf");
+    wait_until("the chain to be one image", || {
+        tree(&host, "store")["roots"][0]["depth"] == 1 && tree(&host, "store")["roots"][0]["kind"] == "leaf"
+    });
     assert_eq!(sha256(&content(&at, &host)), sha256(&second), "the disk after the merge");
 
     host.ok(&["vdi", "detach", "web"]);
@@ -144,9 +145,22 @@ fn every_object_has_the_promised_fields() {
     host.sr("store");
     host.disk("store", "a", "8MiB");
     let vdi = host.ok(&["vdi", "show", "a"]);
-    for field in ["uuid", "name", "description", "sr", "kind", "parent", "snapshot_of",
-        "virtual_size", "physical_size", "allocated", "depth", "read_only", "attached", "created"]
-    {
+    for field in [
+        "uuid",
+        "name",
+        "description",
+        "sr",
+        "kind",
+        "parent",
+        "snapshot_of",
+        "virtual_size",
+        "physical_size",
+        "allocated",
+        "depth",
+        "read_only",
+        "attached",
+        "created",
+    ] {
         assert!(vdi.get(field).is_some(), "a VDI has no {field}: {vdi}");
     }
     let sr = host.ok(&["sr", "show", "store"]);
@@ -154,9 +168,17 @@ fn every_object_has_the_promised_fields() {
         assert!(sr.get(field).is_some(), "an SR has no {field}: {sr}");
     }
     let run = host.ok(&["gc", "run", "--wait"]);
-    for field in ["coalesced", "leaf_coalesced", "deleted", "bytes_copied", "bytes_cloned",
-        "bytes_freed", "peak_extra_bytes", "seconds", "failed"]
-    {
+    for field in [
+        "coalesced",
+        "leaf_coalesced",
+        "deleted",
+        "bytes_copied",
+        "bytes_cloned",
+        "bytes_freed",
+        "peak_extra_bytes",
+        "seconds",
+        "failed",
+    ] {
         assert!(run.get(field).is_some(), "a run has no {field}: {run}");
     }
     host.ok(&["vdi", "rename", "a", "b"]);

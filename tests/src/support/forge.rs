@@ -152,8 +152,7 @@ fn resum(bytes: &mut [u8], field: Range<usize>) {
 
 /// Replaces every `from` by `to`, both of one length; how often.
 fn replace(bytes: &mut [u8], from: &[u8], to: &[u8]) -> usize {
-    let at: Vec<usize> =
-        (0..=bytes.len() - from.len()).filter(|i| bytes[*i..].starts_with(from)).collect();
+    let at: Vec<usize> = (0..=bytes.len() - from.len()).filter(|i| bytes[*i..].starts_with(from)).collect();
     for i in &at {
         bytes[*i..i + to.len()].copy_from_slice(to);
     }

@@ -153,9 +153,9 @@ impl Guest {
                 for (want, value) in want.iter_mut().zip(std::iter::once(&acked).chain(&maybe)) {
                     stamp::fill(want, unit as u32, *value);
                 }
-                let torn = (0..UNIT_BYTES).step_by(512).all(|at| {
-                    want.iter().any(|want| want[at..at + 512] == buf[at..at + 512])
-                });
+                let torn = (0..UNIT_BYTES)
+                    .step_by(512)
+                    .all(|at| want.iter().any(|want| want[at..at + 512] == buf[at..at + 512]));
                 assert!(
                     torn && !maybe.is_empty(),
                     "unit {unit} holds {found:?}; acknowledged {acked:?}, in flight {maybe:?}"

@@ -46,9 +46,7 @@ pub struct Global {
 impl Global {
     /// The run folder: as given, or the default.
     pub fn run_dir(&self) -> PathBuf {
-        self.run
-            .clone()
-            .unwrap_or_else(|| PathBuf::from(RUN_DEFAULT))
+        self.run.clone().unwrap_or_else(|| PathBuf::from(RUN_DEFAULT))
     }
 }
 

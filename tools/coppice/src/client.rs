@@ -34,18 +34,12 @@ pub struct Daemon {
 impl Daemon {
     /// The storage daemon of this run folder.
     pub fn smd(run: &Path) -> Self {
-        Self {
-            name: "smd",
-            socket: run.join("smd.sock"),
-        }
+        Self { name: "smd", socket: run.join("smd.sock") }
     }
 
     /// The garbage collector of this run folder.
     pub fn gcd(run: &Path) -> Self {
-        Self {
-            name: "gcd",
-            socket: run.join("gcd.sock"),
-        }
+        Self { name: "gcd", socket: run.join("gcd.sock") }
     }
 
     /// Asks for a document.
@@ -68,41 +62,26 @@ impl Daemon {
         self.ask(Method::DELETE, path, None, REQUEST_S_MAX)
     }
 
-    fn ask(
-        &self,
-        method: Method,
-        path: &str,
-        body: Option<&Value>,
-        limit_s: u64,
-    ) -> Outcome<Value> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
+    fn ask(&self, method: Method, path: &str, body: Option<&Value>, limit_s: u64) -> Outcome<Value> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let limit = Duration::from_secs(limit_s);
         runtime.block_on(async {
             match tokio::time::timeout(limit, self.exchange(method, path, body)).await {
                 Ok(outcome) => outcome,
-                Err(_) => Err(Failure::new(
-                    "IO_ERROR",
-                    format!("{} gave no answer within {limit_s} s", self.name),
-                )),
+                Err(_) => {
+                    Err(Failure::new("IO_ERROR", format!("{} gave no answer within {limit_s} s", self.name)))
+                }
             }
         })
     }
 
     async fn exchange(&self, method: Method, path: &str, body: Option<&Value>) -> Outcome<Value> {
-        let stream = UnixStream::connect(&self.socket)
-            .await
-            .map_err(|e| self.unreachable(&e))?;
+        let stream = UnixStream::connect(&self.socket).await.map_err(|e| self.unreachable(&e))?;
         let broken = |e: hyper::Error| {
-            Failure::new(
-                "IO_ERROR",
-                format!("{} broke off the request {path}: {e}", self.name),
-            )
+            Failure::new("IO_ERROR", format!("{} broke off the request {path}: {e}", self.name))
         };
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-            .await
-            .map_err(broken)?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
         // Ends with the sender, that is with this function.
         tokio::spawn(connection);
         let bytes = body.map(Value::to_string).unwrap_or_default();
@@ -115,37 +94,25 @@ impl Daemon {
             .map_err(|e| Failure::new("IO_ERROR", e.to_string()))?;
         let answer = sender.send_request(request).await.map_err(broken)?;
         let status = answer.status();
-        let body = Limited::new(answer.into_body(), ANSWER_BYTES_MAX)
-            .collect()
-            .await;
-        let body = body
-            .map_err(|e| Failure::new("IO_ERROR", format!("{}: {e}", self.name)))?
-            .to_bytes();
+        let body = Limited::new(answer.into_body(), ANSWER_BYTES_MAX).collect().await;
+        let body = body.map_err(|e| Failure::new("IO_ERROR", format!("{}: {e}", self.name)))?.to_bytes();
         if !status.is_success() {
             return Err(Failure::from_answer(status.as_u16(), &body));
         }
         if body.is_empty() {
             return Ok(Value::Null);
         }
-        serde_json::from_slice(&body).map_err(|e| {
-            Failure::new(
-                "IO_ERROR",
-                format!("{} answered {path} with no JSON: {e}", self.name),
-            )
-        })
+        serde_json::from_slice(&body)
+            .map_err(|e| Failure::new("IO_ERROR", format!("{} answered {path} with no JSON: {e}", self.name)))
     }
 
     fn unreachable(&self, error: &std::io::Error) -> Failure {
         let socket = self.socket.display();
         match error.kind() {
-            ErrorKind::NotFound | ErrorKind::ConnectionRefused => Failure::new(
-                "NOT_RUNNING",
-                format!("{} does not run: nobody listens on {socket}", self.name),
-            ),
-            _ => Failure::new(
-                "IO_ERROR",
-                format!("{} cannot be reached on {socket}: {error}", self.name),
-            ),
+            ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
+                Failure::new("NOT_RUNNING", format!("{} does not run: nobody listens on {socket}", self.name))
+            }
+            _ => Failure::new("IO_ERROR", format!("{} cannot be reached on {socket}: {error}", self.name)),
         }
     }
 }

@@ -10,17 +10,11 @@ use crate::failure::{Failure, Outcome};
 
 /// Becomes the daemon that `args` begins with; returns when it ends.
 pub fn run(args: Vec<OsString>) -> Outcome<ExitCode> {
-    let name = args
-        .first()
-        .and_then(|name| name.to_str())
-        .unwrap_or_default();
+    let name = args.first().and_then(|name| name.to_str()).unwrap_or_default();
     match name {
         "smd" => Ok(sm::run(args)),
         "gcd" => Ok(gc::run(args)),
         "tapdisk" => Ok(tapdisk::run(args)),
-        _ => Err(Failure::new(
-            "NOT_FOUND",
-            format!("no daemon is called \"{name}\""),
-        )),
+        _ => Err(Failure::new("NOT_FOUND", format!("no daemon is called \"{name}\""))),
     }
 }

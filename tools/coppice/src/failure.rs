@@ -16,11 +16,7 @@ pub struct Failure {
 impl Failure {
     /// A failure with nothing more to say.
     pub fn new(code: &str, message: impl Into<String>) -> Self {
-        Self {
-            code: code.to_owned(),
-            message: message.into(),
-            more: Map::new(),
-        }
+        Self { code: code.to_owned(), message: message.into(), more: Map::new() }
     }
 
     /// The document printed with `--json`.
@@ -50,11 +46,7 @@ impl Failure {
         };
         let code = text("code", "IO_ERROR");
         let message = text("message", "the daemon gave no reason");
-        Self {
-            code,
-            message,
-            more,
-        }
+        Self { code, message, more }
     }
 
     /// What the operator can do, where that does not depend on the case.
@@ -71,9 +63,7 @@ impl Failure {
             "NO_SPACE" => {
                 "free space on the storage repository, or delete snapshots and run `coppice gc run --wait`"
             }
-            "CHAIN_TOO_LONG" => {
-                "delete snapshots you no longer need and run `coppice gc run --wait`"
-            }
+            "CHAIN_TOO_LONG" => "delete snapshots you no longer need and run `coppice gc run --wait`",
             "SR_DETACHED" => "attach it first: `coppice sr attach`",
             "SR_IN_USE" => "detach it on the host that uses it",
             "BAD_IMAGE" => {

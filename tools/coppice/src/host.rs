@@ -88,22 +88,8 @@ impl Host {
             smd_args.push("--tapdisk-arg".into());
             smd_args.push(part.into());
         }
-        let smd = Service::start(
-            "smd",
-            smd_args,
-            Daemon::smd(&folders.run),
-            &exe,
-            &folders,
-            logs,
-        )?;
-        let started = Service::start(
-            "gcd",
-            common("gcd"),
-            Daemon::gcd(&folders.run),
-            &exe,
-            &folders,
-            logs,
-        );
+        let smd = Service::start("smd", smd_args, Daemon::smd(&folders.run), &exe, &folders, logs)?;
+        let started = Service::start("gcd", common("gcd"), Daemon::gcd(&folders.run), &exe, &folders, logs);
         let gcd = match started {
             Ok(gcd) => gcd,
             Err(failure) => {
@@ -112,13 +98,7 @@ impl Host {
                 return Err(failure);
             }
         };
-        Ok(Self {
-            folders,
-            logs,
-            exe,
-            smd,
-            gcd,
-        })
+        Ok(Self { folders, logs, exe, smd, gcd })
     }
 
     /// The storage daemon's process.
@@ -137,8 +117,7 @@ impl Host {
             if let Some(status) = service.child.try_wait()? {
                 let said = format!("{} ended by itself: {status}", service.name);
                 let (args, api) = (service.args.clone(), service.api.clone());
-                *service =
-                    Service::start(service.name, args, api, &self.exe, &self.folders, self.logs)?;
+                *service = Service::start(service.name, args, api, &self.exe, &self.folders, self.logs)?;
                 return Ok(Some(said));
             }
         }
@@ -178,12 +157,7 @@ impl Service {
             .stderr(log)
             .process_group(0)
             .spawn()?;
-        let mut service = Self {
-            name,
-            args,
-            api,
-            child,
-        };
+        let mut service = Self { name, args, api, child };
         match service.wait_ready(folders, logs) {
             Ok(()) => Ok(service),
             Err(failure) => {
@@ -195,11 +169,7 @@ impl Service {
 
     /// Waits until our own child answers, not one that was there before.
     fn wait_ready(&mut self, folders: &Folders, logs: Logs) -> Outcome<()> {
-        let probe = if self.name == "smd" {
-            "/srs"
-        } else {
-            "/status"
-        };
+        let probe = if self.name == "smd" { "/srs" } else { "/status" };
         let deadline = Instant::now() + START_LIMIT;
         loop {
             if let Some(status) = self.child.try_wait()? {
@@ -288,8 +258,5 @@ pub fn private_run() -> Outcome<tempfile::TempDir> {
 /// The last line of a log, where a daemon said why it ended.
 fn last_line(path: &Path) -> String {
     let log = std::fs::read_to_string(path).unwrap_or_default();
-    log.lines()
-        .last()
-        .map(|line| format!("({line})"))
-        .unwrap_or_default()
+    log.lines().last().map(|line| format!("({line})")).unwrap_or_default()
 }

@@ -45,9 +45,7 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    let output = Output {
-        json: cli.global.json,
-    };
+    let output = Output { json: cli.global.json };
     match run(cli, output) {
         Ok(code) => code,
         Err(failure) => {

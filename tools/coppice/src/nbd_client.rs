@@ -88,14 +88,7 @@ impl Client {
         let reader = std::thread::Builder::new()
             .name("nbd replies".to_owned())
             .spawn(move || read_replies(socket, &sender))?;
-        Ok(Self {
-            stream,
-            replies,
-            reader: Some(reader),
-            next_ticket: 0,
-            in_flight: 0,
-            size_bytes,
-        })
+        Ok(Self { stream, replies, reader: Some(reader), next_ticket: 0, in_flight: 0, size_bytes })
     }
 
     /// Size of the export in bytes.
@@ -123,14 +116,7 @@ impl Client {
     /// limits of this module.
     pub fn write(&mut self, offset: u64, data: &[u8], fua: bool) -> io::Result<Ticket> {
         let len = u32::try_from(data.len()).map_err(io::Error::other)?;
-        self.send(
-            CMD_WRITE,
-            if fua { FLAG_FUA } else { 0 },
-            offset,
-            len,
-            0,
-            data,
-        )
+        self.send(CMD_WRITE, if fua { FLAG_FUA } else { 0 }, offset, len, 0, data)
     }
 
     /// Makes `len` bytes at `offset` read as zeros.
@@ -154,12 +140,10 @@ impl Client {
     /// # Errors
     /// The connection broke, or `limit` passed without a reply.
     pub fn next(&mut self, limit: Duration) -> io::Result<Reply> {
-        let reply = self.replies.recv_timeout(limit).map_err(|_| {
-            io::Error::new(
-                io::ErrorKind::TimedOut,
-                "no reply to an NBD request in time",
-            )
-        })??;
+        let reply = self
+            .replies
+            .recv_timeout(limit)
+            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no reply to an NBD request in time"))??;
         self.in_flight -= 1;
         Ok(reply)
     }
@@ -174,10 +158,7 @@ impl Client {
         data: &[u8],
     ) -> io::Result<Ticket> {
         if self.in_flight == IN_FLIGHT_MAX || len > REQUEST_BYTES_MAX {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "beyond the client's limits",
-            ));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "beyond the client's limits"));
         }
         let ticket = self.next_ticket;
         self.next_ticket = self.next_ticket.wrapping_add(1);
@@ -248,9 +229,7 @@ fn negotiate(stream: &mut UnixStream, export: &str) -> io::Result<u64> {
             REP_INFO => size_bytes = export_size(&payload).or(size_bytes),
             _ => {
                 let why = String::from_utf8_lossy(&payload).into_owned();
-                return Err(protocol(&format!(
-                    "export \"{export}\" refused ({kind:#x}): {why}"
-                )));
+                return Err(protocol(&format!("export \"{export}\" refused ({kind:#x}): {why}")));
             }
         }
     }
@@ -281,10 +260,7 @@ fn read_reply(stream: &mut UnixStream) -> io::Result<Reply> {
     let handle = u64_from(stream)?;
     let ticket = (handle >> 32) as u32;
     if error != 0 {
-        return Ok(Reply {
-            ticket,
-            outcome: Err(error),
-        });
+        return Ok(Reply { ticket, outcome: Err(error) });
     }
     // The low half is ours, but came back from the server: bound it again.
     let len = handle as u32;
@@ -293,10 +269,7 @@ fn read_reply(stream: &mut UnixStream) -> io::Result<Reply> {
     }
     let mut data = vec![0; len as usize];
     stream.read_exact(&mut data)?;
-    Ok(Reply {
-        ticket,
-        outcome: Ok(data),
-    })
+    Ok(Reply { ticket, outcome: Ok(data) })
 }
 
 fn u16_from(stream: &mut UnixStream) -> io::Result<u16> {

@@ -17,11 +17,7 @@ pub struct Output {
 impl Output {
     /// Prints `document`, or what `human` makes of it.
     pub fn result(self, document: &Value, human: impl FnOnce() -> String) {
-        let text = if self.json {
-            format!("{document}\n")
-        } else {
-            human()
-        };
+        let text = if self.json { format!("{document}\n") } else { human() };
         print(&text);
     }
 

@@ -12,11 +12,7 @@ pub fn sr(smd: &Daemon, text: &str) -> Outcome<String> {
         return Ok(text.to_owned());
     }
     let all: Vec<Sr> = list_of(&smd.get("/srs")?, "srs")?;
-    unique(
-        "storage repository",
-        text,
-        all.iter().map(|sr| (sr.name.as_str(), sr.uuid.as_str())),
-    )
+    unique("storage repository", text, all.iter().map(|sr| (sr.name.as_str(), sr.uuid.as_str())))
 }
 
 /// The uuid of the disk called `text`.
@@ -26,11 +22,7 @@ pub fn vdi(smd: &Daemon, text: &str) -> Outcome<String> {
     }
     let all: Vec<Vdi> = list_of(&smd.get("/vdis")?, "vdis")?;
     let visible = all.iter().filter(|vdi| vdi.kind != "hidden");
-    unique(
-        "disk",
-        text,
-        visible.map(|vdi| (vdi.name.as_str(), vdi.uuid.as_str())),
-    )
+    unique("disk", text, visible.map(|vdi| (vdi.name.as_str(), vdi.uuid.as_str())))
 }
 
 /// The uuid of a storage repository or else of a disk, and which of the two,
@@ -47,33 +39,17 @@ fn is_uuid(text: &str) -> bool {
     uuid::Uuid::try_parse(text).is_ok()
 }
 
-fn unique<'a>(
-    what: &str,
-    wanted: &str,
-    known: impl Iterator<Item = (&'a str, &'a str)>,
-) -> Outcome<String> {
-    let mut found: Vec<&str> = known
-        .filter(|(name, _)| *name == wanted)
-        .map(|(_, uuid)| uuid)
-        .collect();
+fn unique<'a>(what: &str, wanted: &str, known: impl Iterator<Item = (&'a str, &'a str)>) -> Outcome<String> {
+    let mut found: Vec<&str> = known.filter(|(name, _)| *name == wanted).map(|(_, uuid)| uuid).collect();
     match (found.pop(), found.len()) {
-        (None, _) => Err(Failure::new(
-            "NOT_FOUND",
-            format!("no {what} is called \"{wanted}\""),
-        )),
+        (None, _) => Err(Failure::new("NOT_FOUND", format!("no {what} is called \"{wanted}\""))),
         (Some(uuid), 0) => Ok(uuid.to_owned()),
         (Some(last), others) => {
             found.push(last);
-            let message = format!(
-                "{} are called \"{wanted}\": {}",
-                others + 1,
-                found.join(", ")
-            );
+            let message = format!("{} are called \"{wanted}\": {}", others + 1, found.join(", "));
             let mut failure = Failure::new("AMBIGUOUS", message);
             let candidates = found.into_iter().map(Value::from).collect();
-            failure
-                .more
-                .insert("candidates".to_owned(), Value::Array(candidates));
+            failure.more.insert("candidates".to_owned(), Value::Array(candidates));
             Err(failure)
         }
     }

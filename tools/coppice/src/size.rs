@@ -12,37 +12,23 @@ impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let digits = text
-            .find(|c: char| !c.is_ascii_digit())
-            .unwrap_or(text.len());
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
         let (number, unit) = text.split_at(digits);
         let unit = unit.trim_start();
         let shift = if unit.is_empty() {
             0
         } else {
             let known = UNITS.iter().find(|(name, _)| *name == unit);
-            known
-                .ok_or("write bytes, or a whole number with KiB, MiB, GiB or TiB")?
-                .1
+            known.ok_or("write bytes, or a whole number with KiB, MiB, GiB or TiB")?.1
         };
-        let number: u64 = number
-            .parse()
-            .map_err(|_| "not a whole number".to_owned())?;
-        number
-            .checked_mul(1 << shift)
-            .map(Size)
-            .ok_or_else(|| "too large".to_owned())
+        let number: u64 = number.parse().map_err(|_| "not a whole number".to_owned())?;
+        number.checked_mul(1 << shift).map(Size).ok_or_else(|| "too large".to_owned())
     }
 }
 
 /// `bytes` in the largest unit that leaves at least one whole, one decimal.
 pub fn human(bytes: u64) -> String {
-    let (name, shift) = UNITS
-        .iter()
-        .rev()
-        .find(|(_, shift)| bytes >> shift > 0)
-        .copied()
-        .unwrap_or(("B", 0));
+    let (name, shift) = UNITS.iter().rev().find(|(_, shift)| bytes >> shift > 0).copied().unwrap_or(("B", 0));
     let whole = bytes >> shift;
     let rest = bytes - (whole << shift);
     if rest == 0 {
@@ -59,13 +45,9 @@ mod tests {
 
     #[test]
     fn sizes_read_as_typed() {
-        for (text, bytes) in [
-            ("512", 512),
-            ("1KiB", 1024),
-            ("3 MiB", 3 << 20),
-            ("1GiB", 1 << 30),
-            ("2TiB", 2 << 40),
-        ] {
+        for (text, bytes) in
+            [("512", 512), ("1KiB", 1024), ("3 MiB", 3 << 20), ("1GiB", 1 << 30), ("2TiB", 2 << 40)]
+        {
             assert_eq!(text.parse(), Ok(Size(bytes)), "{text}");
         }
         for text in ["", "1G", "-1", "1.5GiB", "99999999TiB", "MiB"] {

@@ -19,15 +19,10 @@ const WATCH: Duration = Duration::from_millis(500);
 /// Runs until SIGINT or SIGTERM.
 pub fn run(global: &Global, args: &UpArgs, output: Output) -> Outcome<()> {
     // The signals are caught before anything is started that they should end.
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (mut interrupt, mut terminate) = {
         let _context = runtime.enter();
-        (
-            signal(SignalKind::interrupt())?,
-            signal(SignalKind::terminate())?,
-        )
+        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
     };
     let (folders, private) = folders(global, args)?;
     let mut host = Host::start(folders.clone(), Logs::Inherit)?;
@@ -48,9 +43,7 @@ pub fn run(global: &Global, args: &UpArgs, output: Output) -> Outcome<()> {
             Ok(None) => {}
             Ok(Some(said)) if restarts < RESTARTS_MAX => {
                 restarts += 1;
-                say(&format!(
-                    "coppice: {said}; started again ({restarts} of {RESTARTS_MAX})"
-                ));
+                say(&format!("coppice: {said}; started again ({restarts} of {RESTARTS_MAX})"));
             }
             Ok(Some(said)) => break Err(Failure::new("NOT_RUNNING", said)),
             Err(failure) => break Err(failure),
@@ -62,10 +55,7 @@ pub fn run(global: &Global, args: &UpArgs, output: Output) -> Outcome<()> {
     {
         // The disks that stay served live in it.
         let kept = private.keep();
-        say(&format!(
-            "coppice: {} stays for the attached disks",
-            kept.display()
-        ));
+        say(&format!("coppice: {} stays for the attached disks", kept.display()));
     }
     ended
 }
@@ -75,10 +65,7 @@ pub fn run(global: &Global, args: &UpArgs, output: Output) -> Outcome<()> {
 fn folders(global: &Global, args: &UpArgs) -> Outcome<(Folders, Option<tempfile::TempDir>)> {
     let below = |dir: &std::path::Path| -> Outcome<Folders> {
         let dir = std::path::absolute(dir)?;
-        Ok(Folders {
-            state: dir.join("state"),
-            run: dir.join("run"),
-        })
+        Ok(Folders { state: dir.join("state"), run: dir.join("run") })
     };
     if let Some(dir) = &args.dir {
         let base = below(dir)?;
@@ -92,13 +79,7 @@ fn folders(global: &Global, args: &UpArgs) -> Outcome<(Folders, Option<tempfile:
     }
     let state = global.state.clone().unwrap_or_else(|| STATE_DEFAULT.into());
     let run = global.run.clone().unwrap_or_else(|| RUN_DEFAULT.into());
-    Ok((
-        Folders {
-            state: std::path::absolute(state)?,
-            run: std::path::absolute(run)?,
-        },
-        None,
-    ))
+    Ok((Folders { state: std::path::absolute(state)?, run: std::path::absolute(run)? }, None))
 }
 
 fn announce(folders: &Folders, host: &Host, output: Output) {
@@ -107,8 +88,6 @@ fn announce(folders: &Folders, host: &Host, output: Output) {
         "state": folders.state, "run": folders.run,
         "smd_pid": host.smd_pid(), "gcd_pid": host.gcd_pid(),
     });
-    output.result(&document, || {
-        format!("export COPPICE_STATE={state} COPPICE_RUN={run}\n")
-    });
+    output.result(&document, || format!("export COPPICE_STATE={state} COPPICE_RUN={run}\n"));
     say("coppice: up; Ctrl-C ends it");
 }

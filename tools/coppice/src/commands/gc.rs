@@ -14,11 +14,7 @@ use crate::view;
 pub fn run(context: &Context, command: GcCommand) -> Outcome<()> {
     let gcd = &context.gcd;
     match command {
-        GcCommand::Run {
-            what,
-            dry_run,
-            wait,
-        } => {
+        GcCommand::Run { what, dry_run, wait } => {
             let mut body = json!({"dry_run": dry_run, "wait": wait});
             if let Some(what) = what {
                 let (key, uuid) = resolve::sr_or_vdi(&context.smd, &what)?;
@@ -45,9 +41,7 @@ fn status(context: &Context, scope: &GcScope) -> Outcome<()> {
         None => context.gcd.get("/status")?,
     };
     let status: view::GcStatus = view::read(&answer)?;
-    context
-        .output
-        .result(&answer, || render::gc_status(&status));
+    context.output.result(&answer, || render::gc_status(&status));
     Ok(())
 }
 
@@ -58,11 +52,7 @@ fn tell(context: &Context, scope: &GcScope, path: &str) -> Outcome<()> {
 }
 
 fn uuid_of(context: &Context, scope: &GcScope) -> Outcome<Option<String>> {
-    scope
-        .sr
-        .as_deref()
-        .map(|sr| resolve::sr(&context.smd, sr))
-        .transpose()
+    scope.sr.as_deref().map(|sr| resolve::sr(&context.smd, sr)).transpose()
 }
 
 fn show(context: &Context, answer: &Value) {

@@ -25,10 +25,6 @@ pub struct Context {
 impl Context {
     /// The daemons of one run folder.
     pub fn new(run: &Path, output: Output) -> Self {
-        Self {
-            smd: Daemon::smd(run),
-            gcd: Daemon::gcd(run),
-            output,
-        }
+        Self { smd: Daemon::smd(run), gcd: Daemon::gcd(run), output }
     }
 }

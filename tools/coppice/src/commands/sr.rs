@@ -14,22 +14,12 @@ use crate::view::{self, Forest, Sr};
 pub fn run(context: &Context, command: SrCommand) -> Outcome<()> {
     let smd = &context.smd;
     match command {
-        SrCommand::Create {
-            name,
-            kind,
-            path,
-            uuid,
-        } => {
+        SrCommand::Create { name, kind, path, uuid } => {
             let path = absolute(&path)?;
             let body = json!({"name": name, "type": kind.word(), "path": path, "uuid": uuid});
             show(context, &smd.post("/srs", &body)?);
         }
-        SrCommand::Introduce {
-            name,
-            kind,
-            path,
-            uuid,
-        } => {
+        SrCommand::Introduce { name, kind, path, uuid } => {
             let path = absolute(&path)?;
             let body = json!({
                 "name": name, "type": kind.word(), "path": path, "uuid": uuid, "introduce": true,
@@ -48,9 +38,7 @@ pub fn run(context: &Context, command: SrCommand) -> Outcome<()> {
         SrCommand::Tree(arg) => {
             let answer = tree(context, &arg.sr)?;
             let forest: Forest = view::read(&answer)?;
-            context
-                .output
-                .result(&answer, || render::tree::forest(&forest));
+            context.output.result(&answer, || render::tree::forest(&forest));
         }
         SrCommand::Scan(arg) => verb(context, &arg.sr, "scan")?,
         SrCommand::Attach(arg) => verb(context, &arg.sr, "attach")?,
@@ -77,27 +65,18 @@ fn tree(context: &Context, sr: &str) -> Outcome<Value> {
 
 /// Adds `gc` to every node that the collector has something to say about.
 fn annotate(node: &mut Value, states: &Value) {
-    let state = node
-        .get("uuid")
-        .and_then(Value::as_str)
-        .and_then(|uuid| states.get(uuid))
-        .cloned();
+    let state = node.get("uuid").and_then(Value::as_str).and_then(|uuid| states.get(uuid)).cloned();
     if let (Some(state), Value::Object(map)) = (state, &mut *node) {
         map.insert("gc".to_owned(), state);
     }
     if let Some(Value::Array(children)) = node.get_mut("children") {
-        children
-            .iter_mut()
-            .for_each(|child| annotate(child, states));
+        children.iter_mut().for_each(|child| annotate(child, states));
     }
 }
 
 fn verb(context: &Context, sr: &str, verb: &str) -> Outcome<()> {
     let sr = resolve::sr(&context.smd, sr)?;
-    show(
-        context,
-        &context.smd.post(&format!("/srs/{sr}/{verb}"), &json!({}))?,
-    );
+    show(context, &context.smd.post(&format!("/srs/{sr}/{verb}"), &json!({}))?);
     Ok(())
 }
 
@@ -107,6 +86,5 @@ fn show(context: &Context, answer: &Value) {
 
 /// The daemon has another working folder than the one who types.
 fn absolute(path: &std::path::Path) -> Outcome<std::path::PathBuf> {
-    std::path::absolute(path)
-        .map_err(|e| Failure::new("IO_ERROR", format!("{}: {e}", path.display())))
+    std::path::absolute(path).map_err(|e| Failure::new("IO_ERROR", format!("{}: {e}", path.display())))
 }

@@ -25,17 +25,11 @@ pub fn run(context: &Context) -> Outcome<()> {
         "gcd": {"running": gcd.is_some(), "status": gcd},
         "srs": smd.clone().map_or(Value::Null, |srs| view::inner(srs, "srs")),
     });
-    let srs: Vec<Sr> = smd
-        .as_ref()
-        .map_or(Ok(Vec::new()), |srs| view::list_of(srs, "srs"))?;
+    let srs: Vec<Sr> = smd.as_ref().map_or(Ok(Vec::new()), |srs| view::list_of(srs, "srs"))?;
     let gc_view: Option<GcStatus> = gcd.as_ref().map(view::read).transpose()?;
     context.output.result(&answer, || {
         let runs = |up: bool| if up { "runs" } else { "does not run" };
-        let mut text = format!(
-            "smd {}\ngcd {}\n\n",
-            runs(smd.is_some()),
-            runs(gcd.is_some())
-        );
+        let mut text = format!("smd {}\ngcd {}\n\n", runs(smd.is_some()), runs(gcd.is_some()));
         text.push_str(&render::srs(&srs));
         if let Some(gcd) = &gc_view {
             text.push_str(&format!("\n{}", render::gc_status(gcd)));

@@ -25,10 +25,7 @@ pub fn run(context: &Context, command: VdiCommand) -> Outcome<()> {
             show(context, &smd.get(&format!("/vdis/{vdi}"))?);
         }
         VdiCommand::Snapshot { vdis, name } => {
-            let vdis: Vec<String> = vdis
-                .iter()
-                .map(|vdi| resolve::vdi(smd, vdi))
-                .collect::<Outcome<_>>()?;
+            let vdis: Vec<String> = vdis.iter().map(|vdi| resolve::vdi(smd, vdi)).collect::<Outcome<_>>()?;
             let answer = smd.post("/vdis/snapshot", &json!({"vdis": vdis, "name": name}))?;
             let mut answer = view::inner(answer, "vdis");
             // One disk asked for, one snapshot shown; of several a list.
@@ -66,10 +63,7 @@ fn list(context: &Context, sr: Option<&str>) -> Outcome<()> {
 
 fn verb(context: &Context, vdi: &str, verb: &str, body: &Value) -> Outcome<()> {
     let vdi = resolve::vdi(&context.smd, vdi)?;
-    show(
-        context,
-        &context.smd.post(&format!("/vdis/{vdi}/{verb}"), body)?,
-    );
+    show(context, &context.smd.post(&format!("/vdis/{vdi}/{verb}"), body)?);
     Ok(())
 }
 

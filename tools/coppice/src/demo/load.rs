@@ -58,8 +58,7 @@ impl Load {
     /// The connection could not be made.
     pub fn start(socket: &Path, export: &str, seed: u64) -> std::io::Result<Self> {
         let client = Client::connect(socket, export)?;
-        let units = u32::try_from(client.size_bytes() / UNIT_BYTES as u64)
-            .map_err(std::io::Error::other)?;
+        let units = u32::try_from(client.size_bytes() / UNIT_BYTES as u64).map_err(std::io::Error::other)?;
         let shared = Arc::new(Shared {
             oracle: Mutex::new(Oracle::new(units)),
             tally: Mutex::new(Tally::new()),
@@ -72,9 +71,7 @@ impl Load {
             requests: HashMap::new(),
             units,
         };
-        let thread = std::thread::Builder::new()
-            .name("guest".to_owned())
-            .spawn(move || guest.run())?;
+        let thread = std::thread::Builder::new().name("guest".to_owned()).spawn(move || guest.run())?;
         Ok(Self { shared, thread })
     }
 
@@ -99,20 +96,11 @@ impl Load {
     /// What went wrong on the way, first thing first.
     pub fn stop(self) -> Result<(Oracle, Tally), String> {
         self.shared.stop.store(true, Ordering::Relaxed);
-        let ended = self
-            .thread
-            .join()
-            .map_err(|_| "the load's thread panicked".to_owned())?;
+        let ended = self.thread.join().map_err(|_| "the load's thread panicked".to_owned())?;
         ended?;
         let shared = Arc::into_inner(self.shared).ok_or("the load is still in use")?;
-        let oracle = shared
-            .oracle
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner);
-        let tally = shared
-            .tally
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner);
+        let oracle = shared.oracle.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let tally = shared.tally.into_inner().unwrap_or_else(PoisonError::into_inner);
         Ok((oracle, tally))
     }
 }
@@ -120,14 +108,8 @@ impl Load {
 /// What a request in flight is, for its answer.
 #[derive(Debug)]
 enum Kind {
-    Write {
-        begun: u64,
-        units: Range<u32>,
-    },
-    Read {
-        units: Range<u32>,
-        expected: Vec<Value>,
-    },
+    Write { begun: u64, units: Range<u32> },
+    Read { units: Range<u32>, expected: Vec<Value> },
     Flush,
 }
 
@@ -203,11 +185,7 @@ impl Guest {
             let blocks = self.units / BLOCK_UNITS;
             let block = self.rng.random_range(0..blocks);
             let anywhere = self.rng.random_ratio(1, ANYWHERE_ONE_IN);
-            let block = if anywhere {
-                block
-            } else {
-                block - block % HOT_EVERY
-            };
+            let block = if anywhere { block } else { block - block % HOT_EVERY };
             let len = self.rng.random_range(1..=REQUEST_UNITS_MAX);
             let start = block * BLOCK_UNITS + self.rng.random_range(0..=BLOCK_UNITS - len);
             let units = start..start + len;
@@ -220,15 +198,12 @@ impl Guest {
 
     /// Waits for one answer and judges it.
     fn answer(&mut self) -> Result<(), String> {
-        let Reply { ticket, outcome } = self
-            .client
-            .next(ANSWER_LIMIT)
-            .map_err(|e| format!("waiting for the disk: {e}"))?;
+        let Reply { ticket, outcome } =
+            self.client.next(ANSWER_LIMIT).map_err(|e| format!("waiting for the disk: {e}"))?;
         let Some((sent, kind)) = self.requests.remove(&ticket) else {
             return Err(format!("an answer to a request never sent: {ticket}"));
         };
-        let data =
-            outcome.map_err(|errno| format!("the disk answered {kind:?} with error {errno}"))?;
+        let data = outcome.map_err(|errno| format!("the disk answered {kind:?} with error {errno}"))?;
         match kind {
             Kind::Write { begun, units } => {
                 lock(&self.shared.oracle).acknowledge(begun);
@@ -246,24 +221,14 @@ impl Guest {
 }
 
 fn check_read(data: &[u8], units: &Range<u32>, expected: &[Value]) -> Result<(), String> {
-    for ((unit, buf), want) in units
-        .clone()
-        .zip(data.chunks_exact(UNIT_BYTES))
-        .zip(expected)
-    {
+    for ((unit, buf), want) in units.clone().zip(data.chunks_exact(UNIT_BYTES)).zip(expected) {
         let found = stamp::read(buf, unit);
         if found != Some(*want) {
-            return Err(format!(
-                "unit {unit} reads {found:?} where {want:?} was acknowledged"
-            ));
+            return Err(format!("unit {unit} reads {found:?} where {want:?} was acknowledged"));
         }
     }
     if data.len() != units.len() * UNIT_BYTES {
-        return Err(format!(
-            "a read of {} units gave {} bytes",
-            units.len(),
-            data.len()
-        ));
+        return Err(format!("a read of {} units gave {} bytes", units.len(), data.len()));
     }
     Ok(())
 }

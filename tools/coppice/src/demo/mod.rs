@@ -31,9 +31,7 @@ use stage::Stage;
 /// Plays it; fails unless every check held.
 pub fn run(args: &DemoArgs, output: Output) -> Outcome<()> {
     let began = Instant::now();
-    let seed = args
-        .seed
-        .unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0);
+    let seed = args.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0);
     say(&format!("coppice: demo with seed {seed}"));
     let stage = Stage::set_up(args.dir.as_deref())?;
     let played = script::play(&stage, seed);
@@ -42,8 +40,8 @@ pub fn run(args: &DemoArgs, output: Output) -> Outcome<()> {
     let mut report = played?;
     report.seconds = began.elapsed().as_secs_f64();
     report.ok = true;
-    let document = serde_json::to_value(&report)
-        .map_err(|e| Failure::new("IO_ERROR", format!("the report: {e}")))?;
+    let document =
+        serde_json::to_value(&report).map_err(|e| Failure::new("IO_ERROR", format!("the report: {e}")))?;
     output.result(&document, || report.text());
     Ok(())
 }

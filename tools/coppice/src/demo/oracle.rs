@@ -88,11 +88,7 @@ impl Oracle {
             Value(self.next_value)
         };
         let begun = self.tick();
-        let write = Write {
-            units,
-            value,
-            begun,
-        };
+        let write = Write { units, value, begun };
         if let Some(window) = &mut self.window {
             window.note(&write);
         }
@@ -117,11 +113,7 @@ impl Oracle {
 
     /// A snapshot is about to be asked for.
     pub fn open_window(&mut self) {
-        let mut window = Window {
-            before: self.held.clone(),
-            during: HashMap::new(),
-            acked: HashMap::new(),
-        };
+        let mut window = Window { before: self.held.clone(), during: HashMap::new(), acked: HashMap::new() };
         for write in self.writes.values() {
             window.note(write);
         }
@@ -132,11 +124,7 @@ impl Oracle {
     /// `block_units` the level below it holds in part.
     pub fn close_window(&mut self, block_units: usize) -> Option<(Window, usize)> {
         let window = self.window.take()?;
-        let partly = self
-            .level
-            .chunks(block_units)
-            .filter(|block| is_partial(block))
-            .count();
+        let partly = self.level.chunks(block_units).filter(|block| is_partial(block)).count();
         self.level.fill(false);
         Some((window, partly))
     }
@@ -165,19 +153,30 @@ pub struct Window {
 /// What a snapshot was found to hold, against its window.
 #[derive(Debug, Default)]
 pub struct Instant {
-    /// Begin of the youngest write it holds.
-    youngest: u64,
-    /// Acknowledgement of the oldest write it lacks, with the unit.
+    /// The youngest write it holds: when it began, and a unit of it.
+    youngest: Option<(u64, u32)>,
+    /// Of the writes it lacks the one acknowledged first: when, and a unit.
     lacking: Option<(u64, u32)>,
+}
+
+/// Two writes that contradict each other: the first was acknowledged before
+/// the second began, yet only the second is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Torn {
+    /// A unit that lacks its write.
+    pub lacks: u32,
+    /// When that write was acknowledged, on the oracle's clock.
+    pub acknowledged: u64,
+    /// A unit that holds a later one.
+    pub holds: u32,
+    /// When that began.
+    pub begun: u64,
 }
 
 impl Window {
     fn note(&mut self, write: &Write) {
         for unit in write.units.clone() {
-            self.during
-                .entry(unit)
-                .or_default()
-                .push((write.begun, write.value));
+            self.during.entry(unit).or_default().push((write.begun, write.value));
         }
     }
 
@@ -193,11 +192,15 @@ impl Window {
         let Some(writes) = self.during.get(&unit) else {
             return (before == found).then_some(());
         };
-        // Zeros may be several writes: the last one that fits lacks least.
+        // Zeros may be several writes: the last one that fits lacks least,
+        // the first one proves least.
         let held = writes.iter().rposition(|(_, value)| *value == found);
         match held {
             // A zero that also was there before proves nothing.
-            Some(i) if found != before => instant.youngest = instant.youngest.max(writes[i].0),
+            Some(i) if found != before => {
+                let first = writes.iter().position(|(_, value)| *value == found).unwrap_or(i);
+                instant.youngest = instant.youngest.max(Some((writes[first].0, unit)));
+            }
             Some(_) => {}
             None if found == before => {}
             None => return None,
@@ -212,13 +215,19 @@ impl Window {
     }
 }
 
+impl std::fmt::Display for Torn {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { lacks, acknowledged, holds, begun } = self;
+        write!(f, "unit {lacks} lacks a write acknowledged at {acknowledged}, ")?;
+        write!(f, "unit {holds} holds one begun at {begun}")
+    }
+}
+
 impl Instant {
-    /// The unit whose acknowledged write is missing although the snapshot
-    /// holds one that began later.
-    pub fn torn(&self) -> Option<u32> {
-        self.lacking
-            .filter(|(acked, _)| *acked < self.youngest)
-            .map(|(_, unit)| unit)
+    /// Whether no instant has all that is there and nothing else.
+    pub fn torn(&self) -> Option<Torn> {
+        let ((acknowledged, lacks), (begun, holds)) = self.lacking.zip(self.youngest)?;
+        (acknowledged < begun).then_some(Torn { lacks, acknowledged, holds, begun })
     }
 }
 
@@ -275,15 +284,11 @@ mod tests {
             let mut instant = Instant::default();
             window.judge(1, at_one, &mut instant).unwrap();
             window.judge(2, at_two, &mut instant).unwrap();
-            instant.torn()
+            instant.torn().map(|torn| torn.lacks)
         };
         assert_eq!(judge(one, two), None);
         assert_eq!(judge(one, Value::ZERO), None);
         assert_eq!(judge(Value::ZERO, Value::ZERO), None);
-        assert_eq!(
-            judge(Value::ZERO, two),
-            Some(1),
-            "holds the second without the first"
-        );
+        assert_eq!(judge(Value::ZERO, two), Some(1), "holds the second without the first");
     }
 }

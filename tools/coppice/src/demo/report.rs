@@ -136,11 +136,7 @@ impl Report {
             self.depth_before
         );
         out.push_str(&tree(&self.tree_before));
-        let _ = writeln!(
-            out,
-            "\nAfter: all deleted and merged, chain of {}\n",
-            self.depth_after
-        );
+        let _ = writeln!(out, "\nAfter: all deleted and merged, chain of {}\n", self.depth_after);
         out.push_str(&tree(&self.tree_after));
         out.push('\n');
         out.push_str(&self.snapshot_table());
@@ -149,30 +145,17 @@ impl Report {
         let load = &self.load;
         let check = &self.verification;
         let lines = [
-            (
-                "writes acknowledged",
-                format!("{} ({})", load.writes, human(load.bytes_written)),
-            ),
+            ("writes acknowledged", format!("{} ({})", load.writes, human(load.bytes_written))),
             ("reads verified", load.reads_verified.to_string()),
-            (
-                "requests in flight",
-                format!("never fewer than {}", load.in_flight_min),
-            ),
+            ("requests in flight", format!("never fewer than {}", load.in_flight_min)),
             ("longest stall", ms(self.longest_stall_us)),
             ("longest flush", ms(load.longest_flush_us)),
             (
                 "copied by merges",
-                format!(
-                    "{}, cloned {}",
-                    human(self.bytes_copied),
-                    human(self.bytes_cloned)
-                ),
+                format!("{}, cloned {}", human(self.bytes_copied), human(self.bytes_cloned)),
             ),
             ("freed", human(self.bytes_freed)),
-            (
-                "verified",
-                format!("{}, every byte as acknowledged", human(check.bytes)),
-            ),
+            ("verified", format!("{}, every byte as acknowledged", human(check.bytes))),
             ("sha256 of the disk", check.sha256.clone()),
             ("sha256 of the model", check.sha256_expected.clone()),
             ("sha256 reattached", check.sha256_reattached.clone()),

@@ -39,21 +39,14 @@ struct Taken {
 
 /// Plays the demo on `stage`.
 pub fn play(stage: &Stage, seed: u64) -> Outcome<Report> {
-    let mut report = Report {
-        seed,
-        virtual_size: DISK_BYTES,
-        ..Report::default()
-    };
+    let mut report = Report { seed, virtual_size: DISK_BYTES, ..Report::default() };
     let body = json!({"name": "demo", "type": "file", "path": stage.store});
     let sr = uuid_in(&stage.smd.post("/srs", &body)?)?;
     let body = json!({"sr": sr, "name": "disk", "virtual_size": DISK_BYTES});
     let vdi = uuid_in(&stage.smd.post("/vdis", &body)?)?;
     report.vdi.clone_from(&vdi);
     let served = stage.attach(&vdi, false)?;
-    say(&format!(
-        "coppice: a disk of 1 GiB, served on {}",
-        served.socket.display()
-    ));
+    say(&format!("coppice: a disk of 1 GiB, served on {}", served.socket.display()));
     let load = Load::start(&served.socket, &served.export, seed)?;
     match with_load(stage, &load, &mut report, &sr, &vdi) {
         Ok(()) => {}
@@ -107,27 +100,18 @@ fn write_level(load: &Load) -> Outcome<()> {
     while load.tally().writes < before + LEVEL_WRITES || began.elapsed() < LEVEL_TIME {
         alive(load)?;
         if Instant::now() > deadline {
-            return Err(wrong(format!(
-                "{LEVEL_WRITES} writes took longer than {LEVEL_LIMIT:?}"
-            )));
+            return Err(wrong(format!("{LEVEL_WRITES} writes took longer than {LEVEL_LIMIT:?}")));
         }
         std::thread::sleep(POLL);
     }
     Ok(())
 }
 
-fn snapshot(
-    stage: &Stage,
-    load: &Load,
-    vdi: &str,
-    number: usize,
-) -> Outcome<(Taken, SnapshotReport)> {
+fn snapshot(stage: &Stage, load: &Load, vdi: &str, number: usize) -> Outcome<(Taken, SnapshotReport)> {
     let name = format!("snapshot {number}");
     load.oracle().open_window();
     let began = Instant::now();
-    let answer = stage
-        .smd
-        .post("/vdis/snapshot", &json!({"vdis": [vdi], "name": name}))?;
+    let answer = stage.smd.post("/vdis/snapshot", &json!({"vdis": [vdi], "name": name}))?;
     let ended = Instant::now();
     let (window, blocks_partly_written) = load
         .oracle()
@@ -137,19 +121,13 @@ fn snapshot(
     let uuid = match made.as_slice() {
         [one] => one.uuid.clone(),
         _ => {
-            return Err(wrong(format!(
-                "one snapshot was asked for, not {}",
-                made.len()
-            )));
+            return Err(wrong(format!("one snapshot was asked for, not {}", made.len())));
         }
     };
     let (writes_acked, stall) = load.tally().between(began, ended);
     let took_us = us(ended - began);
     let longest_stall_us = us(stall);
-    say(&format!(
-        "coppice: {name} of {SNAPSHOTS} in {:.1} ms",
-        took_us as f64 / 1e3
-    ));
+    say(&format!("coppice: {name} of {SNAPSHOTS} in {:.1} ms", took_us as f64 / 1e3));
     let of = SnapshotReport {
         name,
         uuid: uuid.clone(),
@@ -175,11 +153,9 @@ fn merge(
     stage.gcd.post("/run", &json!({"sr": sr, "wait": false}))?;
     loop {
         alive(load)?;
-        watch.look()?;
+        let idle = watch.look()?;
         let now = tree(stage, sr)?;
-        if let Ok(1) = depth_of(&now, vdi)
-            && alone(&now, vdi)?
-        {
+        if idle && depth_of(&now, vdi)? == 1 && alone(&now, vdi)? {
             report.tree_after = now;
             report.depth_after = 1;
             break;
@@ -207,9 +183,7 @@ fn last_look(
     let cold = verify::disk(&served.socket, &served.export, content).map_err(wrong)?;
     stage.detach(vdi)?;
     if hot.disk != hot.model || cold.disk != hot.model {
-        return Err(wrong(format!(
-            "hashes differ: {hot:?}, reattached {cold:?}"
-        )));
+        return Err(wrong(format!("hashes differ: {hot:?}, reattached {cold:?}")));
     }
     Ok(Verification {
         bytes: hot.bytes,
@@ -239,11 +213,7 @@ fn depth_of(tree: &Value, vdi: &str) -> Outcome<u64> {
     let forest: Forest = read(tree)?;
     fn find(nodes: &[Node], vdi: &str) -> Option<u64> {
         nodes.iter().find_map(|node| {
-            if node.vdi.uuid == vdi {
-                Some(node.vdi.depth)
-            } else {
-                find(&node.children, vdi)
-            }
+            if node.vdi.uuid == vdi { Some(node.vdi.depth) } else { find(&node.children, vdi) }
         })
     }
     find(&forest.roots, vdi).ok_or_else(|| wrong(format!("the tree does not show {vdi}")))
@@ -258,17 +228,12 @@ fn alone(tree: &Value, vdi: &str) -> Outcome<bool> {
 
 /// The load stops early only when something is wrong; `play` asks it what.
 fn alive(load: &Load) -> Outcome<()> {
-    if load.has_failed() {
-        Err(wrong("the load stopped".to_owned()))
-    } else {
-        Ok(())
-    }
+    if load.has_failed() { Err(wrong("the load stopped".to_owned())) } else { Ok(()) }
 }
 
 fn uuid_in(answer: &Value) -> Outcome<String> {
     let uuid = answer.get("uuid").and_then(Value::as_str);
-    uuid.map(str::to_owned)
-        .ok_or_else(|| wrong(format!("an answer without a uuid: {answer}")))
+    uuid.map(str::to_owned).ok_or_else(|| wrong(format!("an answer without a uuid: {answer}")))
 }
 
 /// A check of the demo that did not hold.

@@ -63,29 +63,18 @@ impl Stage {
         enough_space(&store)?;
         // Sockets want a short path, the pending records a tmpfs.
         let run = private_run()?;
-        let folders = Folders {
-            state: data.path().join("state"),
-            run: run.path().to_owned(),
-        };
+        let folders = Folders { state: data.path().join("state"), run: run.path().to_owned() };
         let smd = Daemon::smd(&folders.run);
         let gcd = Daemon::gcd(&folders.run);
         let host = Host::start(folders, Logs::Files)?;
-        Ok(Self {
-            host,
-            smd,
-            gcd,
-            store,
-            data,
-            run,
-        })
+        Ok(Self { host, smd, gcd, store, data, run })
     }
 
     /// Attaches a disk.
     pub fn attach(&self, vdi: &str, read_only: bool) -> Outcome<Served> {
         let path = format!("/vdis/{vdi}/attach");
         let answer = self.smd.post(&path, &json!({"read_only": read_only}))?;
-        served(&answer)
-            .ok_or_else(|| Failure::new("IO_ERROR", format!("attached, but where? {answer}")))
+        served(&answer).ok_or_else(|| Failure::new("IO_ERROR", format!("attached, but where? {answer}")))
     }
 
     /// Detaches it.
@@ -102,10 +91,7 @@ impl Stage {
                 Folder::Private(folder) => folder.keep(),
                 Folder::Given(path) => path,
             };
-            say(&format!(
-                "coppice: images, state and logs are kept in {}",
-                kept.display()
-            ));
+            say(&format!("coppice: images, state and logs are kept in {}", kept.display()));
         } else if let Folder::Given(path) = &self.data {
             for name in ["store", "state"] {
                 if let Err(error) = std::fs::remove_dir_all(path.join(name)) {
@@ -122,10 +108,7 @@ fn served(answer: &Value) -> Option<Served> {
     // nbd+unix:///NAME?socket=PATH
     let uri = answer.get("nbd")?.as_str()?;
     let export = uri.strip_prefix("nbd+unix:///")?.split('?').next()?;
-    Some(Served {
-        socket,
-        export: export.to_owned(),
-    })
+    Some(Served { socket, export: export.to_owned() })
 }
 
 /// A folder on a real disk: /tmp is a tmpfs on many machines.
@@ -147,8 +130,7 @@ fn fresh(store: &Path, state: &Path) -> Outcome<()> {
             return Err(Failure::new("EXISTS", message));
         }
     }
-    std::fs::create_dir_all(store)
-        .map_err(|e| Failure::new("IO_ERROR", format!("{}: {e}", store.display())))
+    std::fs::create_dir_all(store).map_err(|e| Failure::new("IO_ERROR", format!("{}: {e}", store.display())))
 }
 
 fn enough_space(folder: &Path) -> Outcome<()> {

@@ -40,9 +40,7 @@ pub fn read(buf: &[u8], unit: u32) -> Option<Value> {
         return None;
     }
     let mut state = seed;
-    let whole = body
-        .chunks_exact(8)
-        .all(|word| word == next(&mut state).to_le_bytes());
+    let whole = body.chunks_exact(8).all(|word| word == next(&mut state).to_le_bytes());
     whole.then_some(Value(seed as u32))
 }
 

@@ -86,21 +86,13 @@ impl Tally {
         let slices = self.slices.get(first..).unwrap_or_default();
         let slices = slices.get(..=last.saturating_sub(first)).unwrap_or(slices);
         let writes = slices.iter().map(|slice| slice.writes).sum();
-        let longest = slices
-            .iter()
-            .map(|slice| slice.longest)
-            .max()
-            .unwrap_or_default();
+        let longest = slices.iter().map(|slice| slice.longest).max().unwrap_or_default();
         (writes, longest)
     }
 
     /// The longest that any read or write took.
     pub fn longest(&self) -> Duration {
-        self.slices
-            .iter()
-            .map(|slice| slice.longest)
-            .max()
-            .unwrap_or_default()
+        self.slices.iter().map(|slice| slice.longest).max().unwrap_or_default()
     }
 
     fn index(&self, at: Instant) -> usize {

@@ -40,16 +40,12 @@ pub fn disk(socket: &Path, export: &str, content: &[Value]) -> Result<Hashes, St
     let bytes = sweep(socket, export, |data| {
         from_disk.update(data);
         for buf in data.chunks_exact(UNIT_BYTES) {
-            let want = *content
-                .get(unit as usize)
-                .ok_or("the disk is longer than the model")?;
+            let want = *content.get(unit as usize).ok_or("the disk is longer than the model")?;
             stamp::fill(&mut expected, unit, want);
             from_model.update(&expected);
             if buf != expected {
                 let found = stamp::read(buf, unit);
-                return Err(format!(
-                    "unit {unit} holds {found:?}, acknowledged was {want:?}"
-                ));
+                return Err(format!("unit {unit} holds {found:?}, acknowledged was {want:?}"));
             }
             unit += 1;
         }
@@ -58,11 +54,7 @@ pub fn disk(socket: &Path, export: &str, content: &[Value]) -> Result<Hashes, St
     if unit as usize != content.len() {
         return Err(format!("the disk ends at unit {unit} of {}", content.len()));
     }
-    Ok(Hashes {
-        disk: hex(from_disk),
-        model: hex(from_model),
-        bytes,
-    })
+    Ok(Hashes { disk: hex(from_disk), model: hex(from_model), bytes })
 }
 
 /// Reads a whole snapshot; every unit must hold what its window allows, and
@@ -77,23 +69,18 @@ pub fn snapshot(socket: &Path, export: &str, window: &Window) -> Result<u64, Str
         for buf in data.chunks_exact(UNIT_BYTES) {
             let found = stamp::read(buf, unit)
                 .ok_or_else(|| format!("unit {unit} holds bytes never written there"))?;
-            window.judge(unit, found, &mut instant).ok_or_else(|| {
-                format!("unit {unit} holds {found:?}, which this snapshot cannot")
-            })?;
+            window
+                .judge(unit, found, &mut instant)
+                .ok_or_else(|| format!("unit {unit} holds {found:?}, which this snapshot cannot"))?;
             unit += 1;
         }
         Ok(())
     })?;
     if unit != window.units() {
-        return Err(format!(
-            "the snapshot ends at unit {unit} of {}",
-            window.units()
-        ));
+        return Err(format!("the snapshot ends at unit {unit} of {}", window.units()));
     }
     match instant.torn() {
-        Some(unit) => Err(format!(
-            "unit {unit} lacks a write older than another that is there"
-        )),
+        Some(unit) => Err(format!("unit {unit} lacks a write older than another that is there")),
         None => Ok(bytes),
     }
 }
@@ -119,12 +106,8 @@ fn sweep(
             next_ask += u64::from(len);
         }
         let reply = client.next(READ_LIMIT).map_err(broken)?;
-        let offset = asked
-            .remove(&reply.ticket)
-            .ok_or("an answer to nothing asked")?;
-        let data = reply
-            .outcome
-            .map_err(|e| format!("reading at {offset}: error {e}"))?;
+        let offset = asked.remove(&reply.ticket).ok_or("an answer to nothing asked")?;
+        let data = reply.outcome.map_err(|e| format!("reading at {offset}: error {e}"))?;
         early.insert(offset, data);
         while let Some(data) = early.remove(&next_show) {
             each(&data)?;
@@ -136,8 +119,5 @@ fn sweep(
 }
 
 fn hex(hash: Sha256) -> String {
-    hash.finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }

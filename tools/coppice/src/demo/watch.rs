@@ -31,7 +31,15 @@ struct Done {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Status {
+    srs: Vec<Sr>,
     done: Vec<Done>,
+}
+
+/// How busy it is with one storage repository.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Sr {
+    running: u64,
 }
 
 /// Follows the collector from one moment on.
@@ -45,39 +53,30 @@ pub struct Watch<'a> {
 impl<'a> Watch<'a> {
     /// From now on: what was done before is none of ours.
     pub fn start(gcd: &'a Daemon) -> Outcome<Self> {
-        let mut watch = Self {
-            gcd,
-            seen: HashSet::new(),
-            done: Vec::new(),
-        };
+        let mut watch = Self { gcd, seen: HashSet::new(), done: Vec::new() };
         watch.look()?;
         watch.done.clear();
         Ok(watch)
     }
 
-    /// Takes in what was finished since the last look.
-    pub fn look(&mut self) -> Outcome<()> {
+    /// Takes in what was finished since the last look; whether nothing runs.
+    pub fn look(&mut self) -> Outcome<bool> {
         let status: Status = read(&self.gcd.get("/status")?)?;
+        let idle = status.srs.iter().all(|sr| sr.running == 0);
         for done in status.done {
             if !self.seen.insert(done.job.clone()) {
                 continue;
             }
             if let Some(error) = &done.error {
                 // Tried again by the next pass; worth saying all the same.
-                say(&format!(
-                    "coppice: {} {} stopped: {error}",
-                    done.kind, done.vdi
-                ));
+                say(&format!("coppice: {} {} stopped: {error}", done.kind, done.vdi));
             } else if done.kind != "delete" {
                 let copied = crate::size::human(done.bytes_copied);
-                say(&format!(
-                    "coppice: {} {} merged, {copied} copied",
-                    done.kind, done.vdi
-                ));
+                say(&format!("coppice: {} {} merged, {copied} copied", done.kind, done.vdi));
             }
             self.done.push(done);
         }
-        Ok(())
+        Ok(idle)
     }
 
     /// Writes everything seen into the report.
@@ -123,13 +122,8 @@ struct Clocks {
 
 impl Clocks {
     fn now() -> Self {
-        let unix = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        Self {
-            instant: Instant::now(),
-            unix,
-        }
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self { instant: Instant::now(), unix }
     }
 
     /// A moment of the past, given on the wall clock.

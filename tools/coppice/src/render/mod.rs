@@ -12,9 +12,7 @@ use crate::view::{GcStatus, Sr, Vdi};
 
 /// A table of storage repositories.
 pub fn srs(list: &[Sr]) -> String {
-    let mut table = table::Table::new([
-        "NAME", "UUID", "TYPE", "STATE", "USED", "FREE", "DISKS", "LOCATION",
-    ]);
+    let mut table = table::Table::new(["NAME", "UUID", "TYPE", "STATE", "USED", "FREE", "DISKS", "LOCATION"]);
     for sr in list {
         table.row([
             sr.name.clone(),
@@ -32,8 +30,7 @@ pub fn srs(list: &[Sr]) -> String {
 
 /// A table of disks.
 pub fn vdis(list: &[Vdi]) -> String {
-    let mut table =
-        table::Table::new(["NAME", "UUID", "KIND", "SIZE", "ON DISK", "DEPTH", "STATE"]);
+    let mut table = table::Table::new(["NAME", "UUID", "KIND", "SIZE", "ON DISK", "DEPTH", "STATE"]);
     for vdi in list {
         table.row([
             vdi.name.clone(),
@@ -55,11 +52,7 @@ pub fn gc_status(status: &GcStatus) -> String {
     let mut nodes = table::Table::new(["NODE", "SR", "STATE"]);
     let mut any = false;
     for sr in &status.srs {
-        let waiting = sr
-            .nodes
-            .values()
-            .filter(|node| node.state != "merging")
-            .count();
+        let waiting = sr.nodes.values().filter(|node| node.state != "merging").count();
         srs.row([
             sr.name.clone(),
             if sr.paused { "paused" } else { "collecting" }.to_owned(),
@@ -73,19 +66,9 @@ pub fn gc_status(status: &GcStatus) -> String {
         }
     }
     for (sr, why) in &status.refused {
-        srs.row([
-            sr.clone(),
-            "refused".to_owned(),
-            dash(),
-            dash(),
-            why.clone(),
-        ]);
+        srs.row([sr.clone(), "refused".to_owned(), dash(), dash(), why.clone()]);
     }
-    if any {
-        format!("{srs}\n{nodes}")
-    } else {
-        srs.to_string()
-    }
+    if any { format!("{srs}\n{nodes}") } else { srs.to_string() }
 }
 
 /// Any object as `name  value` lines, nested ones left out.
@@ -97,10 +80,9 @@ pub fn object(document: &Value) -> String {
     let mut out = String::new();
     for (key, value) in map {
         let shown = match value {
-            Value::Number(n) if is_size(key) => n.as_u64().map_or_else(
-                || n.to_string(),
-                |bytes| format!("{} ({bytes})", human(bytes)),
-            ),
+            Value::Number(n) if is_size(key) => {
+                n.as_u64().map_or_else(|| n.to_string(), |bytes| format!("{} ({bytes})", human(bytes)))
+            }
             Value::Object(_) => continue,
             Value::Array(items) if items.is_empty() => dash(),
             Value::Array(items) => items.iter().map(plain).collect::<Vec<_>>().join(", "),
@@ -165,16 +147,8 @@ mod tests {
 
     #[test]
     fn lists_name_every_disk() {
-        let disk = Vdi {
-            name: "web".into(),
-            attached: true,
-            depth: 3,
-            ..Vdi::default()
-        };
+        let disk = Vdi { name: "web".into(), attached: true, depth: 3, ..Vdi::default() };
         let text = vdis(&[disk]);
-        assert!(
-            text.contains("web") && text.contains("attached") && text.contains('3'),
-            "{text}"
-        );
+        assert!(text.contains("web") && text.contains("attached") && text.contains('3'), "{text}");
     }
 }

@@ -9,9 +9,7 @@ pub struct Table<const N: usize> {
 impl<const N: usize> Table<N> {
     /// An empty table under `heading`.
     pub fn new(heading: [&str; N]) -> Self {
-        Self {
-            rows: vec![heading.map(str::to_owned)],
-        }
+        Self { rows: vec![heading.map(str::to_owned)] }
     }
 
     /// Adds a row.

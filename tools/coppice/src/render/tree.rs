@@ -40,28 +40,14 @@ fn draw(table: &mut Table<6>, node: &Node, lead: &str, below: &str, nesting: usi
     }
     let last = node.children.len().saturating_sub(1);
     for (i, child) in node.children.iter().enumerate() {
-        let (branch, rest) = if i == last {
-            ("└─ ", "   ")
-        } else {
-            ("├─ ", "│  ")
-        };
-        draw(
-            table,
-            child,
-            &format!("{below}{branch}"),
-            &format!("{below}{rest}"),
-            nesting + 1,
-        );
+        let (branch, rest) = if i == last { ("└─ ", "   ") } else { ("├─ ", "│  ") };
+        draw(table, child, &format!("{below}{branch}"), &format!("{below}{rest}"), nesting + 1);
     }
 }
 
 /// The name, or for a nameless node the start of its uuid.
 fn label(node: &Node) -> String {
-    if node.vdi.name.is_empty() {
-        node.vdi.uuid.chars().take(8).collect()
-    } else {
-        node.vdi.name.clone()
-    }
+    if node.vdi.name.is_empty() { node.vdi.uuid.chars().take(8).collect() } else { node.vdi.name.clone() }
 }
 
 /// One line on what the collector does or waits for.
@@ -101,18 +87,9 @@ mod tests {
         let forest: Forest = read(&document).unwrap();
         let text = super::forest(&forest);
         let lines: Vec<&str> = text.lines().collect();
-        assert!(
-            lines[1].starts_with("01234567 ") && lines[1].ends_with("merging 25%, 3 s left"),
-            "{text}"
-        );
-        assert!(
-            lines[2].starts_with("├─ snap ") && lines[2].ends_with("read-only"),
-            "{text}"
-        );
+        assert!(lines[1].starts_with("01234567 ") && lines[1].ends_with("merging 25%, 3 s left"), "{text}");
+        assert!(lines[2].starts_with("├─ snap ") && lines[2].ends_with("read-only"), "{text}");
         assert!(lines[3].starts_with("│  └─ deep "), "{text}");
-        assert!(
-            lines[4].starts_with("└─ disk ") && lines[4].ends_with("attached"),
-            "{text}"
-        );
+        assert!(lines[4].starts_with("└─ disk ") && lines[4].ends_with("attached"), "{text}");
     }
 }
