@@ -38,7 +38,9 @@ pub struct OpenRw {
 ///    record (see [`replay`]), and only then removes the record.
 /// 2. If the copy of the footer at the front is bad it is rewritten from the
 ///    end, durably, before the end is cut.
-/// 3. The tail is cut behind the last block, gaps are zeroed and the BATmap is
+/// 3. A flush: what the BAT says now must be durable before space it does not
+///    name is given away (a killed holder may have cleared an entry that a
+///    power cut would bring back). The tail is cut behind the last block, gaps are zeroed and the BATmap is
 ///    zeroed as a whole: what the BAT does not name is never trusted to read
 ///    as zeros (invariant 6), and no BATmap bit may outlive a block that is
 ///    freed later (invariant 7).
@@ -85,6 +87,7 @@ fn layout(meta: &Meta) -> Result<&Layout> {
 /// Steps 3 and 4 of [`open_rw`].
 fn prepare(volume: &dyn Volume, meta: &Meta) -> Result<RwImage> {
     let layout = layout(meta)?;
+    volume.flush("open: the BAT as found before space is given away")?;
     let bat = read_bat(volume, layout)?;
     let (slots, gaps) = Slots::survey(&bat, layout.data_start);
     if !volume.is_device() {

@@ -7,8 +7,8 @@ use rand::{Rng, SeedableRng};
 use sm::recover::{Scope, recover, sweep};
 use uuid::Uuid;
 use vhd::chain::Chain;
-use vhd::storage::sim::{CrashKind, Sabotage, SimDisk};
 use vhd::storage::VolumeName;
+use vhd::storage::sim::{CrashKind, Sabotage, SimDisk};
 
 use super::oracle::{At, Value, tracked, unstamp};
 use super::scenarios::{ALL, Expected, Ran, Scenario, collect_garbage};
@@ -34,7 +34,14 @@ pub struct Findings {
 }
 
 /// Crashes a run everywhere. Stops at the first failure if asked.
-pub fn crash_everywhere(name: &str, ran: &Ran, effort: Effort, seed: u64, found: &mut Findings, first_only: bool) {
+pub fn crash_everywhere(
+    name: &str,
+    ran: &Ran,
+    effort: Effort,
+    seed: u64,
+    found: &mut Findings,
+    first_only: bool,
+) {
     let mut rng = SmallRng::seed_from_u64(seed);
     for failure in &ran.failures {
         found.failures.push(format!("{name}, seed {seed}, without any crash: {failure}"));
@@ -50,7 +57,8 @@ pub fn crash_everywhere(name: &str, ran: &Ran, effort: Effort, seed: u64, found:
                 }
                 if let Err(failure) = survives(ran, &state, at, kind, &mut rng, found.tried) {
                     let text = format!("{name}, seed {seed}, {kind:?} at {at}, {strategy:?}: {failure}");
-                    found.failures.push(text);
+                    let last = ran.disk.log_text(at.saturating_sub(6)..at);
+                    found.failures.push(format!("{text}\n{last}"));
                     if first_only || found.failures.len() > 20 {
                         return;
                     }
@@ -63,7 +71,14 @@ pub fn crash_everywhere(name: &str, ran: &Ran, effort: Effort, seed: u64, found:
 
 /// Recovers a state and compares; and again with a second crash inside the
 /// recovery, a few times if that was a kill, whose recovery replays a record.
-fn survives(ran: &Ran, state: &SimDisk, at: At, kind: CrashKind, rng: &mut SmallRng, n: usize) -> Result<(), String> {
+fn survives(
+    ran: &Ran,
+    state: &SimDisk,
+    at: At,
+    kind: CrashKind,
+    rng: &mut SmallRng,
+    n: usize,
+) -> Result<(), String> {
     let world = recovered(state, n as u64)?;
     compare(ran, &world, at, kind)?;
     for _ in 0..usize::from(n.is_multiple_of(3)) * if kind == CrashKind::Kill { 4 } else { 1 } {
@@ -75,7 +90,10 @@ fn survives(ran: &Ran, state: &SimDisk, at: At, kind: CrashKind, rng: &mut Small
         let worst = kind.max(second);
         recovered(&again, n as u64 + 1)
             .and_then(|world| compare(ran, &world, at, worst))
-            .map_err(|e| format!("and {second:?} at {inside} of its recovery, {strategy:?}: {e}"))?;
+            .map_err(|e| {
+                let last = state.log_text(inside.saturating_sub(6)..inside);
+                format!("and {second:?} at {inside} of its recovery, {strategy:?}: {e}\n{last}before which")
+            })?;
     }
     if n.is_multiple_of(7) {
         collect_garbage(&world).map_err(|e| format!("collecting after recovery: {e}"))?;
@@ -100,7 +118,8 @@ fn compare(ran: &Ran, world: &World, at: At, kind: CrashKind) -> Result<(), Stri
             return Err(format!("{} is broken: {broken}", node.volume));
         }
     }
-    let snapshots = scan.intents.iter().filter(|stored| matches!(stored.intent, sm::journal::Intent::Snapshot(_)));
+    let snapshots =
+        scan.intents.iter().filter(|stored| matches!(stored.intent, sm::journal::Intent::Snapshot(_)));
     if let Some(left) = snapshots.map(|stored| stored.name).next() {
         return Err(format!("recovery left the record {left}"));
     }
@@ -170,7 +189,14 @@ fn holds(
 }
 
 /// Plays and crashes one scenario with one seed.
-pub fn campaign(scenario: &Scenario, seed: u64, sabotage: Option<Sabotage>, effort: Effort, found: &mut Findings, first_only: bool) {
+pub fn campaign(
+    scenario: &Scenario,
+    seed: u64,
+    sabotage: Option<Sabotage>,
+    effort: Effort,
+    found: &mut Findings,
+    first_only: bool,
+) {
     let ran = scenario.play(seed, sabotage);
     crash_everywhere(scenario.name, &ran, effort, seed, found, first_only);
 }
@@ -195,5 +221,10 @@ fn no_crash_loses_a_promised_byte() {
         failures.append(&mut found.failures);
     }
     println!("{total} distinct states in all");
-    assert!(failures.is_empty(), "{} failures, first ones:\n{}", failures.len(), failures[..failures.len().min(10)].join("\n"));
+    assert!(
+        failures.is_empty(),
+        "{} failures, first ones:\n{}",
+        failures.len(),
+        failures[..failures.len().min(10)].join("\n")
+    );
 }

@@ -173,7 +173,8 @@ impl Guest {
                     match unstamp(bytes, sector) {
                         Ok(value) if allowed.contains(&value) => {}
                         Ok(value) => {
-                            self.failures.push(format!("sector {sector} read {value:x}, allowed {allowed:x?}"));
+                            self.failures
+                                .push(format!("sector {sector} read {value:x}, allowed {allowed:x?}"));
                         }
                         Err(what) => self.failures.push(format!("sector {sector} read {what}")),
                     }

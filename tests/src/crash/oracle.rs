@@ -21,7 +21,9 @@ const TRACKED: [(u64, u64); 3] = [(0, 8), (2044, 8), (4088, 8)];
 /// The tracked sectors of a disk of so many blocks.
 pub fn tracked(blocks: u64) -> impl Iterator<Item = u64> {
     (0..blocks).flat_map(|block| {
-        TRACKED.into_iter().flat_map(move |(first, count)| (first..first + count).map(move |s| block * 4096 + s))
+        TRACKED
+            .into_iter()
+            .flat_map(move |(first, count)| (first..first + count).map(move |s| block * 4096 + s))
     })
 }
 
@@ -98,7 +100,8 @@ impl Oracle {
 
     /// What the disk may hold after a crash at `at`.
     pub fn after_crash(&self, sector: u64, kind: CrashKind, at: At) -> BTreeSet<Value> {
-        let flushed = self.flushes.iter().filter(|(_, answered)| *answered <= at).map(|(began, _)| *began).max();
+        let flushed =
+            self.flushes.iter().filter(|(_, answered)| *answered <= at).map(|(began, _)| *began).max();
         self.allowed(sector, at, |write| match (kind, write.answered) {
             (_, None) => false,
             (CrashKind::Kill, Some(answered)) => answered <= at,
@@ -126,7 +129,8 @@ impl Oracle {
         all()
             .filter(|write| {
                 let over = |other: &&Write| {
-                    promised(other) && write.answered.is_some_and(|answered| answered <= other.began)
+                    promised(other)
+                        && write.answered.is_some_and(|answered| answered <= other.began)
                         && (other.began, other.value) != (write.began, write.value)
                 };
                 all().find(over).is_none()

@@ -7,10 +7,10 @@ use gc::candidates::candidates;
 use gc::forest::Role;
 use gc::job::Job;
 use gc::{garbage, survey};
-use sm::journal::SiblingKind;
-use sm::ops::{self, Wanted};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
+use sm::journal::SiblingKind;
+use sm::ops::{self, Wanted};
 use uuid::Uuid;
 use vhd::storage::sim::{Sabotage, SimDisk};
 use vhd::storage::{Access, VolumeName};
@@ -71,7 +71,15 @@ impl Scenario {
         }
         let world = World::over(disk.clone(), seed);
         let vdi = ops::create(&world.repo, "disk", BLOCKS << 21).expect("create");
-        let mut play = Play { from: disk.log_len(), world, vdi, guest: None, oracle: Oracle::default(), snapshots: Vec::new(), failures: Vec::new() };
+        let mut play = Play {
+            from: disk.log_len(),
+            world,
+            vdi,
+            guest: None,
+            oracle: Oracle::default(),
+            snapshots: Vec::new(),
+            failures: Vec::new(),
+        };
         (self.go)(&mut play);
         play.end()
     }
@@ -129,7 +137,11 @@ impl Play {
         match ops::snapshot(&self.world.repo, SiblingKind::Snapshot, &[wanted]) {
             Ok(siblings) => {
                 let instant = Instant { began, ended: self.world.disk.log_len() };
-                self.snapshots.extend(siblings.into_iter().map(|vdi| Snapshot { vdi, instant, deleted: None }));
+                self.snapshots.extend(siblings.into_iter().map(|vdi| Snapshot {
+                    vdi,
+                    instant,
+                    deleted: None,
+                }));
             }
             Err(error) => self.failures.push(format!("snapshot: {error}")),
         }
@@ -270,7 +282,11 @@ fn begin_leaf_merge(play: &mut Play) {
         return play.failures.push("the leaf merge did not begin".to_owned());
     };
     let mut tap = repo.host.tap(intent.vdi).expect("tap").expect("a live tapdisk");
-    let order = tapdisk_control::Request::MergeStart { leaf: intent.leaf, parent: intent.parent, rate_bytes_per_s: 0 };
+    let order = tapdisk_control::Request::MergeStart {
+        leaf: intent.leaf,
+        parent: intent.parent,
+        rate_bytes_per_s: 0,
+    };
     if let Err(error) = tap.call(order) {
         play.failures.push(format!("merge start: {error}"));
     }

@@ -26,7 +26,14 @@ fn all_steps() -> BTreeSet<(Step, &'static str)> {
         for seed in 0..SEEDS {
             let ran = scenario.play(seed, None);
             let light = Effort { stride: 7, singles_max: 1, randoms: 1 };
-            super::campaign::crash_everywhere(scenario.name, &ran, light, seed, &mut Findings::default(), false);
+            super::campaign::crash_everywhere(
+                scenario.name,
+                &ran,
+                light,
+                seed,
+                &mut Findings::default(),
+                false,
+            );
             steps.extend(ran.disk.whys());
         }
     }
