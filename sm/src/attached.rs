@@ -66,10 +66,7 @@ impl AttachedSr {
         };
         for entry in entries {
             let path = entry?.path();
-            if path
-                .extension()
-                .is_some_and(|extension| extension == "json")
-            {
+            if path.extension().is_some_and(|extension| extension == "json") {
                 found.extend(state::read_json::<Self>(&path)?);
             }
         }
@@ -90,26 +87,12 @@ impl AttachedSr {
     ///
     /// # Errors
     /// The run folder or the catalog cannot be opened.
-    pub fn open_owned(
-        &self,
-        run: &Path,
-        owner: Owner,
-        program: Option<TapProgram>,
-    ) -> Result<OpenSr> {
+    pub fn open_owned(&self, run: &Path, owner: Owner, program: Option<TapProgram>) -> Result<OpenSr> {
         if owner.epoch != self.epoch {
-            return Err(Error::SrInUse {
-                holder: "another attach of this host".into(),
-            });
+            return Err(Error::SrInUse { holder: "another attach of this host".into() });
         }
-        let host = RunFolder::open(
-            run,
-            self.uuid,
-            &self.path,
-            self.id,
-            Arc::new(owner),
-            program,
-        )
-        .during(|| format!("run folder {}", run.display()))?;
+        let host = RunFolder::open(run, self.uuid, &self.path, self.id, Arc::new(owner), program)
+            .during(|| format!("run folder {}", run.display()))?;
         let labels = Arc::new(SqliteLabels::open(&self.path.join(".coppice"))?);
         let repo = Repo {
             uuid: self.uuid,

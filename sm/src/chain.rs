@@ -29,10 +29,7 @@ impl Link {
     /// The image as leases and control requests name it.
     #[must_use]
     pub fn image_ref(&self) -> ImageRef {
-        ImageRef {
-            volume: self.volume.as_str().to_owned(),
-            footer: self.head.footer,
-        }
+        ImageRef { volume: self.volume.as_str().to_owned(), footer: self.head.footer }
     }
 }
 
@@ -45,18 +42,14 @@ impl Link {
 pub fn read(repo: &Repo, vdi: Uuid) -> Result<Vec<Link>> {
     let leaf = leaf_volume(repo, vdi)?;
     let mut chain = vec![link(repo, &leaf)?];
-    while let Some((volume, parent)) = chain
-        .last()
-        .and_then(|l| Some((l.volume.clone(), l.head.parent.clone()?)))
+    while let Some((volume, parent)) =
+        chain.last().and_then(|l| Some((l.volume.clone(), l.head.parent.clone()?)))
     {
         let next = parent_of(repo, &volume, &parent)?;
         let again = chain.iter().any(|link| link.volume == next.volume);
         if again || chain.len() >= LINKS_MAX {
             let reason = "its chain leads back to itself".into();
-            return Err(Error::BadImage {
-                volume: next.volume,
-                reason,
-            });
+            return Err(Error::BadImage { volume: next.volume, reason });
         }
         chain.push(next);
     }
@@ -69,9 +62,7 @@ pub fn read(repo: &Repo, vdi: Uuid) -> Result<Vec<Link>> {
 /// # Errors
 /// [`Error::NotFound`], I/O errors.
 pub fn leaf_volume(repo: &Repo, vdi: Uuid) -> Result<VolumeName> {
-    let not_found = || Error::NotFound {
-        what: format!("VDI {vdi} in SR {}", repo.name),
-    };
+    let not_found = || Error::NotFound { what: format!("VDI {vdi} in SR {}", repo.name) };
     let raw = VolumeName::new(&format!("{vdi}.raw")).ok_or_else(not_found)?;
     for volume in [VolumeName::vhd(vdi), raw] {
         match image::open(repo, &volume, vhd::storage::Access::Read) {
@@ -84,25 +75,16 @@ pub fn leaf_volume(repo: &Repo, vdi: Uuid) -> Result<VolumeName> {
 }
 
 fn link(repo: &Repo, volume: &VolumeName) -> Result<Link> {
-    let seen = image::look(repo, volume).ok_or_else(|| Error::NotFound {
-        what: format!("volume {volume}"),
-    })?;
-    let head = seen.head.map_err(|reason| Error::BadImage {
-        volume: volume.clone(),
-        reason,
-    })?;
-    Ok(Link {
-        volume: seen.volume,
-        head,
-    })
+    let seen =
+        image::look(repo, volume).ok_or_else(|| Error::NotFound { what: format!("volume {volume}") })?;
+    let head = seen.head.map_err(|reason| Error::BadImage { volume: volume.clone(), reason })?;
+    Ok(Link { volume: seen.volume, head })
 }
 
 /// The first candidate with the right uuid; see [`crate::tree`].
 fn parent_of(repo: &Repo, child: &VolumeName, parent: &ParentName) -> Result<Link> {
     let Some(first) = parent.candidates.first() else {
-        return Err(Error::ParentOutside {
-            volume: child.clone(),
-        });
+        return Err(Error::ParentOutside { volume: child.clone() });
     };
     let mut refused = None;
     for candidate in &parent.candidates {
@@ -113,10 +95,7 @@ fn parent_of(repo: &Repo, child: &VolumeName, parent: &ParentName) -> Result<Lin
                     "its parent {candidate} has uuid {} and not {}",
                     found.head.footer, parent.footer
                 );
-                refused.get_or_insert(Error::BadImage {
-                    volume: child.clone(),
-                    reason,
-                });
+                refused.get_or_insert(Error::BadImage { volume: child.clone(), reason });
             }
             Err(Error::NotFound { .. }) => {}
             Err(error) => {
@@ -124,8 +103,5 @@ fn parent_of(repo: &Repo, child: &VolumeName, parent: &ParentName) -> Result<Lin
             }
         }
     }
-    Err(refused.unwrap_or_else(|| Error::MissingParent {
-        volume: child.clone(),
-        parent: first.to_string(),
-    }))
+    Err(refused.unwrap_or_else(|| Error::MissingParent { volume: child.clone(), parent: first.to_string() }))
 }

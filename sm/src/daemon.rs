@@ -46,10 +46,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     // Fails when a program that carries us has set one up already.
-    let _ = tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .try_init();
+    let _ = tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).try_init();
     match serve(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -64,10 +61,7 @@ fn serve(args: Args) -> anyhow::Result<()> {
     let settings = Settings {
         state: std::path::absolute(&args.state).context("state folder")?,
         gcd_socket: args.gcd_socket.unwrap_or_else(|| run.join("gcd.sock")),
-        tapdisk: TapProgram {
-            program: args.tapdisk,
-            args: args.tapdisk_args,
-        },
+        tapdisk: TapProgram { program: args.tapdisk, args: args.tapdisk_args },
         run,
     };
     let manager = Arc::new(Manager::open(settings)?);
@@ -77,10 +71,8 @@ fn serve(args: Args) -> anyhow::Result<()> {
         .max_blocking_threads(2 * crate::limits::REQUESTS_AT_ONCE_MAX)
         .build()?;
     runtime.block_on(async {
-        let (mut terminate, mut interrupt) = (
-            signal(SignalKind::terminate())?,
-            signal(SignalKind::interrupt())?,
-        );
+        let (mut terminate, mut interrupt) =
+            (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let ended = async move {
             tokio::select! {
                 _ = terminate.recv() => {}

@@ -178,15 +178,14 @@ impl Error {
         }
     }
 
-    /// An I/O error while doing `what`; a full repository and a lock that
-    /// somebody holds are told apart.
+    /// An I/O error while doing `what`; a full or read-only repository and a
+    /// lock that somebody holds are told apart.
     pub fn io(what: impl Into<String>, source: io::Error) -> Self {
         let what = what.into();
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace { what },
-            io::ErrorKind::WouldBlock => Self::Busy {
-                reason: format!("{what}: somebody holds it"),
-            },
+            io::ErrorKind::ReadOnlyFilesystem => Self::ReadOnly { what },
+            io::ErrorKind::WouldBlock => Self::Busy { reason: format!("{what}: somebody holds it") },
             _ => Self::Io { what, source },
         }
     }

@@ -110,11 +110,7 @@ impl Endpoint {
     /// The NBD URI.
     #[must_use]
     pub fn nbd_uri(&self) -> String {
-        format!(
-            "nbd+unix:///{}?socket={}",
-            self.export,
-            self.socket.display()
-        )
+        format!("nbd+unix:///{}?socket={}", self.export, self.socket.display())
     }
 }
 

@@ -24,9 +24,7 @@ impl Ids for SystemIds {
     }
 
     fn now_s(&self) -> u64 {
-        SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |since| since.as_secs())
+        SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
     }
 }
 
@@ -40,9 +38,7 @@ impl CountedIds {
     /// Starts at `first`; two counters of one simulated world must not meet.
     #[must_use]
     pub fn from(first: u64) -> Self {
-        Self {
-            next: AtomicU64::new(first),
-        }
+        Self { next: AtomicU64::new(first) }
     }
 }
 

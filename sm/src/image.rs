@@ -24,20 +24,14 @@ pub fn bad(volume: &VolumeName, error: vhd::error::Error) -> Error {
             bad(named.as_ref().unwrap_or(volume), *source)
         }
         vhd::error::Error::Io(source) => Error::io(format!("image {volume}"), source),
-        vhd::error::Error::ParentOutside { .. } => Error::ParentOutside {
-            volume: volume.clone(),
-        },
-        vhd::error::Error::ParentMissing { name } => Error::MissingParent {
-            volume: volume.clone(),
-            parent: name,
-        },
-        vhd::error::Error::Unsupported { what } => Error::Unsupported {
-            what: format!("image {volume}: {what}"),
-        },
-        other => Error::BadImage {
-            volume: volume.clone(),
-            reason: other.to_string(),
-        },
+        vhd::error::Error::ParentOutside { .. } => Error::ParentOutside { volume: volume.clone() },
+        vhd::error::Error::ParentMissing { name } => {
+            Error::MissingParent { volume: volume.clone(), parent: name }
+        }
+        vhd::error::Error::Unsupported { what } => {
+            Error::Unsupported { what: format!("image {volume}: {what}") }
+        }
+        other => Error::BadImage { volume: volume.clone(), reason: other.to_string() },
     }
 }
 
@@ -56,14 +50,10 @@ pub fn meta(repo: &Repo, volume: &VolumeName) -> Result<Meta> {
 /// # Errors
 /// As [`meta`].
 pub fn open(repo: &Repo, volume: &VolumeName, access: Access) -> Result<Arc<dyn Volume>> {
-    repo.volumes
-        .open(volume, access)
-        .map_err(|source| match source.kind() {
-            std::io::ErrorKind::NotFound => Error::NotFound {
-                what: format!("volume {volume}"),
-            },
-            _ => Error::io(format!("open {volume}"), source),
-        })
+    repo.volumes.open(volume, access).map_err(|source| match source.kind() {
+        std::io::ErrorKind::NotFound => Error::NotFound { what: format!("volume {volume}") },
+        _ => Error::io(format!("open {volume}"), source),
+    })
 }
 
 /// The footer uuid of a volume; `None` if there is no such volume. Raw
@@ -97,43 +87,23 @@ pub fn look(repo: &Repo, volume: &VolumeName) -> Option<Image> {
     };
     let physical_bytes = opened.len().unwrap_or(0);
     let allocated_bytes = opened.allocated().unwrap_or(0);
-    let head = if volume.is_raw() {
-        Ok(raw_head(physical_bytes))
-    } else {
-        read_head(opened.as_ref())
-    };
-    Some(Image {
-        volume: volume.clone(),
-        physical_bytes,
-        allocated_bytes,
-        head,
-    })
+    let head = if volume.is_raw() { Ok(raw_head(physical_bytes)) } else { read_head(opened.as_ref()) };
+    Some(Image { volume: volume.clone(), physical_bytes, allocated_bytes, head })
 }
 
 fn raw_head(virtual_bytes: u64) -> Head {
-    Head {
-        footer: Uuid::nil(),
-        virtual_bytes,
-        hidden: false,
-        created_s: 0,
-        parent: None,
-    }
+    Head { footer: Uuid::nil(), virtual_bytes, hidden: false, created_s: 0, parent: None }
 }
 
 fn read_head(volume: &dyn Volume) -> Result<Head, String> {
-    Meta::read(volume)
-        .and_then(|meta| head(&meta))
-        .map_err(|e| e.to_string())
+    Meta::read(volume).and_then(|meta| head(&meta)).map_err(|e| e.to_string())
 }
 
 /// The part of an image's metadata that trees are made of.
 fn head(meta: &Meta) -> vhd::error::Result<Head> {
     let parent = match &meta.parent {
         None => None,
-        Some(parent) => Some(ParentName {
-            footer: parent.uuid,
-            candidates: candidates(parent)?,
-        }),
+        Some(parent) => Some(ParentName { footer: parent.uuid, candidates: candidates(parent)? }),
     };
     Ok(Head {
         footer: meta.uuid(),
@@ -191,21 +161,14 @@ pub struct NewVhd<'a> {
 /// # Errors
 /// I/O errors; what is left then is a temporary for recovery to delete.
 pub fn create(repo: &Repo, new: &NewVhd<'_>) -> Result<Arc<dyn Volume>> {
-    let volume = repo
-        .volumes
-        .create(new.volume)
-        .during(|| format!("create {}", new.volume))?;
+    let volume = repo.volumes.create(new.volume).during(|| format!("create {}", new.volume))?;
     let now_s = repo.ids.now_s().saturating_sub(vhd::footer::VHD_EPOCH_S);
     let timestamp_s = u32::try_from(now_s).unwrap_or(u32::MAX);
     let kind = match new.parent {
         None => NewKind::Dynamic,
-        Some((parent, uuid)) => NewKind::Child {
-            parent: ParentLink {
-                uuid,
-                volume: parent.clone(),
-                timestamp_s,
-            },
-        },
+        Some((parent, uuid)) => {
+            NewKind::Child { parent: ParentLink { uuid, volume: parent.clone(), timestamp_s } }
+        }
     };
     let image = NewImage {
         uuid: new.footer,
@@ -228,23 +191,16 @@ pub fn create(repo: &Repo, new: &NewVhd<'_>) -> Result<Arc<dyn Volume>> {
 /// [`Error::Busy`] when somebody holds it, [`Error::BadImage`], I/O errors.
 pub fn settle(repo: &Repo, volume: &VolumeName) -> Result<()> {
     let meta = meta(repo, volume)?;
-    let ours = meta
-        .layout
-        .as_ref()
-        .is_some_and(|l| l.block_sectors == vhd::units::BLOCK_SECTORS);
-    let record = repo
-        .host
-        .records()
-        .existing(meta.uuid())
-        .during(|| format!("pending record of {volume}"))?;
+    let ours = meta.layout.as_ref().is_some_and(|l| l.block_sectors == vhd::units::BLOCK_SECTORS);
+    let record =
+        repo.host.records().existing(meta.uuid()).during(|| format!("pending record of {volume}"))?;
     let settled = meta.footer_state == FooterState::Settled && record.is_none();
     // Fixed images and other block sizes are never opened for writing.
     if settled || !ours {
         return Ok(());
     }
     drop(record);
-    vhd::writer::settle(repo.volumes.as_ref(), volume, repo.host.records())
-        .map_err(|e| bad(volume, e))
+    vhd::writer::settle(repo.volumes.as_ref(), volume, repo.host.records()).map_err(|e| bad(volume, e))
 }
 
 /// Sets or clears the hidden flag of a settled image nobody holds, durably.
@@ -287,21 +243,12 @@ pub fn is_base(repo: &Repo, volume: &VolumeName) -> Result<bool> {
 ///
 /// # Errors
 /// As [`settle`].
-pub fn set_parent(
-    repo: &Repo,
-    volume: &VolumeName,
-    parent: &VolumeName,
-    footer: Uuid,
-) -> Result<()> {
+pub fn set_parent(repo: &Repo, volume: &VolumeName, parent: &VolumeName, footer: Uuid) -> Result<()> {
     let opened = open(repo, volume, Access::Write)?;
     let mut meta = Meta::read(opened.as_ref()).map_err(|e| bad(volume, e))?;
     if meta.parent.as_ref().is_some_and(|now| now.uuid == footer) {
         make_durable(volume, opened.as_ref(), "reparent: found so")?;
     }
-    let link = ParentLink {
-        uuid: footer,
-        volume: parent.clone(),
-        timestamp_s: meta.footer.timestamp,
-    };
+    let link = ParentLink { uuid: footer, volume: parent.clone(), timestamp_s: meta.footer.timestamp };
     vhd::reparent::set_parent(opened.as_ref(), &mut meta, &link).map_err(|e| bad(volume, e))
 }

@@ -244,10 +244,7 @@ impl RecordName {
         if id.len() != 36 {
             return None;
         }
-        Some(Self {
-            id: Uuid::try_parse(id).ok()?,
-            state,
-        })
+        Some(Self { id: Uuid::try_parse(id).ok()?, state })
     }
 
     /// The three names of a snapshot's record.
@@ -288,15 +285,9 @@ pub fn load(volumes: &dyn Volumes) -> Result<Vec<Stored>> {
 
 /// One record; `None` if it went away or was renamed meanwhile.
 fn read(volumes: &dyn Volumes, record: &str) -> Result<Option<Stored>> {
-    let bad = |reason: String| Error::Journal {
-        record: record.to_owned(),
-        reason,
-    };
+    let bad = |reason: String| Error::Journal { record: record.to_owned(), reason };
     let name = RecordName::parse(record).ok_or_else(|| bad("not a name of ours".into()))?;
-    let Some(bytes) = volumes
-        .record(record)
-        .during(|| format!("journal: read {record}"))?
-    else {
+    let Some(bytes) = volumes.record(record).during(|| format!("journal: read {record}"))? else {
         return Ok(None);
     };
     let intent: Intent = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
@@ -317,17 +308,10 @@ pub fn put(volumes: &dyn Volumes, intent: &Intent, why: Why) -> Result<RecordNam
         Intent::Snapshot(_) => RecordState::Pending,
         Intent::Inner(_) | Intent::LeafMerge(_) => RecordState::Job,
     };
-    let name = RecordName {
-        id: intent.id(),
-        state,
-    };
-    let bytes = serde_json::to_vec_pretty(intent).map_err(|e| Error::Journal {
-        record: name.to_string(),
-        reason: e.to_string(),
-    })?;
-    volumes
-        .put_record(&name.to_string(), &bytes, why)
-        .during(|| format!("journal: write {name}"))?;
+    let name = RecordName { id: intent.id(), state };
+    let bytes = serde_json::to_vec_pretty(intent)
+        .map_err(|e| Error::Journal { record: name.to_string(), reason: e.to_string() })?;
+    volumes.put_record(&name.to_string(), &bytes, why).during(|| format!("journal: write {name}"))?;
     Ok(name)
 }
 
@@ -336,9 +320,7 @@ pub fn put(volumes: &dyn Volumes, intent: &Intent, why: Why) -> Result<RecordNam
 /// # Errors
 /// I/O errors.
 pub fn remove(volumes: &dyn Volumes, name: RecordName, why: Why) -> Result<()> {
-    volumes
-        .delete_record(&name.to_string(), why)
-        .during(|| format!("journal: clear {name}"))
+    volumes.delete_record(&name.to_string(), why).during(|| format!("journal: clear {name}"))
 }
 
 /// The volume an image reference names.

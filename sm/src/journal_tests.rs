@@ -5,70 +5,32 @@ use vhd::storage::{FileVolumes, PosixFs};
 use super::*;
 
 fn image(n: u128) -> ImageRef {
-    ImageRef {
-        volume: VolumeName::vhd(Uuid::from_u128(n)).to_string(),
-        footer: Uuid::from_u128(n),
-    }
+    ImageRef { volume: VolumeName::vhd(Uuid::from_u128(n)).to_string(), footer: Uuid::from_u128(n) }
 }
 
 fn snapshot(id: u128, shape: Shape) -> Intent {
-    let sibling = Sibling {
-        image: image(5),
-        vdi: Uuid::from_u128(6),
-        name: "mon\"day".into(),
-    };
-    let member = Member {
-        vdi: Uuid::from_u128(1),
-        leaf_footer: Uuid::from_u128(2),
-        shape,
-        sibling,
-    };
+    let sibling = Sibling { image: image(5), vdi: Uuid::from_u128(6), name: "mon\"day".into() };
+    let member = Member { vdi: Uuid::from_u128(1), leaf_footer: Uuid::from_u128(2), shape, sibling };
     let kind = SiblingKind::Clone;
-    Intent::Snapshot(SnapshotIntent {
-        id: Uuid::from_u128(id),
-        kind,
-        members: vec![member],
-    })
+    Intent::Snapshot(SnapshotIntent { id: Uuid::from_u128(id), kind, members: vec![member] })
 }
 
 fn inner(id: u128, state: JobState) -> Intent {
     let (nodes, parent) = (vec![image(11), image(12)], image(13));
-    Intent::Inner(InnerIntent {
-        id: Uuid::from_u128(id),
-        nodes,
-        parent,
-        state,
-    })
+    Intent::Inner(InnerIntent { id: Uuid::from_u128(id), nodes, parent, state })
 }
 
 fn leaf_merge(id: u128, state: LeafMergeState) -> Intent {
     let (vdi, leaf, parent) = (Uuid::from_u128(21), image(21), image(22));
-    Intent::LeafMerge(LeafMergeIntent {
-        id: Uuid::from_u128(id),
-        vdi,
-        leaf,
-        parent,
-        state,
-    })
+    Intent::LeafMerge(LeafMergeIntent { id: Uuid::from_u128(id), vdi, leaf, parent, state })
 }
 
 fn every_intent() -> Vec<Intent> {
     vec![
         snapshot(101, Shape::Empty),
-        snapshot(
-            102,
-            Shape::Divide {
-                base: Uuid::from_u128(3),
-                new_leaf: image(4),
-            },
-        ),
+        snapshot(102, Shape::Divide { base: Uuid::from_u128(3), new_leaf: image(4) }),
         inner(103, JobState::Copying),
-        inner(
-            104,
-            JobState::Relinking {
-                children: vec![image(14)],
-            },
-        ),
+        inner(104, JobState::Relinking { children: vec![image(14)] }),
         inner(105, JobState::Refreshing),
         inner(106, JobState::Deleting),
         leaf_merge(107, LeafMergeState::Merging),
@@ -88,26 +50,14 @@ fn every_intent_comes_back_as_it_was() {
     for intent in every_intent() {
         put(&volumes, &intent, "test").unwrap();
     }
-    let stored: Vec<Intent> = load(&volumes)
-        .unwrap()
-        .into_iter()
-        .map(|s| s.intent)
-        .collect();
+    let stored: Vec<Intent> = load(&volumes).unwrap().into_iter().map(|s| s.intent).collect();
     assert_eq!(stored, every_intent());
     for intent in every_intent() {
         let state = match intent {
             Intent::Snapshot(_) => RecordState::Pending,
             _ => RecordState::Job,
         };
-        remove(
-            &volumes,
-            RecordName {
-                id: intent.id(),
-                state,
-            },
-            "test",
-        )
-        .unwrap();
+        remove(&volumes, RecordName { id: intent.id(), state }, "test").unwrap();
     }
     assert_eq!(load(&volumes).unwrap(), []);
 }
@@ -117,26 +67,11 @@ fn the_name_of_a_record_is_its_state() {
     let (_folder, volumes) = folder();
     put(&volumes, &snapshot(101, Shape::Empty), "test").unwrap();
     let names = RecordName::of_snapshot(Uuid::from_u128(101));
-    assert!(
-        volumes
-            .rename_record(&names.pending, &names.decided)
-            .unwrap()
-    );
-    assert!(
-        !volumes.rename_record(&names.pending, &names.void).unwrap(),
-        "only one can win"
-    );
+    assert!(volumes.rename_record(&names.pending, &names.decided).unwrap());
+    assert!(!volumes.rename_record(&names.pending, &names.void).unwrap(), "only one can win");
     assert_eq!(load(&volumes).unwrap()[0].name.state, RecordState::Decided);
-    for state in [
-        RecordState::Pending,
-        RecordState::Decided,
-        RecordState::Void,
-        RecordState::Job,
-    ] {
-        let name = RecordName {
-            id: Uuid::from_u128(9),
-            state,
-        };
+    for state in [RecordState::Pending, RecordState::Decided, RecordState::Void, RecordState::Job] {
+        let name = RecordName { id: Uuid::from_u128(9), state };
         assert_eq!(RecordName::parse(&name.to_string()), Some(name));
     }
 }
@@ -150,10 +85,7 @@ fn a_record_under_a_wrong_name_is_refused() {
         (format!("{}.job", Uuid::from_u128(9)), job.clone()),
         (format!("{id}.job.old"), job.clone()),
         ("coalesce_x".to_owned(), job),
-        (
-            format!("{id}.job"),
-            b"{\"intent\": \"unheard of\"}".to_vec(),
-        ),
+        (format!("{id}.job"), b"{\"intent\": \"unheard of\"}".to_vec()),
         (format!("{id}.job"), Vec::new()),
     ] {
         let (_folder, volumes) = folder();
@@ -165,38 +97,21 @@ fn a_record_under_a_wrong_name_is_refused() {
 #[test]
 fn an_intent_names_images_by_volume_and_by_footer() {
     let names = |intent: &Intent, n: u128, footer: u128| {
-        intent.names(
-            &VolumeName::vhd(Uuid::from_u128(n)),
-            Uuid::from_u128(footer),
-        )
+        intent.names(&VolumeName::vhd(Uuid::from_u128(n)), Uuid::from_u128(footer))
     };
-    let divide = snapshot(
-        101,
-        Shape::Divide {
-            base: Uuid::from_u128(3),
-            new_leaf: image(4),
-        },
-    );
+    let divide = snapshot(101, Shape::Divide { base: Uuid::from_u128(3), new_leaf: image(4) });
     for n in [1, 3, 4, 5, 6] {
         assert!(names(&divide, n, 99), "volume {n}");
     }
     assert!(names(&divide, 99, 2), "the leaf under its new name");
     assert!(!names(&divide, 99, 99));
-    let relinking = inner(
-        102,
-        JobState::Relinking {
-            children: vec![image(14)],
-        },
-    );
+    let relinking = inner(102, JobState::Relinking { children: vec![image(14)] });
     assert!(names(&relinking, 14, 99) && names(&relinking, 13, 99) && names(&relinking, 99, 11));
     assert!(!names(&inner(103, JobState::Copying), 14, 14));
 }
 
 #[test]
 fn a_record_cannot_lead_out_of_the_repository() {
-    let outside = ImageRef {
-        volume: "../x.vhd".into(),
-        footer: Uuid::nil(),
-    };
+    let outside = ImageRef { volume: "../x.vhd".into(), footer: Uuid::nil() };
     assert_eq!(volume_of(&outside).unwrap_err().code(), "BAD_JOURNAL");
 }

@@ -31,8 +31,6 @@ impl Lease {
     /// two part ways while a snapshot renames the leaf.
     #[must_use]
     pub fn names(&self, volume: &VolumeName, footer: Uuid) -> bool {
-        self.chain
-            .iter()
-            .any(|image| image.volume == volume.as_str() || image.footer == footer)
+        self.chain.iter().any(|image| image.volume == volume.as_str() || image.footer == footer)
     }
 }

@@ -14,11 +14,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self {
-            chain_max: 30,
-            pause_ms_max: 10_000,
-            scan_threads: 8,
-        }
+        Self { chain_max: 30, pause_ms_max: 10_000, scan_threads: 8 }
     }
 }
 

@@ -24,10 +24,7 @@ impl Nudge {
     /// Nudges will go to this socket.
     #[must_use]
     pub fn new(socket: PathBuf) -> Self {
-        Self {
-            socket,
-            asking: Arc::default(),
-        }
+        Self { socket, asking: Arc::default() }
     }
 
     /// Tells it that an SR has changed. Best effort and in the background:
@@ -47,9 +44,7 @@ impl Nudge {
         let asking = self.asking.clone();
         let vdi = vdi.map_or_else(|| "null".to_owned(), |vdi| format!("\"{vdi}\""));
         let body = format!("{{\"sr\":\"{sr}\",\"vdi\":{vdi}}}");
-        self.in_background(sr, "/abort", body, move || {
-            asking.store(false, Ordering::Relaxed)
-        });
+        self.in_background(sr, "/abort", body, move || asking.store(false, Ordering::Relaxed));
     }
 
     fn in_background(

@@ -90,10 +90,7 @@ impl Owner {
             if let Found::Owned(content) = found
                 && content.id == id
             {
-                return Ok(Self {
-                    file,
-                    epoch: content.epoch,
-                });
+                return Ok(Self { file, epoch: content.epoch });
             }
             file.unlock().during(what)?;
             if !try_lock(file.try_lock()).during(what)? {
@@ -112,9 +109,7 @@ impl Owner {
             write(&file, Content { id, epoch }).during(what)?;
             file.unlock().during(what)?;
         }
-        Err(Error::SrInUse {
-            holder: holder(&file),
-        })
+        Err(Error::SrInUse { holder: holder(&file) })
     }
 
     /// Joins an SR that a process of this host has taken already.
@@ -130,9 +125,7 @@ impl Owner {
         {
             return Ok(Self { file, epoch });
         }
-        Err(Error::SrInUse {
-            holder: holder(&file),
-        })
+        Err(Error::SrInUse { holder: holder(&file) })
     }
 }
 
@@ -142,13 +135,7 @@ fn open(folder: &Path) -> io::Result<File> {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}
     }
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(dot.join("owner"))
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(dot.join("owner"))
 }
 
 fn try_lock(outcome: Result<(), TryLockError>) -> io::Result<bool> {
@@ -198,9 +185,7 @@ fn holder(file: &File) -> String {
 }
 
 fn now_s() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(1, |since| since.as_secs())
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_secs())
 }
 
 #[cfg(test)]
@@ -208,10 +193,7 @@ mod tests {
     use super::*;
 
     fn host(n: u128, boot: u128) -> HostId {
-        HostId {
-            host: Uuid::from_u128(n),
-            boot: Uuid::from_u128(boot),
-        }
+        HostId { host: Uuid::from_u128(n), boot: Uuid::from_u128(boot) }
     }
 
     #[test]
@@ -221,16 +203,10 @@ mod tests {
         let second = Owner::acquire(sr.path(), host(1, 1)).unwrap();
         assert_eq!((first.epoch, second.epoch), (1, 1));
         for other in [host(2, 1), host(1, 2)] {
-            assert_eq!(
-                Owner::acquire(sr.path(), other).unwrap_err().code(),
-                "SR_IN_USE"
-            );
+            assert_eq!(Owner::acquire(sr.path(), other).unwrap_err().code(), "SR_IN_USE");
         }
         drop(first);
-        assert_eq!(
-            Owner::acquire(sr.path(), host(2, 1)).unwrap_err().code(),
-            "SR_IN_USE"
-        );
+        assert_eq!(Owner::acquire(sr.path(), host(2, 1)).unwrap_err().code(), "SR_IN_USE");
         drop(second);
         let taken = Owner::acquire(sr.path(), host(2, 1)).unwrap();
         assert_eq!(taken.epoch, 2);

@@ -18,8 +18,7 @@ use vhd::storage::VolumeName;
 use crate::error::{Error, IoContext, Result};
 use crate::image;
 use crate::journal::{
-    self, Intent, LeafMergeIntent, LeafMergeState, RecordName, RecordState, SnapshotIntent, Stored,
-    volume_of,
+    self, Intent, LeafMergeIntent, LeafMergeState, RecordName, RecordState, SnapshotIntent, Stored, volume_of,
 };
 use crate::ops::{self, Decision};
 use crate::repo::Repo;
@@ -44,9 +43,7 @@ pub fn recover(repo: &Repo, scope: Scope<'_>) -> Result<()> {
     if !found.is_empty() {
         // What is acted on must outlive a power cut that comes after: its
         // writer may have died between a rename and the sync of it.
-        repo.volumes
-            .sync_records("recover: records that were found")
-            .during(|| "journal: sync".into())?;
+        repo.volumes.sync_records("recover: records that were found").during(|| "journal: sync".into())?;
     }
     for stored in found {
         let Err(error) = recover_one(repo, &stored) else {
@@ -69,11 +66,7 @@ pub fn recover(repo: &Repo, scope: Scope<'_>) -> Result<()> {
 pub fn sweep(repo: &Repo) -> Result<u32> {
     let intents = journal::load(repo.volumes.as_ref())?;
     let mut swept = 0;
-    for volume in repo
-        .volumes
-        .list()
-        .during(|| format!("list SR {}", repo.name))?
-    {
+    for volume in repo.volumes.list().during(|| format!("list SR {}", repo.name))? {
         let Some(id) = volume.temporary_of() else {
             continue;
         };
@@ -109,11 +102,7 @@ fn recover_one(repo: &Repo, stored: &Stored) -> Result<()> {
         Intent::Snapshot(intent) => &|| snapshot(repo, intent, stored.name.state),
         Intent::LeafMerge(merge) => &|| leaf_merge(repo, merge),
     };
-    let Some(_held) = repo
-        .host
-        .hold_intent(id)
-        .during(|| format!("hold intent {id}"))?
-    else {
+    let Some(_held) = repo.host.hold_intent(id).during(|| format!("hold intent {id}"))? else {
         return Ok(());
     };
     tracing::info!(sr = %repo.uuid, job = %stored.name, "recovering");
@@ -135,11 +124,7 @@ fn snapshot(repo: &Repo, intent: &SnapshotIntent, state: RecordState) -> Result<
             for member in &intent.members {
                 found |= ops::swapped(repo, member)?;
             }
-            let wish = if found {
-                Decision::Swap
-            } else {
-                Decision::Void
-            };
+            let wish = if found { Decision::Swap } else { Decision::Void };
             ops::decide(repo, intent.id, wish)?
         }
         RecordState::Decided => Decision::Swap,
@@ -163,10 +148,7 @@ fn snapshot(repo: &Repo, intent: &SnapshotIntent, state: RecordState) -> Result<
 ///   the leaf                 Committing   unhide the parent, rename it over
 /// ```
 fn leaf_merge(repo: &Repo, merge: &LeafMergeIntent) -> Result<()> {
-    let tap = repo
-        .host
-        .tap(merge.vdi)
-        .during(|| format!("tapdisk of VDI {}", merge.vdi))?;
+    let tap = repo.host.tap(merge.vdi).during(|| format!("tapdisk of VDI {}", merge.vdi))?;
     if tap.is_some() {
         // It serves the leaf and goes on merging or committing by itself.
         return Ok(());
@@ -180,31 +162,19 @@ fn leaf_merge(repo: &Repo, merge: &LeafMergeIntent) -> Result<()> {
             take_name(repo, &leaf, &parent)?;
         }
     } else if footer == Some(merge.parent.footer) {
-        repo.volumes
-            .sync("leaf merge: name")
-            .during(|| format!("name {leaf}"))?;
+        repo.volumes.sync("leaf merge: name").during(|| format!("name {leaf}"))?;
         image::settle(repo, &leaf)?;
     }
-    let name = RecordName {
-        id: merge.id,
-        state: RecordState::Job,
-    };
+    let name = RecordName { id: merge.id, state: RecordState::Job };
     journal::remove(repo.volumes.as_ref(), name, "leaf merge: record cleared")
 }
 
 fn take_name(repo: &Repo, leaf: &VolumeName, parent: &VolumeName) -> Result<()> {
     if image::allocated_bytes(repo, leaf)? != 0 {
         let reason = "its merge was being committed, but it is not empty".into();
-        return Err(Error::BadImage {
-            volume: leaf.clone(),
-            reason,
-        });
+        return Err(Error::BadImage { volume: leaf.clone(), reason });
     }
     image::set_hidden(repo, parent, false)?;
-    repo.volumes
-        .replace(parent, leaf)
-        .during(|| format!("name {leaf}"))?;
-    repo.volumes
-        .sync("leaf merge: name")
-        .during(|| format!("name {leaf}"))
+    repo.volumes.replace(parent, leaf).during(|| format!("name {leaf}"))?;
+    repo.volumes.sync("leaf merge: name").during(|| format!("name {leaf}"))
 }

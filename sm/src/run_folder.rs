@@ -26,9 +26,7 @@ use vhd::record::{RecordStore, TmpfsRecords};
 
 use crate::host::{Endpoint, Guard, Host, LeaseHold, Tap};
 use crate::lease::Lease;
-use crate::limits::{
-    SMALL_FILE_BYTES_MAX, SR_LOCK_WAIT_MS_MAX, TAP_ANSWER_MS_MAX, TAP_STOP_MS_MAX,
-};
+use crate::limits::{SMALL_FILE_BYTES_MAX, SR_LOCK_WAIT_MS_MAX, TAP_ANSWER_MS_MAX, TAP_STOP_MS_MAX};
 use crate::owner::{HostId, Owner};
 use crate::spawn::{self, TapOrder, TapProgram};
 
@@ -70,25 +68,12 @@ impl RunFolder {
         program: Option<TapProgram>,
     ) -> io::Result<Self> {
         let records = run.join("records").join(sr.to_string());
-        for folder in [
-            &run.join("sr"),
-            &run.join("intents"),
-            &run.join("tap"),
-            &records,
-        ] {
+        for folder in [&run.join("sr"), &run.join("intents"), &run.join("tap"), &records] {
             make_folder(folder)?;
         }
         let records = Arc::new(TmpfsRecords::new(records, id.boot, owner.epoch));
         let (run, sr_folder) = (run.to_owned(), sr_folder.to_owned());
-        Ok(Self {
-            run,
-            sr,
-            sr_folder,
-            boot: id.boot,
-            records,
-            owner,
-            program,
-        })
+        Ok(Self { run, sr, sr_folder, boot: id.boot, records, owner, program })
     }
 
     fn tap_folder(&self, vdi: Uuid) -> PathBuf {
@@ -100,10 +85,7 @@ impl RunFolder {
     }
 
     fn order(&self, lease: &Lease) -> io::Result<TapOrder> {
-        let leaf = lease
-            .chain
-            .first()
-            .ok_or_else(|| io::Error::other("a lease of nothing"))?;
+        let leaf = lease.chain.first().ok_or_else(|| io::Error::other("a lease of nothing"))?;
         Ok(TapOrder {
             sr: self.sr,
             boot: self.boot,
@@ -148,10 +130,7 @@ impl RunFolder {
         let Ok(stream) = UnixStream::connect(self.control(vdi)) else {
             return 0;
         };
-        getsockopt(&stream, PeerCredentials)
-            .ok()
-            .and_then(|peer| u32::try_from(peer.pid()).ok())
-            .unwrap_or(0)
+        getsockopt(&stream, PeerCredentials).ok().and_then(|peer| u32::try_from(peer.pid()).ok()).unwrap_or(0)
     }
 
     /// All VDIs that have a folder under `tap`.
@@ -224,20 +203,13 @@ impl Host for RunFolder {
         }
         write_lease(&file, lease)?;
         fs::rename(folder.join("lease.new"), folder.join("lease"))?;
-        Ok(Box::new(Held {
-            host: self.clone(),
-            lease: lease.clone(),
-            file,
-        }))
+        Ok(Box::new(Held { host: self.clone(), lease: lease.clone(), file }))
     }
 
     fn update_lease(&self, vdi: Uuid, chain: &[ImageRef]) -> io::Result<()> {
         let path = self.tap_folder(vdi).join("lease");
         let file = OpenOptions::new().read(true).write(true).open(path)?;
-        let lease = Lease {
-            chain: chain.to_vec(),
-            ..read_lease(&file)?
-        };
+        let lease = Lease { chain: chain.to_vec(), ..read_lease(&file)? };
         write_lease(&file, &lease)
     }
 
@@ -308,17 +280,12 @@ struct Held {
 impl LeaseHold for Held {
     fn start_tap(self: Box<Self>) -> io::Result<Endpoint> {
         let Self { host, lease, file } = *self;
-        let program = host
-            .program
-            .as_ref()
-            .ok_or_else(|| io::Error::other("this process starts no tapdisks"))?;
+        let program =
+            host.program.as_ref().ok_or_else(|| io::Error::other("this process starts no tapdisks"))?;
         let pid = spawn::start(program, &host.order(&lease)?, &file, host.owner.file())?;
         // Leases are read under the SR lock, so that is where they change.
         let _sr = host.lock_sr()?;
-        let lease = Lease {
-            pid,
-            ..read_lease(&file)?
-        };
+        let lease = Lease { pid, ..read_lease(&file)? };
         write_lease(&file, &lease)?;
         Ok(host.endpoint(&lease))
     }
@@ -327,10 +294,7 @@ impl LeaseHold for Held {
 fn read_lease(file: &File) -> io::Result<Lease> {
     let len = file.metadata()?.len();
     if len > SMALL_FILE_BYTES_MAX {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "a lease too long",
-        ));
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "a lease too long"));
     }
     let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
     file.read_exact_at(&mut bytes, 0)?;
@@ -345,13 +309,7 @@ fn write_lease(file: &File, lease: &Lease) -> io::Result<()> {
 }
 
 fn lock_file(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
 }
 
 fn try_lock(outcome: Result<(), TryLockError>) -> io::Result<bool> {

@@ -35,28 +35,19 @@ pub struct Scan {
 /// error but a broken node.
 pub fn scan(repo: &Repo) -> Result<Scan> {
     let mut known = journal::load(repo.volumes.as_ref())?;
-    let names = repo
-        .volumes
-        .list()
-        .during(|| format!("list SR {}", repo.name))?;
+    let names = repo.volumes.list().during(|| format!("list SR {}", repo.name))?;
     let images = look_at_all(repo, &names);
     let intents = journal::load(repo.volumes.as_ref())?;
     known.retain(|old| intents.iter().all(|new| new.name.id != old.name.id));
     known.extend(intents.iter().cloned());
-    Ok(Scan {
-        tree: VdiTree::build(images, &known),
-        intents,
-    })
+    Ok(Scan { tree: VdiTree::build(images, &known), intents })
 }
 
 /// Looks at every volume with a few threads; in order.
 fn look_at_all(repo: &Repo, names: &[VolumeName]) -> Vec<Image> {
     let threads = repo.limits.scan_threads.min(names.len());
     if threads <= 1 {
-        return names
-            .iter()
-            .filter_map(|name| image::look(repo, name))
-            .collect();
+        return names.iter().filter_map(|name| image::look(repo, name)).collect();
     }
     let next = AtomicUsize::new(0);
     let seen = Mutex::new(Vec::with_capacity(names.len()));
@@ -67,15 +58,11 @@ fn look_at_all(repo: &Repo, names: &[VolumeName]) -> Vec<Image> {
                 while let Some(name) = names.get(next.fetch_add(1, Ordering::Relaxed)) {
                     mine.extend(image::look(repo, name));
                 }
-                seen.lock()
-                    .unwrap_or_else(std::sync::PoisonError::into_inner)
-                    .append(&mut mine);
+                seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner).append(&mut mine);
             });
         }
     });
-    let mut seen = seen
-        .into_inner()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut seen = seen.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     seen.sort_unstable_by(|a, b| a.volume.cmp(&b.volume));
     seen
 }

@@ -95,12 +95,7 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 /// # Errors
 /// It could not be started, ended, or did not come up in time (it is killed
 /// then); the message carries what it said.
-pub fn start(
-    program: &TapProgram,
-    order: &TapOrder,
-    lease: &File,
-    owner: &File,
-) -> io::Result<u32> {
+pub fn start(program: &TapProgram, order: &TapOrder, lease: &File, owner: &File) -> io::Result<u32> {
     let log_path = order.run_folder.join("log");
     let log = File::options().create(true).append(true).open(&log_path)?;
     let mut child = {
@@ -118,19 +113,11 @@ pub fn start(
             .process_group(0)
             .spawn();
         drop((lease, owner));
-        child.map_err(|e| {
-            io::Error::new(
-                e.kind(),
-                format!("{}: {e}", program.program.to_string_lossy()),
-            )
-        })?
+        child.map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", program.program.to_string_lossy())))?
     };
     let pid = child.id();
-    let ready = child
-        .stdout
-        .take()
-        .ok_or_else(|| io::Error::other("no standard output"))
-        .and_then(wait_ready);
+    let ready =
+        child.stdout.take().ok_or_else(|| io::Error::other("no standard output")).and_then(wait_ready);
     if let Err(error) = ready {
         // Killing what has ended already is no error that matters here.
         let _ = child.kill();
@@ -150,10 +137,7 @@ fn wait_ready(mut stdout: ChildStdout) -> io::Result<()> {
     while !said.contains(&b'\n') && (said.len() as u64) < WORDS_BYTES_MAX {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(io::Error::new(
-                io::ErrorKind::TimedOut,
-                "it did not come up in time",
-            ));
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "it did not come up in time"));
         }
         let mut fds = [PollFd::new(stdout.as_fd(), PollFlags::POLLIN)];
         let limit = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
@@ -171,10 +155,7 @@ fn wait_ready(mut stdout: ChildStdout) -> io::Result<()> {
     match serde_json::from_slice(&said) {
         Ok(FirstWords { ready: true, .. }) => Ok(()),
         Ok(FirstWords { error, .. }) => Err(io::Error::other(error.unwrap_or_default())),
-        Err(_) => Err(io::Error::other(format!(
-            "it said {:?}",
-            String::from_utf8_lossy(&said)
-        ))),
+        Err(_) => Err(io::Error::other(format!("it said {:?}", String::from_utf8_lossy(&said)))),
     }
 }
 
@@ -186,10 +167,7 @@ fn reap_later(mut child: Child, vdi: Uuid) -> io::Result<()> {
         Ok(status) => tracing::warn!(%vdi, %status, "tapdisk ended"),
         Err(error) => tracing::warn!(%vdi, %error, "tapdisk"),
     };
-    std::thread::Builder::new()
-        .name("tapdisk-reaper".into())
-        .spawn(wait)
-        .map(drop)
+    std::thread::Builder::new().name("tapdisk-reaper".into()).spawn(wait).map(drop)
 }
 
 fn last_words(log: &std::path::Path) -> String {

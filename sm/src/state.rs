@@ -59,29 +59,17 @@ impl State {
         let what = || format!("state folder {}", folder.display());
         make_folder(folder).during(what)?;
         let mut options = OpenOptions::new();
-        options
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600);
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let lock = options.open(folder.join("lock")).during(what)?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                return Err(Error::InUse {
-                    what: what(),
-                    reason: "another smd runs on it".into(),
-                });
+                return Err(Error::InUse { what: what(), reason: "another smd runs on it".into() });
             }
             Err(TryLockError::Error(error)) => return Err(Error::io(what(), error)),
         }
         let host = host_id(&folder.join("host-id")).during(what)?;
-        Ok(Self {
-            folder: folder.to_owned(),
-            host,
-            _lock: lock,
-        })
+        Ok(Self { folder: folder.to_owned(), host, _lock: lock })
     }
 
     /// Who we are to SRs.
@@ -96,9 +84,7 @@ impl State {
     /// I/O errors, and a file that is not ours.
     pub fn load(&self) -> Result<Vec<KnownSr>> {
         let path = self.folder.join("srs.json");
-        read_json(&path)
-            .map(Option::unwrap_or_default)
-            .during(|| path.display().to_string())
+        read_json(&path).map(Option::unwrap_or_default).during(|| path.display().to_string())
     }
 
     /// Notes the SRs, durably.
@@ -137,9 +123,7 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "file too large"));
     }
     let value = serde_json::from_slice(&fs::read(path)?);
-    value
-        .map(Some)
-        .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+    value.map(Some).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 
 /// Replaces a small JSON file whole, durably.
@@ -156,18 +140,11 @@ pub fn write_json<T: Serialize>(path: &Path, value: &T) -> io::Result<()> {
 fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let beside = path.with_extension("new");
     let mut options = OpenOptions::new();
-    let mut file = options
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&beside)?;
+    let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
     file.write_all(bytes)?;
     file.sync_all()?;
     fs::rename(&beside, path)?;
-    let folder = path
-        .parent()
-        .ok_or_else(|| io::Error::other("a file without a folder"))?;
+    let folder = path.parent().ok_or_else(|| io::Error::other("a file without a folder"))?;
     File::open(folder)?.sync_all()
 }
 

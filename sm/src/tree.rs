@@ -298,12 +298,8 @@ impl VdiTree {
 
     /// Finds every node's parent; what cannot be found breaks the node.
     fn link(&mut self, parents: &[Option<ParentName>]) {
-        let by_name: BTreeMap<VolumeName, NodeIx> = self
-            .nodes
-            .iter()
-            .enumerate()
-            .map(|(ix, n)| (n.volume.clone(), ix))
-            .collect();
+        let by_name: BTreeMap<VolumeName, NodeIx> =
+            self.nodes.iter().enumerate().map(|(ix, n)| (n.volume.clone(), ix)).collect();
         for (ix, parent) in parents.iter().enumerate() {
             let Some(parent) = parent else { continue };
             match find_parent(parent, &by_name, &self.nodes) {
@@ -323,9 +319,7 @@ impl VdiTree {
     /// Depths from the roots up, and broken ancestors. What is never reached
     /// from a root is on a cycle.
     fn measure(&mut self) {
-        self.roots = (0..self.nodes.len())
-            .filter(|&ix| self.nodes[ix].parent.is_none())
-            .collect();
+        self.roots = (0..self.nodes.len()).filter(|&ix| self.nodes[ix].parent.is_none()).collect();
         let mut waiting: Vec<(NodeIx, u32)> = self.roots.iter().map(|&ix| (ix, 1)).collect();
         let mut reached = BTreeSet::new();
         while let Some((ix, depth)) = waiting.pop() {
@@ -355,26 +349,10 @@ fn node(image: Image, uuid: Uuid, hidden: bool, intents: &[Stored]) -> (Node, Op
     let (footer, virtual_bytes, created_s, state, parent) = match image.head {
         Ok(head) => {
             let hidden = hidden || head.hidden;
-            let state = if hidden {
-                NodeState::Hidden
-            } else {
-                NodeState::Visible
-            };
-            (
-                head.footer,
-                head.virtual_bytes,
-                head.created_s,
-                state,
-                head.parent,
-            )
+            let state = if hidden { NodeState::Hidden } else { NodeState::Visible };
+            (head.footer, head.virtual_bytes, head.created_s, state, head.parent)
         }
-        Err(reason) => (
-            Uuid::nil(),
-            0,
-            0,
-            NodeState::Broken(Broken::Unreadable { reason }),
-            None,
-        ),
+        Err(reason) => (Uuid::nil(), 0, 0, NodeState::Broken(Broken::Unreadable { reason }), None),
     };
     // A nil footer names nothing; without this every raw volume would match.
     let key = if footer.is_nil() { uuid } else { footer };
@@ -406,15 +384,9 @@ fn find_parent(
     let Some(first) = parent.candidates.first() else {
         return Err(Broken::ParentOutside);
     };
-    let mut there = parent
-        .candidates
-        .iter()
-        .filter_map(|name| by_name.get(name))
-        .peekable();
+    let mut there = parent.candidates.iter().filter_map(|name| by_name.get(name)).peekable();
     let Some(&&some) = there.peek() else {
-        return Err(Broken::ParentMissing {
-            name: first.clone(),
-        });
+        return Err(Broken::ParentMissing { name: first.clone() });
     };
     // An unreadable parent may be the right one; the child then waits for it.
     let fits = |ix: &&NodeIx| {
@@ -427,10 +399,7 @@ fn find_parent(
     there
         .find(fits)
         .copied()
-        .ok_or_else(|| Broken::ParentMismatch {
-            name: nodes[some].volume.clone(),
-            expected: parent.footer,
-        })
+        .ok_or_else(|| Broken::ParentMismatch { name: nodes[some].volume.clone(), expected: parent.footer })
 }
 
 fn role(volume: &VolumeName, footers: &BTreeMap<VolumeName, Uuid>, intents: &[Stored]) -> Role {
@@ -454,11 +423,7 @@ fn role(volume: &VolumeName, footers: &BTreeMap<VolumeName, Uuid>, intents: &[St
                     let leaf = footers.get(&VolumeName::vhd(member.vdi));
                     let swapped = leaf == Some(&new_leaf.footer);
                     debug_assert!(!swapped || stored.name.state != RecordState::Void);
-                    return if swapped {
-                        Role::Hidden
-                    } else {
-                        Role::Prepared
-                    };
+                    return if swapped { Role::Hidden } else { Role::Prepared };
                 }
             }
             // While it commits the parent is unhidden under its own name.

@@ -10,23 +10,9 @@ fn footer(n: u128) -> Uuid {
 }
 
 fn vhd(n: u128, parent: Option<u128>) -> Image {
-    let parent = parent.map(|p| ParentName {
-        footer: footer(p),
-        candidates: vec![VolumeName::vhd(id(p))],
-    });
-    let head = Head {
-        footer: footer(n),
-        virtual_bytes: 1 << 21,
-        hidden: false,
-        created_s: 0,
-        parent,
-    };
-    Image {
-        volume: VolumeName::vhd(id(n)),
-        physical_bytes: 3584,
-        allocated_bytes: 4096,
-        head: Ok(head),
-    }
+    let parent = parent.map(|p| ParentName { footer: footer(p), candidates: vec![VolumeName::vhd(id(p))] });
+    let head = Head { footer: footer(n), virtual_bytes: 1 << 21, hidden: false, created_s: 0, parent };
+    Image { volume: VolumeName::vhd(id(n)), physical_bytes: 3584, allocated_bytes: 4096, head: Ok(head) }
 }
 
 fn change(mut image: Image, change: impl FnOnce(&mut Head)) -> Image {
@@ -44,33 +30,21 @@ fn state(tree: &VdiTree, n: u128) -> NodeState {
 
 #[test]
 fn depths_and_children() {
-    let images = vec![
-        hidden(vhd(1, None)),
-        hidden(vhd(2, Some(1))),
-        vhd(3, Some(2)),
-        vhd(4, Some(1)),
-    ];
+    let images = vec![hidden(vhd(1, None)), hidden(vhd(2, Some(1))), vhd(3, Some(2)), vhd(4, Some(1))];
     let tree = VdiTree::build(images, &[]);
     let depths: Vec<u32> = tree.nodes.iter().map(|n| n.depth).collect();
     assert_eq!(depths, [1, 2, 3, 2]);
     assert_eq!(tree.roots, [0]);
     assert_eq!(tree.nodes[0].children, [1, 3]);
-    assert_eq!(
-        tree.chain(2).map(|n| n.uuid).collect::<Vec<_>>(),
-        [id(3), id(2), id(1)]
-    );
+    assert_eq!(tree.chain(2).map(|n| n.uuid).collect::<Vec<_>>(), [id(3), id(2), id(1)]);
 }
 
 #[test]
 fn every_kind_of_breakage_is_named_and_stays_in_its_tree() {
     let mut unreadable = vhd(20, None);
     unreadable.head = Err("bad footer checksum".into());
-    let outside = change(vhd(5, Some(1)), |h| {
-        h.parent.as_mut().unwrap().candidates.clear()
-    });
-    let mismatch = change(vhd(6, Some(1)), |h| {
-        h.parent.as_mut().unwrap().footer = footer(99)
-    });
+    let outside = change(vhd(5, Some(1)), |h| h.parent.as_mut().unwrap().candidates.clear());
+    let mismatch = change(vhd(6, Some(1)), |h| h.parent.as_mut().unwrap().footer = footer(99));
     let images = vec![
         hidden(vhd(1, None)),
         vhd(2, Some(1)),
@@ -90,35 +64,14 @@ fn every_kind_of_breakage_is_named_and_stays_in_its_tree() {
     };
     assert_eq!(state(&tree, 1), NodeState::Hidden);
     assert_eq!(state(&tree, 2), NodeState::Visible);
-    assert_eq!(
-        broken(3),
-        Broken::ParentMissing {
-            name: VolumeName::vhd(id(77))
-        }
-    );
-    assert_eq!(
-        broken(4),
-        Broken::OnBroken {
-            ancestor: VolumeName::vhd(id(3))
-        }
-    );
+    assert_eq!(broken(3), Broken::ParentMissing { name: VolumeName::vhd(id(77)) });
+    assert_eq!(broken(4), Broken::OnBroken { ancestor: VolumeName::vhd(id(3)) });
     assert_eq!(broken(5), Broken::ParentOutside);
     let name = VolumeName::vhd(id(1));
-    assert_eq!(
-        broken(6),
-        Broken::ParentMismatch {
-            name,
-            expected: footer(99)
-        }
-    );
+    assert_eq!(broken(6), Broken::ParentMismatch { name, expected: footer(99) });
     assert_eq!(broken(8), Broken::Cycle);
     assert_eq!(broken(9), Broken::Cycle);
-    assert_eq!(
-        broken(21),
-        Broken::OnBroken {
-            ancestor: VolumeName::vhd(id(20))
-        }
-    );
+    assert_eq!(broken(21), Broken::OnBroken { ancestor: VolumeName::vhd(id(20)) });
     let unknown: Vec<_> = tree.parents_unknown().collect();
     assert_eq!(unknown, [(&VolumeName::vhd(id(20)), "bad footer checksum")]);
 }
@@ -126,8 +79,7 @@ fn every_kind_of_breakage_is_named_and_stays_in_its_tree() {
 #[test]
 fn the_candidate_with_the_right_uuid_is_the_parent() {
     let both = change(vhd(3, Some(1)), |h| {
-        h.parent.as_mut().unwrap().candidates =
-            vec![VolumeName::vhd(id(2)), VolumeName::vhd(id(1))];
+        h.parent.as_mut().unwrap().candidates = vec![VolumeName::vhd(id(2)), VolumeName::vhd(id(1))];
     });
     let tree = VdiTree::build(vec![hidden(vhd(1, None)), hidden(vhd(2, None)), both], &[]);
     assert_eq!(tree.nodes[2].parent, Some(0));
@@ -137,11 +89,7 @@ fn the_candidate_with_the_right_uuid_is_the_parent() {
 fn two_names_of_one_footer_are_refused_both() {
     let twin = change(vhd(2, None), |h| h.footer = footer(1));
     let tree = VdiTree::build(vec![vhd(1, None), twin], &[]);
-    assert!(
-        tree.nodes
-            .iter()
-            .all(|n| matches!(n.broken(), Some(Broken::SharedFooter { .. })))
-    );
+    assert!(tree.nodes.iter().all(|n| matches!(n.broken(), Some(Broken::SharedFooter { .. }))));
 }
 
 #[test]
@@ -160,10 +108,7 @@ fn a_raw_parent_is_named_by_a_nil_uuid() {
     };
     let volume = raw.volume.clone();
     let child = change(vhd(2, Some(1)), |h| {
-        h.parent = Some(ParentName {
-            footer: Uuid::nil(),
-            candidates: vec![volume],
-        });
+        h.parent = Some(ParentName { footer: Uuid::nil(), candidates: vec![volume] });
     });
     let tree = VdiTree::build(vec![raw, child], &[]);
     assert_eq!(tree.nodes[1].depth, 2);
@@ -172,32 +117,16 @@ fn a_raw_parent_is_named_by_a_nil_uuid() {
 
 fn snapshot_of_1(state: RecordState) -> Stored {
     let intent = id(50);
-    let image = |n, f| ImageRef {
-        volume: VolumeName::temporary(intent, n).as_str().to_owned(),
-        footer: footer(f),
-    };
+    let image =
+        |n, f| ImageRef { volume: VolumeName::temporary(intent, n).as_str().to_owned(), footer: footer(f) };
     let member = Member {
         vdi: id(1),
         leaf_footer: footer(1),
-        shape: Shape::Divide {
-            base: id(40),
-            new_leaf: image(0, 41),
-        },
-        sibling: Sibling {
-            image: image(1, 42),
-            vdi: id(42),
-            name: "s".into(),
-        },
+        shape: Shape::Divide { base: id(40), new_leaf: image(0, 41) },
+        sibling: Sibling { image: image(1, 42), vdi: id(42), name: "s".into() },
     };
-    let snapshot = SnapshotIntent {
-        id: intent,
-        kind: SiblingKind::Snapshot,
-        members: vec![member],
-    };
-    Stored {
-        name: RecordName { id: intent, state },
-        intent: Intent::Snapshot(snapshot),
-    }
+    let snapshot = SnapshotIntent { id: intent, kind: SiblingKind::Snapshot, members: vec![member] };
+    Stored { name: RecordName { id: intent, state }, intent: Intent::Snapshot(snapshot) }
 }
 
 #[test]
@@ -220,18 +149,12 @@ fn after_the_swap_the_base_counts_as_hidden() {
         h.footer = footer(41);
         h.parent.as_mut().unwrap().footer = footer(1);
     });
-    let sibling = change(vhd(42, Some(40)), |h| {
-        h.parent.as_mut().unwrap().footer = footer(1)
-    });
+    let sibling = change(vhd(42, Some(40)), |h| h.parent.as_mut().unwrap().footer = footer(1));
     let stored = snapshot_of_1(RecordState::Decided);
     let tree = VdiTree::build(vec![base, leaf, sibling], &[stored]);
     assert_eq!(state(&tree, 40), NodeState::Hidden);
     assert_eq!(state(&tree, 1), NodeState::Visible);
-    assert_eq!(
-        tree.by_uuid(id(42)),
-        None,
-        "the sibling is not a VDI before the end"
-    );
+    assert_eq!(tree.by_uuid(id(42)), None, "the sibling is not a VDI before the end");
     let base = &tree.nodes[tree.by_uuid(id(40)).unwrap()];
     assert_eq!(tree.prepared_on(base).count(), 1);
 }

@@ -136,28 +136,16 @@ impl<'a> Look<'a> {
     pub fn at(repo: &'a Repo) -> Result<Self> {
         let scan = scan::scan(repo)?;
         let labels = repo.labels.all()?;
-        let _sr = repo
-            .host
-            .lock_sr()
-            .during(|| format!("lock of SR {}", repo.name))?;
+        let _sr = repo.host.lock_sr().during(|| format!("lock of SR {}", repo.name))?;
         let leases = repo.host.leases().during(|| "leases".into())?;
-        Ok(Self {
-            repo,
-            scan,
-            labels,
-            leases,
-        })
+        Ok(Self { repo, scan, labels, leases })
     }
 
     /// All visible nodes; with `hidden` the others too.
     #[must_use]
     pub fn vdis(&self, hidden: bool) -> Vec<VdiView> {
         let nodes = &self.scan.tree.nodes;
-        nodes
-            .iter()
-            .filter(|node| hidden || !node.is_hidden())
-            .map(|node| self.vdi(node))
-            .collect()
+        nodes.iter().filter(|node| hidden || !node.is_hidden()).map(|node| self.vdi(node)).collect()
     }
 
     /// One node.
@@ -165,9 +153,7 @@ impl<'a> Look<'a> {
     /// # Errors
     /// [`Error::NotFound`].
     pub fn one(&self, vdi: Uuid) -> Result<VdiView> {
-        let not_found = || Error::NotFound {
-            what: format!("VDI {vdi}"),
-        };
+        let not_found = || Error::NotFound { what: format!("VDI {vdi}") };
         let ix = self.scan.tree.by_uuid(vdi).ok_or_else(not_found)?;
         Ok(self.vdi(&self.scan.tree.nodes[ix]))
     }
@@ -175,12 +161,7 @@ impl<'a> Look<'a> {
     /// All trees.
     #[must_use]
     pub fn roots(&self) -> Vec<NodeView> {
-        self.scan
-            .tree
-            .roots
-            .iter()
-            .map(|&ix| self.node(ix))
-            .collect()
+        self.scan.tree.roots.iter().map(|&ix| self.node(ix)).collect()
     }
 
     /// The SR.
@@ -188,13 +169,7 @@ impl<'a> Look<'a> {
     /// # Errors
     /// Its room cannot be told.
     pub fn sr(&self, known: &KnownSr) -> Result<SrView> {
-        let visible = self
-            .scan
-            .tree
-            .nodes
-            .iter()
-            .filter(|node| !node.is_hidden())
-            .count();
+        let visible = self.scan.tree.nodes.iter().filter(|node| !node.is_hidden()).count();
         attached_sr(known, self.repo, visible)
     }
 
@@ -210,31 +185,16 @@ impl<'a> Look<'a> {
         let mut made: BTreeMap<NodeIx, NodeView> = BTreeMap::new();
         for &ix in order.iter().rev() {
             let node = &tree.nodes[ix];
-            let children = node
-                .children
-                .iter()
-                .filter_map(|child| made.remove(child))
-                .collect();
-            made.insert(
-                ix,
-                NodeView {
-                    vdi: self.vdi(node),
-                    children,
-                },
-            );
+            let children = node.children.iter().filter_map(|child| made.remove(child)).collect();
+            made.insert(ix, NodeView { vdi: self.vdi(node), children });
         }
-        made.remove(&root).unwrap_or_else(|| NodeView {
-            vdi: self.vdi(&tree.nodes[root]),
-            children: Vec::new(),
-        })
+        made.remove(&root)
+            .unwrap_or_else(|| NodeView { vdi: self.vdi(&tree.nodes[root]), children: Vec::new() })
     }
 
     fn vdi(&self, node: &Node) -> VdiView {
         let label = self.labels.get(&node.uuid).cloned().unwrap_or_default();
-        let lease = self
-            .leases
-            .iter()
-            .find(|lease| lease.vdi == node.uuid && lease.pid != 0);
+        let lease = self.leases.iter().find(|lease| lease.vdi == node.uuid && lease.pid != 0);
         let snapshot = label.snapshot_of.is_some() || label.read_only;
         let kind = match (node.is_hidden(), snapshot) {
             (true, _) => Kind::Hidden,
@@ -242,11 +202,8 @@ impl<'a> Look<'a> {
             (false, false) => Kind::Leaf,
         };
         let parent = node.parent.and_then(|ix| self.scan.tree.nodes.get(ix));
-        let data = if node.broken().is_none() {
-            image::allocated_bytes(self.repo, &node.volume).ok()
-        } else {
-            None
-        };
+        let data =
+            if node.broken().is_none() { image::allocated_bytes(self.repo, &node.volume).ok() } else { None };
         VdiView {
             uuid: node.uuid,
             name: label.name,
@@ -261,11 +218,7 @@ impl<'a> Look<'a> {
             depth: node.depth,
             read_only: kind != Kind::Leaf || lease.is_some_and(|lease| lease.read_only),
             attached: lease.is_some(),
-            created: if label.created_s == 0 {
-                node.created_s
-            } else {
-                label.created_s
-            },
+            created: if label.created_s == 0 { node.created_s } else { label.created_s },
             broken: node.broken().map(ToString::to_string),
             served: lease.map(|lease| served(self.repo, lease)),
         }
@@ -274,11 +227,7 @@ impl<'a> Look<'a> {
 
 fn served(repo: &Repo, lease: &Lease) -> Served {
     let endpoint = repo.host.endpoint(lease);
-    Served {
-        nbd: endpoint.nbd_uri(),
-        socket: endpoint.socket.display().to_string(),
-        pid: endpoint.pid,
-    }
+    Served { nbd: endpoint.nbd_uri(), socket: endpoint.socket.display().to_string(), pid: endpoint.pid }
 }
 
 /// An attached SR with `vdis` VDIs.
@@ -286,10 +235,7 @@ fn served(repo: &Repo, lease: &Lease) -> Served {
 /// # Errors
 /// Its room cannot be told.
 pub fn attached_sr(known: &KnownSr, repo: &Repo, vdis: usize) -> Result<SrView> {
-    let space = repo
-        .volumes
-        .space()
-        .during(|| format!("room of SR {}", repo.name))?;
+    let space = repo.volumes.space().during(|| format!("room of SR {}", repo.name))?;
     Ok(SrView {
         size: Some(space.total),
         used: Some(space.total.saturating_sub(space.free)),

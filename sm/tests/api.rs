@@ -27,15 +27,8 @@ struct Smd {
 
 fn command(folder: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_smd"));
-    command
-        .arg("--state")
-        .arg(folder.join("state"))
-        .arg("--run")
-        .arg(folder.join("run"));
-    command
-        .arg("--tapdisk")
-        .arg(folder.join("tapdisk"))
-        .stderr(Stdio::null());
+    command.arg("--state").arg(folder.join("state")).arg("--run").arg(folder.join("run"));
+    command.arg("--tapdisk").arg(folder.join("tapdisk")).stderr(Stdio::null());
     command
 }
 
@@ -56,10 +49,7 @@ fn wait(what: &str, mut done: impl FnMut() -> bool) {
 impl Smd {
     fn start(folder: &Path) -> Self {
         let child = command(folder).spawn().unwrap();
-        let smd = Self {
-            child,
-            folder: folder.to_owned(),
-        };
+        let smd = Self { child, folder: folder.to_owned() };
         wait("smd listens", || UnixStream::connect(smd.socket()).is_ok());
         smd
     }
@@ -71,11 +61,7 @@ impl Smd {
     fn ask(&self, method: &str, path: &str, body: &Value) -> (u16, String) {
         let mut stream = UnixStream::connect(self.socket()).unwrap();
         stream.set_read_timeout(Some(LIMIT)).unwrap();
-        let body = if body.is_null() {
-            String::new()
-        } else {
-            body.to_string()
-        };
+        let body = if body.is_null() { String::new() } else { body.to_string() };
         let len = body.len();
         write!(
             stream,
@@ -118,11 +104,7 @@ impl Drop for Smd {
 
 fn with_sr(smd: &Smd) -> Value {
     let path = smd.folder.join("sr");
-    smd.ok(
-        "POST",
-        "/srs",
-        json!({ "name": "one", "type": "file", "path": path }),
-    )
+    smd.ok("POST", "/srs", json!({ "name": "one", "type": "file", "path": path }))
 }
 
 #[test]
@@ -130,64 +112,27 @@ fn the_life_of_disks_and_of_an_sr() {
     let folder = tempfile::tempdir().unwrap();
     let smd = Smd::start(folder.path());
     let sr = with_sr(&smd);
-    assert_eq!(
-        (&sr["attached"], &sr["type"]),
-        (&json!(true), &json!("file"))
-    );
+    assert_eq!((&sr["attached"], &sr["type"]), (&json!(true), &json!("file")));
     let disk = json!({ "sr": "one", "name": "web", "virtual_size": 1 });
     let vdi = smd.ok("POST", "/vdis", disk.clone());
-    assert_eq!(
-        (&vdi["kind"], &vdi["virtual_size"]),
-        (&json!("leaf"), &json!(2 << 20))
-    );
-    let made = smd.ok(
-        "POST",
-        "/vdis/snapshot",
-        json!({ "vdis": ["web"], "name": "s" }),
-    );
+    assert_eq!((&vdi["kind"], &vdi["virtual_size"]), (&json!("leaf"), &json!(2 << 20)));
+    let made = smd.ok("POST", "/vdis/snapshot", json!({ "vdis": ["web"], "name": "s" }));
     assert_eq!(made["vdis"][0]["snapshot_of"], vdi["uuid"]);
     assert_eq!(made["vdis"][0]["kind"], "snapshot");
     let clone = smd.ok("POST", "/vdis/web/clone", json!({}));
-    assert_eq!(
-        (&clone["name"], &clone["read_only"]),
-        (&json!("web clone"), &json!(false))
-    );
+    assert_eq!((&clone["name"], &clone["read_only"]), (&json!("web clone"), &json!(false)));
     smd.ok("POST", "/vdis/s/rename", json!({ "name": "monday" }));
-    assert_eq!(
-        smd.ok("GET", "/vdis?sr=one", Value::Null)["vdis"]
-            .as_array()
-            .unwrap()
-            .len(),
-        3
-    );
-    assert_eq!(
-        smd.ok("GET", "/srs/one/tree", Value::Null)["roots"]
-            .as_array()
-            .unwrap()
-            .len(),
-        3
-    );
-    assert_eq!(
-        smd.ok("GET", "/vdis/monday/stat", Value::Null)["own_bytes"],
-        0
-    );
+    assert_eq!(smd.ok("GET", "/vdis?sr=one", Value::Null)["vdis"].as_array().unwrap().len(), 3);
+    assert_eq!(smd.ok("GET", "/srs/one/tree", Value::Null)["roots"].as_array().unwrap().len(), 3);
+    assert_eq!(smd.ok("GET", "/vdis/monday/stat", Value::Null)["own_bytes"], 0);
 
     // A second disk of the name: only uuids do.
     smd.ok("POST", "/vdis", disk);
     assert_eq!(smd.code("GET", "/vdis/web", Value::Null), "AMBIGUOUS");
     assert_eq!(smd.code("GET", "/vdis/nobody", Value::Null), "NOT_FOUND");
-    assert_eq!(
-        smd.code("POST", "/vdis", json!({ "sr": "one" })),
-        "BAD_REQUEST"
-    );
-    assert_eq!(
-        smd.code("POST", "/srs/one/nonsense", Value::Null),
-        "NOT_FOUND"
-    );
-    assert_eq!(
-        smd.code("POST", "/vdis/monday/attach", Value::Null),
-        "READ_ONLY"
-    );
+    assert_eq!(smd.code("POST", "/vdis", json!({ "sr": "one" })), "BAD_REQUEST");
+    assert_eq!(smd.code("POST", "/srs/one/nonsense", Value::Null), "NOT_FOUND");
+    assert_eq!(smd.code("POST", "/vdis/monday/attach", Value::Null), "READ_ONLY");
     assert_eq!(smd.code("POST", "/srs/one/destroy", Value::Null), "IN_USE");
     assert_eq!(smd.code("POST", "/srs/one/forget", Value::Null), "IN_USE");
 
@@ -196,37 +141,19 @@ fn the_life_of_disks_and_of_an_sr() {
     smd.ok("POST", "/srs/one/forget", Value::Null);
     let path = folder.path().join("sr");
     let again = json!({ "name": "two", "type": "file", "path": path, "introduce": true });
-    assert_eq!(
-        smd.code(
-            "POST",
-            "/srs",
-            json!({ "name": "x", "type": "file", "path": path })
-        ),
-        "EXISTS"
-    );
+    assert_eq!(smd.code("POST", "/srs", json!({ "name": "x", "type": "file", "path": path })), "EXISTS");
     let back = smd.ok("POST", "/srs", again);
     assert_eq!((&back["uuid"], &back["vdis"]), (&sr["uuid"], &json!(4)));
-    assert_eq!(
-        smd.ok("GET", "/vdis/monday", Value::Null)["kind"],
-        "snapshot"
-    );
+    assert_eq!(smd.ok("GET", "/vdis/monday", Value::Null)["kind"], "snapshot");
 
     let vdis = smd.ok("GET", "/vdis", Value::Null);
     for vdi in vdis["vdis"].as_array().unwrap() {
-        smd.ok(
-            "DELETE",
-            &format!("/vdis/{}", vdi["uuid"].as_str().unwrap()),
-            Value::Null,
-        );
+        smd.ok("DELETE", &format!("/vdis/{}", vdi["uuid"].as_str().unwrap()), Value::Null);
     }
     smd.ok("POST", "/srs/two/destroy", Value::Null);
     assert_eq!(std::fs::read_dir(&path).unwrap().count(), 0);
     assert!(smd.ok("GET", "/openapi.json", Value::Null)["paths"]["/vdis"].is_object());
-    assert!(
-        smd.ask("GET", "/metrics", &Value::Null)
-            .1
-            .contains("coppice_smd_requests_total")
-    );
+    assert!(smd.ask("GET", "/metrics", &Value::Null).1.contains("coppice_smd_requests_total"));
     smd.end();
 }
 
@@ -246,10 +173,7 @@ fn a_state_folder_has_one_smd_and_an_sr_one_host() {
     assert_eq!(other.code("POST", "/srs", same.clone()), "SR_IN_USE");
     smd.ok("POST", "/srs/one/detach", Value::Null);
     other.ok("POST", "/srs", same);
-    assert_eq!(
-        smd.code("POST", "/srs/one/attach", Value::Null),
-        "SR_IN_USE"
-    );
+    assert_eq!(smd.code("POST", "/srs/one/attach", Value::Null), "SR_IN_USE");
     other.end();
 
     // With the other gone it is ours again, and so after a restart.
@@ -266,16 +190,9 @@ fn a_tapdisk_outlives_smd_and_its_death_is_noticed() {
     tapdisk(folder.path(), DEAD_TAPDISK);
     let smd = Smd::start(folder.path());
     with_sr(&smd);
-    smd.ok(
-        "POST",
-        "/vdis",
-        json!({ "sr": "one", "name": "web", "virtual_size": 1 }),
-    );
+    smd.ok("POST", "/vdis", json!({ "sr": "one", "name": "web", "virtual_size": 1 }));
     let (_, refused) = smd.ask("POST", "/vdis/web/attach", &Value::Null);
-    assert!(
-        refused.contains("NOT_RUNNING") && refused.contains("no luck"),
-        "{refused}"
-    );
+    assert!(refused.contains("NOT_RUNNING") && refused.contains("no luck"), "{refused}");
     assert_eq!(smd.ok("GET", "/vdis/web", Value::Null)["attached"], false);
 
     tapdisk(folder.path(), FAKE_TAPDISK);
@@ -291,15 +208,11 @@ fn a_tapdisk_outlives_smd_and_its_death_is_noticed() {
     let vdi = smd.ok("GET", "/vdis/web", Value::Null);
     assert_eq!((&vdi["attached"], &vdi["pid"]), (&json!(true), &json!(pid)));
     kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGKILL).unwrap();
-    wait("its death is noticed", || {
-        smd.ok("GET", "/vdis/web", Value::Null)["attached"] == false
-    });
+    wait("its death is noticed", || smd.ok("GET", "/vdis/web", Value::Null)["attached"] == false);
     let vdi = smd.ok("POST", "/vdis/web/attach", json!({ "read_only": true }));
     assert_eq!(vdi["read_only"], true);
     let pid = i32::try_from(vdi["pid"].as_i64().unwrap()).unwrap();
     kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
-    wait("its end", || {
-        smd.ok("GET", "/vdis/web", Value::Null)["attached"] == false
-    });
+    wait("its end", || smd.ok("GET", "/vdis/web", Value::Null)["attached"] == false);
     smd.end();
 }

@@ -39,17 +39,8 @@ fn judge(repo: &Repo, vdis: [Uuid; 2], answered: bool) -> Result<(), String> {
             return Err(format!("{}: {broken}", node.volume));
         }
     }
-    let visible: Vec<Uuid> = tree
-        .nodes
-        .iter()
-        .filter(|n| !n.is_hidden())
-        .map(|n| n.uuid)
-        .collect();
-    let siblings: Vec<Uuid> = visible
-        .iter()
-        .copied()
-        .filter(|v| !vdis.contains(v))
-        .collect();
+    let visible: Vec<Uuid> = tree.nodes.iter().filter(|n| !n.is_hidden()).map(|n| n.uuid).collect();
+    let siblings: Vec<Uuid> = visible.iter().copied().filter(|v| !vdis.contains(v)).collect();
     if visible.len() - siblings.len() != 2 {
         return Err(format!("a disk is gone: {visible:?}"));
     }
@@ -63,11 +54,7 @@ fn judge(repo: &Repo, vdis: [Uuid; 2], answered: bool) -> Result<(), String> {
     }
     let mut read: Vec<u8> = visible.iter().map(|&vdi| byte(repo, vdi, 0)).collect();
     read.sort_unstable();
-    let both: &[u8] = if siblings.is_empty() {
-        &[1, 2]
-    } else {
-        &[1, 1, 2, 2]
-    };
+    let both: &[u8] = if siblings.is_empty() { &[1, 2] } else { &[1, 1, 2, 2] };
     if read != both {
         return Err(format!("the disks read {read:?}"));
     }
@@ -87,10 +74,7 @@ fn explored(attached: bool) {
         ops::attach(&repo, vdis[0], false).unwrap();
     }
     let from = disk.log_len();
-    let wanted = vdis.map(|vdi| Wanted {
-        vdi,
-        name: "s".into(),
-    });
+    let wanted = vdis.map(|vdi| Wanted { vdi, name: "s".into() });
     ops::snapshot(&repo, SiblingKind::Snapshot, &wanted).unwrap();
     disk.mark(ANSWERED);
 
@@ -104,21 +88,14 @@ fn explored(attached: bool) {
             crashed.disk.mark(ANSWERED);
         }
         // Crashes inside the recovery that just ran.
-        let tally = crashed
-            .disk
-            .explore(0, Effort::LIGHT, &mut seen_again, &mut |inner| {
-                judge(&recovered(&inner.disk)?, vdis, answered)
-            })?;
+        let tally = crashed.disk.explore(0, Effort::LIGHT, &mut seen_again, &mut |inner| {
+            judge(&recovered(&inner.disk)?, vdis, answered)
+        })?;
         again += tally.judged;
         Ok(())
     };
-    let tally = disk
-        .explore(from, Effort::LIGHT, &mut seen, &mut judge_one)
-        .unwrap();
-    println!(
-        "attached: {attached}: {} states, {again} inside recoveries",
-        tally.judged
-    );
+    let tally = disk.explore(from, Effort::LIGHT, &mut seen, &mut judge_one).unwrap();
+    println!("attached: {attached}: {} states, {again} inside recoveries", tally.judged);
     assert!(tally.judged > 100, "{tally:?}");
 }
 
@@ -148,10 +125,7 @@ fn smd_dies_and_the_tapdisk_goes_on() {
             vdi
         });
         smd.kill_process_after(changes);
-        let wanted = vdis.map(|vdi| Wanted {
-            vdi,
-            name: "s".into(),
-        });
+        let wanted = vdis.map(|vdi| Wanted { vdi, name: "s".into() });
         let outcome = ops::snapshot(&first, SiblingKind::Snapshot, &wanted);
         let alive = smd.is_alive();
         let second = repo(disk.new_process().volumes(), &host, 2);

@@ -27,17 +27,9 @@ struct Sr {
 
 fn sr() -> Sr {
     let folder = tempfile::tempdir().unwrap();
-    let open = || {
-        Arc::new(FileVolumes::new(Arc::new(PosixFs::new(
-            folder.path().to_owned(),
-        ))))
-    };
+    let open = || Arc::new(FileVolumes::new(Arc::new(PosixFs::new(folder.path().to_owned()))));
     let host = FakeHost::new(open());
-    Sr {
-        repo: repo(open(), &host, 1),
-        host,
-        _folder: folder,
-    }
+    Sr { repo: repo(open(), &host, 1), host, _folder: folder }
 }
 
 fn disk(sr: &Sr) -> Uuid {
@@ -45,10 +37,7 @@ fn disk(sr: &Sr) -> Uuid {
 }
 
 fn one(repo: &Repo, kind: SiblingKind, vdi: Uuid) -> sm::Result<Uuid> {
-    let wanted = [Wanted {
-        vdi,
-        name: "sibling".into(),
-    }];
+    let wanted = [Wanted { vdi, name: "sibling".into() }];
     ops::snapshot(repo, kind, &wanted).map(|made| made[0])
 }
 
@@ -68,10 +57,7 @@ fn a_snapshot_keeps_what_was_and_the_leaf_goes_on() {
         }
         let snapshot = one(&sr.repo, SiblingKind::Snapshot, vdi).unwrap();
         fill(&sr.repo, vdi, 0, 0x22);
-        assert_eq!(
-            (byte(&sr.repo, vdi, 0), byte(&sr.repo, snapshot, 0)),
-            (0x22, 0x11)
-        );
+        assert_eq!((byte(&sr.repo, vdi, 0), byte(&sr.repo, snapshot, 0)), (0x22, 0x11));
         assert_eq!((depth(&sr.repo, vdi), depth(&sr.repo, snapshot)), (2, 2));
         let tree = scan::scan(&sr.repo).unwrap().tree;
         let base = tree.nodes.iter().find(|node| node.is_hidden()).unwrap();
@@ -82,10 +68,7 @@ fn a_snapshot_keeps_what_was_and_the_leaf_goes_on() {
         let leases = sr.host.leases.lock().unwrap();
         assert_eq!(leases.len(), usize::from(attached));
         for lease in &*leases {
-            assert!(
-                lease.names(&base.volume, base.footer),
-                "the lease names the new base"
-            );
+            assert!(lease.names(&base.volume, base.footer), "the lease names the new base");
         }
     }
 }
@@ -105,11 +88,7 @@ fn the_snapshot_of_an_empty_leaf_adds_no_node() {
         let second = one(&sr.repo, SiblingKind::Snapshot, vdi).unwrap();
         assert_eq!((depth(&sr.repo, first), depth(&sr.repo, second)), (2, 2));
         assert_eq!(byte(&sr.repo, second, 0), 0x11);
-        assert_eq!(
-            volumes(&sr.repo).len(),
-            5,
-            "disk, clone, base, two snapshots"
-        );
+        assert_eq!(volumes(&sr.repo).len(), 5, "disk, clone, base, two snapshots");
         assert_clean(&sr.repo);
     }
 }
@@ -121,10 +100,7 @@ fn a_leaf_written_just_before_the_pause_is_divided() {
     ops::attach(&sr.repo, vdi, false).unwrap();
     *sr.host.mood.lock().unwrap() = Mood::WritesFirst;
     let snapshot = one(&sr.repo, SiblingKind::Snapshot, vdi).unwrap();
-    assert_eq!(
-        (depth(&sr.repo, vdi), byte(&sr.repo, snapshot, 0)),
-        (2, 0xEE)
-    );
+    assert_eq!((depth(&sr.repo, vdi), byte(&sr.repo, snapshot, 0)), (2, 0xEE));
     assert_clean(&sr.repo);
 }
 
@@ -139,21 +115,13 @@ fn what_cannot_pause_is_taken_back_whole() {
         ops::attach(&sr.repo, b, false).unwrap();
         let before = volumes(&sr.repo);
         *sr.host.mood.lock().unwrap() = mood;
-        let wanted = [a, b].map(|vdi| Wanted {
-            vdi,
-            name: "s".into(),
-        });
+        let wanted = [a, b].map(|vdi| Wanted { vdi, name: "s".into() });
         let error = ops::snapshot(&sr.repo, SiblingKind::Snapshot, &wanted).unwrap_err();
         assert_eq!(error.code(), "BUSY", "{error}");
         assert_eq!(volumes(&sr.repo), before);
         assert_clean(&sr.repo);
         *sr.host.mood.lock().unwrap() = Mood::Willing;
-        assert_eq!(
-            ops::snapshot(&sr.repo, SiblingKind::Snapshot, &wanted)
-                .unwrap()
-                .len(),
-            2
-        );
+        assert_eq!(ops::snapshot(&sr.repo, SiblingKind::Snapshot, &wanted).unwrap().len(), 2);
         assert_clean(&sr.repo);
     }
 }
@@ -179,34 +147,15 @@ fn nonsense_is_refused() {
     let sr = sr();
     let vdi = disk(&sr);
     let snapshot = |vdis: &[Uuid]| {
-        let wanted: Vec<_> = vdis
-            .iter()
-            .map(|&vdi| Wanted {
-                vdi,
-                name: "s".into(),
-            })
-            .collect();
-        ops::snapshot(&sr.repo, SiblingKind::Snapshot, &wanted)
-            .unwrap_err()
-            .code()
+        let wanted: Vec<_> = vdis.iter().map(|&vdi| Wanted { vdi, name: "s".into() }).collect();
+        ops::snapshot(&sr.repo, SiblingKind::Snapshot, &wanted).unwrap_err().code()
     };
     assert_eq!(snapshot(&[]), "BAD_REQUEST");
     assert_eq!(snapshot(&[vdi, vdi]), "BAD_REQUEST");
     assert_eq!(snapshot(&[Uuid::from_u128(5)]), "NOT_FOUND");
-    assert_eq!(
-        ops::create(&sr.repo, "x", 0).unwrap_err().code(),
-        "BAD_SIZE"
-    );
-    assert_eq!(
-        ops::create(&sr.repo, "a\nb", 1).unwrap_err().code(),
-        "BAD_REQUEST"
-    );
-    assert_eq!(
-        ops::delete(&sr.repo, Uuid::from_u128(5))
-            .unwrap_err()
-            .code(),
-        "NOT_FOUND"
-    );
+    assert_eq!(ops::create(&sr.repo, "x", 0).unwrap_err().code(), "BAD_SIZE");
+    assert_eq!(ops::create(&sr.repo, "a\nb", 1).unwrap_err().code(), "BAD_REQUEST");
+    assert_eq!(ops::delete(&sr.repo, Uuid::from_u128(5)).unwrap_err().code(), "NOT_FOUND");
     assert_clean(&sr.repo);
 }
 
@@ -217,12 +166,7 @@ fn deleting_takes_leaves_and_nothing_else() {
     fill(&sr.repo, vdi, 0, 0x11);
     let snapshot = one(&sr.repo, SiblingKind::Snapshot, vdi).unwrap();
     let tree = scan::scan(&sr.repo).unwrap().tree;
-    let base = tree
-        .nodes
-        .iter()
-        .find(|node| node.is_hidden())
-        .unwrap()
-        .uuid;
+    let base = tree.nodes.iter().find(|node| node.is_hidden()).unwrap().uuid;
     assert_eq!(ops::delete(&sr.repo, base).unwrap_err().code(), "NOT_FOUND");
     ops::attach(&sr.repo, vdi, false).unwrap();
     assert_eq!(ops::delete(&sr.repo, vdi).unwrap_err().code(), "IN_USE");
@@ -242,23 +186,14 @@ fn snapshots_are_attached_for_reading_only() {
     let vdi = disk(&sr);
     fill(&sr.repo, vdi, 0, 0x11);
     let snapshot = one(&sr.repo, SiblingKind::Snapshot, vdi).unwrap();
-    assert_eq!(
-        ops::attach(&sr.repo, snapshot, false).unwrap_err().code(),
-        "READ_ONLY"
-    );
+    assert_eq!(ops::attach(&sr.repo, snapshot, false).unwrap_err().code(), "READ_ONLY");
     assert!(ops::attach(&sr.repo, snapshot, true).unwrap().fresh);
     assert!(!ops::attach(&sr.repo, snapshot, true).unwrap().fresh);
     // Empty and only read: a clone of it needs no pause.
     let clone = one(&sr.repo, SiblingKind::Clone, snapshot).unwrap();
-    assert_eq!(
-        (depth(&sr.repo, clone), byte(&sr.repo, clone, 0)),
-        (2, 0x11)
-    );
+    assert_eq!((depth(&sr.repo, clone), byte(&sr.repo, clone, 0)), (2, 0x11));
     assert!(ops::attach(&sr.repo, clone, false).unwrap().fresh);
-    assert_eq!(
-        ops::attach(&sr.repo, clone, true).unwrap_err().code(),
-        "IN_USE"
-    );
+    assert_eq!(ops::attach(&sr.repo, clone, true).unwrap_err().code(), "IN_USE");
 }
 
 #[test]
@@ -269,17 +204,11 @@ fn stat_tells_own_from_shared() {
     let snapshot = one(&sr.repo, SiblingKind::Snapshot, vdi).unwrap();
     fill(&sr.repo, vdi, 1, 0x11);
     let stat = ops::stat(&sr.repo, vdi).unwrap();
-    assert_eq!(
-        (stat.own_bytes, stat.shared_bytes),
-        (BLOCK_BYTES, BLOCK_BYTES)
-    );
+    assert_eq!((stat.own_bytes, stat.shared_bytes), (BLOCK_BYTES, BLOCK_BYTES));
     assert_eq!(stat.freed_if_deleted_bytes, BLOCK_BYTES);
     ops::delete(&sr.repo, snapshot).unwrap();
     let stat = ops::stat(&sr.repo, vdi).unwrap();
-    assert_eq!(
-        (stat.shared_bytes, stat.freed_if_deleted_bytes),
-        (0, 2 * BLOCK_BYTES)
-    );
+    assert_eq!((stat.shared_bytes, stat.freed_if_deleted_bytes), (0, 2 * BLOCK_BYTES));
 }
 
 #[test]
@@ -291,16 +220,12 @@ fn an_attach_writes_the_parent_a_merge_has_recorded() {
         one(&sr.repo, SiblingKind::Snapshot, vdi).unwrap();
     }
     let chain = sm::chain::read(&sr.repo, vdi).unwrap();
-    let [leaf, node, parent] = chain.as_slice() else {
-        panic!("{chain:?}")
-    };
+    let [leaf, node, parent] = chain.as_slice() else { panic!("{chain:?}") };
     let inner = InnerIntent {
         id: Uuid::from_u128(77),
         nodes: vec![node.image_ref()],
         parent: parent.image_ref(),
-        state: JobState::Relinking {
-            children: vec![leaf.image_ref()],
-        },
+        state: JobState::Relinking { children: vec![leaf.image_ref()] },
     };
     journal::put(sr.repo.volumes.as_ref(), &Intent::Inner(inner), "test").unwrap();
     ops::attach(&sr.repo, vdi, false).unwrap();
@@ -321,13 +246,7 @@ fn merging(sr: &Sr, state: LeafMergeState, fill_leaf: bool) -> (Uuid, LeafMergeI
     }
     let chain = sm::chain::read(&sr.repo, vdi).unwrap();
     let (leaf, parent) = (chain[0].image_ref(), chain[1].image_ref());
-    let merge = LeafMergeIntent {
-        id: Uuid::from_u128(78),
-        vdi,
-        leaf,
-        parent,
-        state,
-    };
+    let merge = LeafMergeIntent { id: Uuid::from_u128(78), vdi, leaf, parent, state };
     let intent = Intent::LeafMerge(merge.clone());
     journal::put(sr.repo.volumes.as_ref(), &intent, "test").unwrap();
     (vdi, merge)
@@ -350,17 +269,11 @@ fn a_leaf_merge_nobody_works_on_ends_or_is_committed() {
         if done > 0 {
             image::set_hidden(&sr.repo, &name(&merge.parent), false).unwrap();
             let tree = scan::scan(&sr.repo).unwrap().tree;
-            let visible = tree
-                .nodes
-                .iter()
-                .filter(|node| node.state == NodeState::Visible);
+            let visible = tree.nodes.iter().filter(|node| node.state == NodeState::Visible);
             assert_eq!(visible.count(), 1, "the parent never shows up as a VDI");
         }
         if done > 1 {
-            sr.repo
-                .volumes
-                .replace(&name(&merge.parent), &name(&merge.leaf))
-                .unwrap();
+            sr.repo.volumes.replace(&name(&merge.parent), &name(&merge.leaf)).unwrap();
         }
         recover::recover(&sr.repo, Scope::Vdis(&[vdi])).unwrap();
         assert_clean(&sr.repo);
@@ -383,16 +296,7 @@ fn a_leaf_merge_nobody_works_on_ends_or_is_committed() {
 fn a_record_nobody_understands_stops_every_change() {
     let sr = sr();
     let vdi = disk(&sr);
-    sr.repo
-        .volumes
-        .put_record("something.else", b"{}", "test")
-        .unwrap();
-    assert_eq!(
-        ops::attach(&sr.repo, vdi, false).unwrap_err().code(),
-        "BAD_JOURNAL"
-    );
-    assert_eq!(
-        one(&sr.repo, SiblingKind::Clone, vdi).unwrap_err().code(),
-        "BAD_JOURNAL"
-    );
+    sr.repo.volumes.put_record("something.else", b"{}", "test").unwrap();
+    assert_eq!(ops::attach(&sr.repo, vdi, false).unwrap_err().code(), "BAD_JOURNAL");
+    assert_eq!(one(&sr.repo, SiblingKind::Clone, vdi).unwrap_err().code(), "BAD_JOURNAL");
 }

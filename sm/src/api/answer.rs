@@ -29,10 +29,7 @@ pub fn document(value: impl Serialize) -> Outcome {
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let mut error = json!({ "code": self.0.code(), "message": self.0.to_string() });
-        if let Error::ChainTooLong {
-            depth, depth_max, ..
-        } = &self.0
-        {
+        if let Error::ChainTooLong { depth, depth_max, .. } = &self.0 {
             error["depth"] = (*depth).into();
             error["depth_max"] = (*depth_max).into();
         }
@@ -47,9 +44,7 @@ fn status(error: &Error) -> StatusCode {
         Error::Unsupported { .. } => StatusCode::NOT_IMPLEMENTED,
         Error::NoSpace { .. } => StatusCode::INSUFFICIENT_STORAGE,
         Error::Busy { .. } | Error::NotRunning { .. } => StatusCode::SERVICE_UNAVAILABLE,
-        Error::Io { .. } | Error::Catalog(_) | Error::Journal { .. } => {
-            StatusCode::INTERNAL_SERVER_ERROR
-        }
+        Error::Io { .. } | Error::Catalog(_) | Error::Journal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         _ => StatusCode::CONFLICT,
     }
 }

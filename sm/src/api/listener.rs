@@ -34,10 +34,7 @@ impl Checked {
         }
         let inner = UnixListener::bind(socket)?;
         std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
-        Ok(Self {
-            inner,
-            own_uid: nix::unistd::geteuid().as_raw(),
-        })
+        Ok(Self { inner, own_uid: nix::unistd::geteuid().as_raw() })
     }
 
     fn admits(&self, stream: &UnixStream) -> bool {

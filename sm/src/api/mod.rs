@@ -47,17 +47,12 @@ pub async fn serve(
     socket: &Path,
     ended: impl Future<Output = ()> + Send + 'static,
 ) -> anyhow::Result<()> {
-    let listener = listener::Checked::bind(socket)
-        .with_context(|| format!("listen on {}", socket.display()))?;
-    let app = App {
-        manager,
-        slots: Arc::new(Semaphore::new(REQUESTS_AT_ONCE_MAX)),
-        counters: Arc::default(),
-    };
+    let listener =
+        listener::Checked::bind(socket).with_context(|| format!("listen on {}", socket.display()))?;
+    let app =
+        App { manager, slots: Arc::new(Semaphore::new(REQUESTS_AT_ONCE_MAX)), counters: Arc::default() };
     tracing::info!(socket = %socket.display(), "smd serves");
-    let served = axum::serve(listener, routes::router(app))
-        .with_graceful_shutdown(ended)
-        .await;
+    let served = axum::serve(listener, routes::router(app)).with_graceful_shutdown(ended).await;
     // Only tidiness: a socket nobody listens on says the same.
     let _ = std::fs::remove_file(socket);
     served.context("serve the API")

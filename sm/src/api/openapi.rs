@@ -3,83 +3,28 @@
 use serde_json::{Map, Value, json};
 
 /// Method, path, what it does, fields of its body (`?`: may be left out).
-type Route = (
-    &'static str,
-    &'static str,
-    &'static str,
-    &'static [&'static str],
-);
+type Route = (&'static str, &'static str, &'static str, &'static [&'static str]);
 
 const ROUTES: &[Route] = &[
     ("get", "/srs", "All SRs", &[]),
-    (
-        "post",
-        "/srs",
-        "Create or introduce an SR",
-        &["name", "type", "path", "uuid?", "introduce?"],
-    ),
+    ("post", "/srs", "Create or introduce an SR", &["name", "type", "path", "uuid?", "introduce?"]),
     ("get", "/srs/{sr}", "One SR", &[]),
     ("get", "/srs/{sr}/tree", "All trees of an SR", &[]),
-    (
-        "get",
-        "/srs/{sr}/history",
-        "What was done, newest first",
-        &[],
-    ),
-    (
-        "post",
-        "/srs/{sr}/scan",
-        "Recover, label new images, nudge the collector",
-        &[],
-    ),
+    ("get", "/srs/{sr}/history", "What was done, newest first", &[]),
+    ("post", "/srs/{sr}/scan", "Recover, label new images, nudge the collector", &[]),
     ("post", "/srs/{sr}/attach", "Use an SR on this host", &[]),
     ("post", "/srs/{sr}/detach", "Stop using an SR", &[]),
     ("post", "/srs/{sr}/forget", "Forget a detached SR", &[]),
-    (
-        "post",
-        "/srs/{sr}/destroy",
-        "Destroy an SR without VDIs",
-        &[],
-    ),
-    (
-        "get",
-        "/vdis",
-        "All VDIs of attached SRs, or of ?sr=; hidden nodes with ?hidden=true",
-        &[],
-    ),
-    (
-        "post",
-        "/vdis",
-        "Create a VDI",
-        &["sr", "name", "virtual_size"],
-    ),
-    (
-        "post",
-        "/vdis/snapshot",
-        "Snapshot VDIs at one instant",
-        &["vdis", "name?"],
-    ),
+    ("post", "/srs/{sr}/destroy", "Destroy an SR without VDIs", &[]),
+    ("get", "/vdis", "All VDIs of attached SRs, or of ?sr=; hidden nodes with ?hidden=true", &[]),
+    ("post", "/vdis", "Create a VDI", &["sr", "name", "virtual_size"]),
+    ("post", "/vdis/snapshot", "Snapshot VDIs at one instant", &["vdis", "name?"]),
     ("get", "/vdis/{vdi}", "One VDI or hidden node", &[]),
     ("delete", "/vdis/{vdi}", "Delete a VDI", &[]),
-    (
-        "get",
-        "/vdis/{vdi}/stat",
-        "What it takes and what deleting it frees",
-        &[],
-    ),
+    ("get", "/vdis/{vdi}/stat", "What it takes and what deleting it frees", &[]),
     ("post", "/vdis/{vdi}/clone", "A writable clone", &["name?"]),
-    (
-        "post",
-        "/vdis/{vdi}/rename",
-        "New words",
-        &["name?", "description?"],
-    ),
-    (
-        "post",
-        "/vdis/{vdi}/attach",
-        "Serve it over NBD",
-        &["read_only?"],
-    ),
+    ("post", "/vdis/{vdi}/rename", "New words", &["name?", "description?"]),
+    ("post", "/vdis/{vdi}/attach", "Serve it over NBD", &["read_only?"]),
     ("post", "/vdis/{vdi}/detach", "Stop serving it", &["force?"]),
     ("get", "/metrics", "Prometheus text", &[]),
 ];
@@ -127,18 +72,11 @@ fn operation((_, path, summary, fields): &Route) -> Value {
         operation["parameters"] = parameters.into();
     }
     if !fields.is_empty() {
-        let required: Vec<&str> = fields
-            .iter()
-            .filter(|f| !f.ends_with('?'))
-            .copied()
-            .collect();
-        let properties: Map<String, Value> = fields
-            .iter()
-            .map(|f| (f.trim_end_matches('?').to_owned(), json!({})))
-            .collect();
+        let required: Vec<&str> = fields.iter().filter(|f| !f.ends_with('?')).copied().collect();
+        let properties: Map<String, Value> =
+            fields.iter().map(|f| (f.trim_end_matches('?').to_owned(), json!({}))).collect();
         let schema = json!({ "type": "object", "required": required, "properties": properties });
-        operation["requestBody"] =
-            json!({ "content": { "application/json": { "schema": schema } } });
+        operation["requestBody"] = json!({ "content": { "application/json": { "schema": schema } } });
     }
     operation
 }

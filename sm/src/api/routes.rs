@@ -44,16 +44,9 @@ pub fn router(app: App) -> Router {
         .route("/vdis/{vdi}/rename", post(rename))
         .route("/vdis/{vdi}/attach", post(attach))
         .route("/vdis/{vdi}/detach", post(detach))
-        .route(
-            "/openapi.json",
-            get(async || document(super::openapi::document())),
-        )
+        .route("/openapi.json", get(async || document(super::openapi::document())))
         .route("/metrics", get(metrics))
-        .fallback(async || {
-            Failure(Error::NotFound {
-                what: "such request; see /openapi.json".into(),
-            })
-        })
+        .fallback(async || Failure(Error::NotFound { what: "such request; see /openapi.json".into() }))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .with_state(app)
 }
@@ -64,18 +57,8 @@ async fn run<T: Send + 'static>(
     mut work: impl FnMut(&Manager) -> Result<T> + Send + 'static,
 ) -> Result<T, Failure> {
     app.counters.requests.fetch_add(1, Ordering::Relaxed);
-    let ended = |_| {
-        Failure(Error::NotRunning {
-            what: "smd".into(),
-            reason: "it ends".into(),
-        })
-    };
-    let slot = app
-        .slots
-        .clone()
-        .acquire_owned()
-        .await
-        .map_err(|e| ended(e.to_string()))?;
+    let ended = |_| Failure(Error::NotRunning { what: "smd".into(), reason: "it ends".into() });
+    let slot = app.slots.clone().acquire_owned().await.map_err(|e| ended(e.to_string()))?;
     let manager = app.manager.clone();
     let task = tokio::task::spawn_blocking(move || {
         let _slot = slot;
@@ -119,18 +102,12 @@ fn on_vdi<T>(
 /// The body as JSON; an empty one counts as `{}`.
 fn read<T: DeserializeOwned>(body: &Bytes) -> Result<T> {
     let bytes: &[u8] = if body.is_empty() { b"{}" } else { body };
-    serde_json::from_slice(bytes).map_err(|e| Error::BadRequest {
-        reason: e.to_string(),
-    })
+    serde_json::from_slice(bytes).map_err(|e| Error::BadRequest { reason: e.to_string() })
 }
 
 async fn list_srs(State(app): State<App>) -> Outcome {
     let srs = run(&app, |manager| {
-        manager
-            .known()
-            .iter()
-            .map(|sr| manager.view_sr(sr.uuid))
-            .collect::<Result<Vec<_>>>()
+        manager.known().iter().map(|sr| manager.view_sr(sr.uuid)).collect::<Result<Vec<_>>>()
     });
     document(json!({ "srs": srs.await? }))
 }
@@ -145,12 +122,7 @@ async fn show_sr(State(app): State<App>, Path(sr): Path<String>) -> Outcome {
 }
 
 async fn tree(State(app): State<App>, Path(sr): Path<String>) -> Outcome {
-    document(
-        run(&app, move |manager| {
-            manager.view_tree(manager.sr_uuid(&sr)?)
-        })
-        .await?,
-    )
+    document(run(&app, move |manager| manager.view_tree(manager.sr_uuid(&sr)?)).await?)
 }
 
 /// Lines of history shown when nobody says how many.
@@ -161,29 +133,16 @@ struct Rows {
     rows: Option<u32>,
 }
 
-async fn history(
-    State(app): State<App>,
-    Path(sr): Path<String>,
-    Query(rows): Query<Rows>,
-) -> Outcome {
+async fn history(State(app): State<App>, Path(sr): Path<String>, Query(rows): Query<Rows>) -> Outcome {
     let rows_max = rows.rows.unwrap_or(HISTORY_ROWS);
-    let lines = run(&app, move |manager| {
-        manager
-            .open_sr(manager.sr_uuid(&sr)?)?
-            .labels
-            .history(rows_max)
-    });
+    let lines = run(&app, move |manager| manager.open_sr(manager.sr_uuid(&sr)?)?.labels.history(rows_max));
     let lines = lines.await?.into_iter().map(|(at, operation, vdi, detail)| {
         json!({ "at": at, "operation": operation, "vdi": vdi, "detail": detail })
     });
     document(json!({ "history": lines.collect::<Vec<_>>() }))
 }
 
-async fn sr_verb(
-    State(app): State<App>,
-    Path((sr, verb)): Path<(String, String)>,
-    _body: Bytes,
-) -> Outcome {
+async fn sr_verb(State(app): State<App>, Path((sr, verb)): Path<(String, String)>, _body: Bytes) -> Outcome {
     let done = run(&app, move |manager| {
         let uuid = manager.sr_uuid(&sr)?;
         let before = manager.view_sr(uuid)?;
@@ -194,17 +153,12 @@ async fn sr_verb(
             "forget" => manager.forget_sr(uuid)?,
             "destroy" => manager.destroy_sr(uuid)?,
             _ => {
-                return Err(Error::NotFound {
-                    what: format!("request {verb:?} on an SR"),
-                });
+                return Err(Error::NotFound { what: format!("request {verb:?} on an SR") });
             }
         }
         // One that is gone is shown as it was.
         match manager.view_sr(uuid) {
-            Err(Error::NotFound { .. }) => Ok(crate::views::SrView {
-                attached: false,
-                ..before
-            }),
+            Err(Error::NotFound { .. }) => Ok(crate::views::SrView { attached: false, ..before }),
             view => view,
         }
     });
@@ -306,22 +260,14 @@ fn siblings(manager: &Manager, kind: SiblingKind, group: &Group) -> Result<(Repo
         };
         wanted.push(Wanted { vdi, name });
     }
-    let nothing = || Error::BadRequest {
-        reason: "no VDI is named".into(),
-    };
+    let nothing = || Error::BadRequest { reason: "no VDI is named".into() };
     let repo = repo.ok_or_else(nothing)?;
-    let vdis = wanted
-        .iter()
-        .map(|w| w.vdi.to_string())
-        .collect::<Vec<_>>()
-        .join(",");
+    let vdis = wanted.iter().map(|w| w.vdi.to_string()).collect::<Vec<_>>().join(",");
     let span = tracing::info_span!("operation", sr = %repo.uuid, vdi = vdis, ?kind);
     let made = span.in_scope(|| {
         let outcome = ops::snapshot(&repo, kind, &wanted);
         if outcome.as_ref().is_err_and(Error::is_busy) {
-            wanted
-                .iter()
-                .for_each(|one| manager.make_way(repo.uuid, Some(one.vdi)));
+            wanted.iter().for_each(|one| manager.make_way(repo.uuid, Some(one.vdi)));
         }
         match &outcome {
             Ok(made) => tracing::info!(?made, "done"),
@@ -333,11 +279,7 @@ fn siblings(manager: &Manager, kind: SiblingKind, group: &Group) -> Result<(Repo
 }
 
 fn default_name(repo: &Repo, kind: SiblingKind, vdi: Uuid) -> Result<String> {
-    let of = repo
-        .labels
-        .get(vdi)?
-        .map(|label| label.name)
-        .unwrap_or_default();
+    let of = repo.labels.get(vdi)?.map(|label| label.name).unwrap_or_default();
     Ok(match kind {
         SiblingKind::Snapshot => format!("{of} snapshot"),
         SiblingKind::Clone => format!("{of} clone"),
@@ -349,9 +291,7 @@ async fn snapshot(State(app): State<App>, body: Bytes) -> Outcome {
     let made = run(&app, move |manager| {
         let (repo, made) = siblings(manager, SiblingKind::Snapshot, &group)?;
         let look = Look::at(&repo)?;
-        made.into_iter()
-            .map(|vdi| look.one(vdi))
-            .collect::<Result<Vec<_>>>()
+        made.into_iter().map(|vdi| look.one(vdi)).collect::<Result<Vec<_>>>()
     });
     document(json!({ "vdis": made.await? }))
 }
@@ -364,15 +304,10 @@ struct Words {
 
 async fn clone(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) -> Outcome {
     let words: Words = read(&body)?;
-    let group = Group {
-        vdis: vec![vdi],
-        name: words.name,
-    };
+    let group = Group { vdis: vec![vdi], name: words.name };
     let made = run(&app, move |manager| {
         let (repo, made) = siblings(manager, SiblingKind::Clone, &group)?;
-        let vdi = made.first().ok_or_else(|| Error::NotFound {
-            what: "clone".into(),
-        })?;
+        let vdi = made.first().ok_or_else(|| Error::NotFound { what: "clone".into() })?;
         Look::at(&repo)?.one(*vdi)
     });
     document(made.await?)
@@ -382,12 +317,7 @@ async fn rename(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) ->
     let words: Words = read(&body)?;
     let renamed = run(&app, move |manager| {
         on_vdi(manager, "rename", &vdi, |repo, vdi| {
-            ops::rename(
-                repo,
-                vdi,
-                words.name.as_deref(),
-                words.description.as_deref(),
-            )?;
+            ops::rename(repo, vdi, words.name.as_deref(), words.description.as_deref())?;
             Look::at(repo)?.one(vdi)
         })
     });

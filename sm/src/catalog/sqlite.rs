@@ -63,9 +63,7 @@ impl SqliteLabels {
             }
             opened => opened?,
         };
-        let labels = Self {
-            connection: Mutex::new(connection),
-        };
+        let labels = Self { connection: Mutex::new(connection) };
         labels.upgrade()?;
         Ok(labels)
     }
@@ -74,9 +72,7 @@ impl SqliteLabels {
         let mut connection = self.lock();
         let taken: usize = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
         if taken > STEPS.len() {
-            return Err(Error::Catalog(format!(
-                "a newer version wrote it (schema {taken})"
-            )));
+            return Err(Error::Catalog(format!("a newer version wrote it (schema {taken})")));
         }
         for (at, step) in STEPS.iter().enumerate().skip(taken) {
             let transaction = connection.transaction()?;
@@ -89,9 +85,7 @@ impl SqliteLabels {
 
     fn lock(&self) -> MutexGuard<'_, Connection> {
         // An interrupted transaction was rolled back when it was dropped.
-        self.connection
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Uuid and name of the SR, if they were ever noted.
@@ -100,10 +94,7 @@ impl SqliteLabels {
     /// The catalog cannot be read.
     pub fn sr(&self) -> Result<Option<(Uuid, String)>> {
         let row = |row: &Row<'_>| Ok((uuid(row, 0)?, row.get(1)?));
-        Ok(self
-            .lock()
-            .query_row("SELECT uuid, name FROM sr", [], row)
-            .optional()?)
+        Ok(self.lock().query_row("SELECT uuid, name FROM sr", [], row).optional()?)
     }
 
     /// Notes uuid and name of the SR.
@@ -125,9 +116,8 @@ impl SqliteLabels {
         let connection = self.lock();
         let sql = "SELECT at_s, operation, vdi, detail FROM history ORDER BY id DESC LIMIT ?1";
         let mut query = connection.prepare(sql)?;
-        let rows = query.query_map([rows_max], |row| {
-            Ok((row.get(0)?, row.get(1)?, uuid(row, 2)?, row.get(3)?))
-        })?;
+        let rows =
+            query.query_map([rows_max], |row| Ok((row.get(0)?, row.get(1)?, uuid(row, 2)?, row.get(3)?)))?;
         Ok(rows.collect::<rusqlite::Result<_>>()?)
     }
 }
@@ -147,9 +137,8 @@ fn uuid(row: &Row<'_>, at: usize) -> rusqlite::Result<Uuid> {
 }
 
 fn parse(text: &str, at: usize) -> rusqlite::Result<Uuid> {
-    Uuid::try_parse(text).map_err(|e| {
-        rusqlite::Error::FromSqlConversionFailure(at, rusqlite::types::Type::Text, Box::new(e))
-    })
+    Uuid::try_parse(text)
+        .map_err(|e| rusqlite::Error::FromSqlConversionFailure(at, rusqlite::types::Type::Text, Box::new(e)))
 }
 
 /// Columns 1.. of a `vdi` row.
@@ -176,10 +165,7 @@ impl Labels for SqliteLabels {
 
     fn get(&self, vdi: Uuid) -> Result<Option<Label>> {
         let sql = format!("SELECT {COLUMNS} FROM vdi WHERE uuid = ?1");
-        Ok(self
-            .lock()
-            .query_row(&sql, [vdi.to_string()], label)
-            .optional()?)
+        Ok(self.lock().query_row(&sql, [vdi.to_string()], label).optional()?)
     }
 
     fn put(&self, vdi: Uuid, label: &Label) -> Result<()> {
@@ -200,8 +186,7 @@ impl Labels for SqliteLabels {
     }
 
     fn remove(&self, vdi: Uuid) -> Result<()> {
-        self.lock()
-            .execute("DELETE FROM vdi WHERE uuid = ?1", [vdi.to_string()])?;
+        self.lock().execute("DELETE FROM vdi WHERE uuid = ?1", [vdi.to_string()])?;
         Ok(())
     }
 
@@ -210,12 +195,7 @@ impl Labels for SqliteLabels {
         let transaction = connection.transaction()?;
         transaction.execute(
             "INSERT INTO history (at_s, operation, vdi, detail) VALUES (?1, ?2, ?3, ?4)",
-            params![
-                event.at_s,
-                event.operation,
-                event.vdi.to_string(),
-                event.detail
-            ],
+            params![event.at_s, event.operation, event.vdi.to_string(), event.detail],
         )?;
         transaction.execute(
             "DELETE FROM history WHERE id <= (SELECT MAX(id) FROM history) - ?1",
@@ -252,12 +232,7 @@ mod tests {
         labels.put(a, &full()).unwrap();
         labels.put(b, &full()).unwrap();
         labels.remove(b).unwrap();
-        let event = Event {
-            at_s: 5,
-            operation: "create",
-            vdi: a,
-            detail: "x".into(),
-        };
+        let event = Event { at_s: 5, operation: "create", vdi: a, detail: "x".into() };
         labels.note(&event).unwrap();
         drop(labels);
 
@@ -265,10 +240,7 @@ mod tests {
         assert_eq!(labels.sr().unwrap(), Some((b, "second".into())));
         assert_eq!(labels.get(a).unwrap(), Some(full()));
         assert_eq!(labels.all().unwrap(), BTreeMap::from([(a, full())]));
-        assert_eq!(
-            labels.history(9).unwrap(),
-            [(5, "create".into(), a, "x".into())]
-        );
+        assert_eq!(labels.history(9).unwrap(), [(5, "create".into(), a, "x".into())]);
     }
 
     #[test]

@@ -75,11 +75,7 @@ impl Manager {
         let state = State::open(&settings.state)?;
         let id = HostId::of_this_boot(state.host()).during(|| "boot id".into())?;
         make_folder(&settings.run).during(|| settings.run.display().to_string())?;
-        let entries = state
-            .load()?
-            .into_iter()
-            .map(|known| Entry { known, open: None })
-            .collect();
+        let entries = state.load()?.into_iter().map(|known| Entry { known, open: None }).collect();
         let manager = Self {
             state,
             run: settings.run,
@@ -117,10 +113,7 @@ impl Manager {
 
     /// All known SRs.
     pub fn known(&self) -> Vec<KnownSr> {
-        self.entries()
-            .iter()
-            .map(|entry| entry.known.clone())
-            .collect()
+        self.entries().iter().map(|entry| entry.known.clone()).collect()
     }
 
     /// The uuid of an SR given by uuid or by a name that is unique.
@@ -136,12 +129,8 @@ impl Manager {
         let mut named = known.iter().filter(|sr| sr.name == text);
         match (named.next(), named.next()) {
             (Some(sr), None) => Ok(sr.uuid),
-            (None, _) => Err(Error::NotFound {
-                what: format!("SR {text:?}"),
-            }),
-            (Some(_), Some(_)) => Err(Error::Ambiguous {
-                what: format!("SR {text:?}"),
-            }),
+            (None, _) => Err(Error::NotFound { what: format!("SR {text:?}") }),
+            (Some(_), Some(_)) => Err(Error::Ambiguous { what: format!("SR {text:?}") }),
         }
     }
 
@@ -152,9 +141,7 @@ impl Manager {
     pub fn open_sr(&self, sr: Uuid) -> Result<OpenSr> {
         let entries = self.entries();
         let entry = find(&entries, sr)?;
-        entry.open.clone().ok_or_else(|| Error::SrDetached {
-            sr: entry.known.name.clone(),
-        })
+        entry.open.clone().ok_or_else(|| Error::SrDetached { sr: entry.known.name.clone() })
     }
 
     /// The attached SR that has a VDI given by uuid or by a name that is
@@ -163,14 +150,8 @@ impl Manager {
     /// # Errors
     /// [`Error::NotFound`], [`Error::Ambiguous`].
     pub fn find_vdi(&self, text: &str) -> Result<(Repo, Uuid)> {
-        let open: Vec<OpenSr> = self
-            .entries()
-            .iter()
-            .filter_map(|entry| entry.open.clone())
-            .collect();
-        let not_found = || Error::NotFound {
-            what: format!("VDI {text:?} in any attached SR"),
-        };
+        let open: Vec<OpenSr> = self.entries().iter().filter_map(|entry| entry.open.clone()).collect();
+        let not_found = || Error::NotFound { what: format!("VDI {text:?} in any attached SR") };
         if let Ok(vdi) = Uuid::try_parse(text) {
             for sr in open {
                 match chain::leaf_volume(&sr.repo, vdi) {
@@ -189,9 +170,7 @@ impl Manager {
         }
         match (found.pop(), found.is_empty()) {
             (Some(one), true) => Ok(one),
-            (Some(_), false) => Err(Error::Ambiguous {
-                what: format!("VDI {text:?}"),
-            }),
+            (Some(_), false) => Err(Error::Ambiguous { what: format!("VDI {text:?}") }),
             (None, _) => Err(not_found()),
         }
     }
@@ -220,10 +199,7 @@ impl Manager {
         let open = self.open_sr(sr)?;
         let known = find(&self.entries(), sr)?.known.clone();
         let look = Look::at(&open.repo)?;
-        Ok(TreeView {
-            sr: look.sr(&known)?,
-            roots: look.roots(),
-        })
+        Ok(TreeView { sr: look.sr(&known)?, roots: look.roots() })
     }
 
     fn entries(&self) -> MutexGuard<'_, Vec<Entry>> {
@@ -237,7 +213,5 @@ fn find(entries: &[Entry], sr: Uuid) -> Result<&Entry> {
     entries
         .iter()
         .find(|entry| entry.known.uuid == sr)
-        .ok_or_else(|| Error::NotFound {
-            what: format!("SR {sr}"),
-        })
+        .ok_or_else(|| Error::NotFound { what: format!("SR {sr}") })
 }

@@ -40,9 +40,7 @@ pub struct NewSr {
 
 impl Manager {
     fn changing(&self) -> std::sync::MutexGuard<'_, ()> {
-        self.changing
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.changing.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Creates an SR in a folder without images, or introduces one that has
@@ -68,27 +66,16 @@ impl Manager {
         let uuid = self.uuid_of(new, &path)?;
         let known = self.known();
         if known.iter().any(|sr| sr.uuid == uuid || sr.path == path) {
-            return Err(Error::Exists {
-                what: format!("SR {} at {}", new.name, path.display()),
-            });
+            return Err(Error::Exists { what: format!("SR {} at {}", new.name, path.display()) });
         }
         if !new.introduce && has_images(&path).during(what)? {
             let what = format!("an SR at {} (introduce it)", path.display());
             return Err(Error::Exists { what });
         }
         let name = new.name.clone();
-        let known = KnownSr {
-            uuid,
-            name,
-            kind: new.kind,
-            path,
-            attached: false,
-        };
+        let known = KnownSr { uuid, name, kind: new.kind, path, attached: false };
         self.entries().push(Entry { known, open: None });
-        if let Err(error) = self
-            .attach_locked(uuid)
-            .and_then(|open| open.labels.set_sr(uuid, &new.name))
-        {
+        if let Err(error) = self.attach_locked(uuid).and_then(|open| open.labels.set_sr(uuid, &new.name)) {
             self.entries().retain(|entry| entry.known.uuid != uuid);
             self.note()?;
             return Err(error);
@@ -151,11 +138,7 @@ impl Manager {
         };
         let open = attached.open_owned(&self.run, owner, Some(self.tapdisk.clone()))?;
         {
-            let _sr = open
-                .repo
-                .host
-                .lock_sr()
-                .during(|| format!("lock of SR {}", known.name))?;
+            let _sr = open.repo.host.lock_sr().during(|| format!("lock of SR {}", known.name))?;
             recover::recover(&open.repo, Scope::All)?;
             recover::sweep(&open.repo)?;
         }
@@ -183,17 +166,11 @@ impl Manager {
         };
         {
             let repo = &open.repo;
-            let _sr = repo
-                .host
-                .lock_sr()
-                .during(|| format!("lock of SR {}", repo.name))?;
+            let _sr = repo.host.lock_sr().during(|| format!("lock of SR {}", repo.name))?;
             let leases = repo.host.leases().during(|| "leases".into())?;
             if !leases.is_empty() {
                 let reason = format!("{} VDIs are attached", leases.len());
-                return Err(Error::InUse {
-                    what: format!("SR {}", repo.name),
-                    reason,
-                });
+                return Err(Error::InUse { what: format!("SR {}", repo.name), reason });
             }
             nobody_works(repo).inspect_err(|_| self.make_way(sr, None))?;
             recover::recover(repo, Scope::All)?;
@@ -219,10 +196,7 @@ impl Manager {
             let entry = find(&entries, sr)?;
             if entry.open.is_some() {
                 let what = format!("SR {}", entry.known.name);
-                return Err(Error::InUse {
-                    what,
-                    reason: "it is attached".into(),
-                });
+                return Err(Error::InUse { what, reason: "it is attached".into() });
             }
             entries.retain(|entry| entry.known.uuid != sr);
         }
@@ -238,10 +212,7 @@ impl Manager {
     pub fn destroy_sr(&self, sr: Uuid) -> Result<()> {
         let open = self.open_sr(sr)?;
         let tree = scan::scan(&open.repo)?.tree;
-        let mut kept = tree
-            .nodes
-            .iter()
-            .filter(|node| node.state != NodeState::Hidden);
+        let mut kept = tree.nodes.iter().filter(|node| node.state != NodeState::Hidden);
         if let Some(node) = kept.next() {
             let what = format!("SR {}", open.repo.name);
             let reason = format!("it has {} VDIs, such as {}", 1 + kept.count(), node.uuid);
@@ -271,10 +242,7 @@ impl Manager {
         let open = self.open_sr(sr)?;
         {
             let repo = &open.repo;
-            let _sr = repo
-                .host
-                .lock_sr()
-                .during(|| format!("lock of SR {}", repo.name))?;
+            let _sr = repo.host.lock_sr().during(|| format!("lock of SR {}", repo.name))?;
             recover::recover(repo, Scope::All)?;
             recover::sweep(repo)?;
         }
@@ -284,11 +252,7 @@ impl Manager {
     }
 
     fn set(&self, sr: Uuid, open: Option<OpenSr>) {
-        for entry in self
-            .entries()
-            .iter_mut()
-            .filter(|entry| entry.known.uuid == sr)
-        {
+        for entry in self.entries().iter_mut().filter(|entry| entry.known.uuid == sr) {
             entry.known.attached = open.is_some();
             entry.open.clone_from(&open);
         }
@@ -312,11 +276,7 @@ fn label_images(repo: &Repo) -> Result<()> {
             continue;
         }
         let name = node.uuid.to_string();
-        let label = Label {
-            name,
-            created_s: node.created_s,
-            ..Label::default()
-        };
+        let label = Label { name, created_s: node.created_s, ..Label::default() };
         repo.labels.put(node.uuid, &label)?;
     }
     // What is prepared may be on its way to the name of such a label.
@@ -331,10 +291,7 @@ fn label_images(repo: &Repo) -> Result<()> {
 fn nobody_works(repo: &Repo) -> Result<()> {
     for stored in journal::load(repo.volumes.as_ref())? {
         let id = stored.name.id;
-        let held = repo
-            .host
-            .hold_intent(id)
-            .during(|| format!("hold intent {id}"))?;
+        let held = repo.host.hold_intent(id).during(|| format!("hold intent {id}"))?;
         if held.is_none() {
             let who = match stored.intent {
                 Intent::Snapshot(_) => "a snapshot",

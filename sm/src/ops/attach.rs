@@ -2,6 +2,7 @@
 
 use tapdisk_control::{ClientError, Refusal, Request};
 use uuid::Uuid;
+use vhd::chain::Chain;
 
 use crate::catalog::Event;
 use crate::chain::{self, Link};
@@ -41,34 +42,30 @@ pub struct Attached {
 pub fn attach(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Attached> {
     let snapshot = repo.labels.get(vdi)?.is_some_and(|label| label.read_only);
     if snapshot && !read_only {
-        return Err(Error::ReadOnly {
-            what: format!("snapshot {vdi}"),
-        });
+        return Err(Error::ReadOnly { what: format!("snapshot {vdi}") });
     }
     let hold = match lease(repo, vdi, read_only)? {
         Leased::Already(endpoint) => {
-            return Ok(Attached {
-                endpoint,
-                fresh: false,
-            });
+            return Ok(Attached { endpoint, fresh: false });
         }
         Leased::Fresh(hold) => hold,
     };
-    let endpoint = hold.start_tap().map_err(|error| Error::NotRunning {
-        what: format!("the tapdisk of VDI {vdi}"),
-        reason: error.to_string(),
-    })?;
+    let endpoint = hold.start_tap().map_err(|error| not_started(repo, vdi, &error))?;
     let detail = if read_only { "read-only" } else { "read-write" }.to_owned();
-    repo.labels.note(&Event {
-        at_s: repo.ids.now_s(),
-        operation: "attach",
-        vdi,
-        detail,
-    })?;
-    Ok(Attached {
-        endpoint,
-        fresh: true,
-    })
+    repo.labels.note(&Event { at_s: repo.ids.now_s(), operation: "attach", vdi, detail })?;
+    Ok(Attached { endpoint, fresh: true })
+}
+
+/// Why no tapdisk came up. Mostly an image is broken in a way that headers do
+/// not show: then that is the answer, with the image and the reason. Nothing
+/// is decided by this look, so it needs no lease.
+fn not_started(repo: &Repo, vdi: Uuid, error: &std::io::Error) -> Error {
+    let broken = chain::leaf_volume(repo, vdi)
+        .and_then(|leaf| Chain::open(repo.volumes.as_ref(), &leaf).map_err(|error| image::bad(&leaf, error)));
+    match broken {
+        Err(broken @ Error::BadImage { .. }) => broken,
+        _ => Error::NotRunning { what: format!("the tapdisk of VDI {vdi}"), reason: error.to_string() },
+    }
 }
 
 enum Leased {
@@ -80,21 +77,12 @@ fn lease(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Leased> {
     let locked = super::lock(repo, &[vdi])?;
     if let Some(lease) = locked.lease(vdi) {
         if lease.pid == 0 {
-            return Err(Error::Busy {
-                reason: format!("VDI {vdi} is being attached"),
-            });
+            return Err(Error::Busy { reason: format!("VDI {vdi} is being attached") });
         }
         if lease.read_only != read_only {
-            let how = if lease.read_only {
-                "reading only"
-            } else {
-                "writing"
-            };
+            let how = if lease.read_only { "reading only" } else { "writing" };
             let reason = format!("it is attached for {how}");
-            return Err(Error::InUse {
-                what: format!("VDI {vdi}"),
-                reason,
-            });
+            return Err(Error::InUse { what: format!("VDI {vdi}"), reason });
         }
         return Ok(Leased::Already(repo.host.endpoint(lease)));
     }
@@ -102,9 +90,7 @@ fn lease(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Leased> {
     locked.no_snapshot_of(&links[0])?;
     // One that nobody alive works on was ended by the recovery above.
     if locked.leaf_merge(&links[0]).is_some() {
-        return Err(Error::Busy {
-            reason: format!("the collector merges VDI {vdi}"),
-        });
+        return Err(Error::Busy { reason: format!("the collector merges VDI {vdi}") });
     }
     if relink(repo, &links, &locked.intents)? {
         links = super::visible_chain(repo, vdi)?;
@@ -115,17 +101,8 @@ fn lease(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Leased> {
         image::settle(repo, &links[0].volume)?;
     }
     let chain = links.iter().map(Link::image_ref).collect();
-    let lease = Lease {
-        vdi,
-        sr: repo.uuid,
-        pid: 0,
-        read_only,
-        chain,
-    };
-    let hold = repo
-        .host
-        .make_lease(&lease)
-        .during(|| format!("lease of VDI {vdi}"))?;
+    let lease = Lease { vdi, sr: repo.uuid, pid: 0, read_only, chain };
+    let hold = repo.host.make_lease(&lease).during(|| format!("lease of VDI {vdi}"))?;
     Ok(Leased::Fresh(hold))
 }
 
@@ -143,14 +120,8 @@ fn relink(repo: &Repo, links: &[Link], intents: &[crate::journal::Stored]) -> Re
         };
         let parent = volume_of(&inner.parent)?;
         let ours = |link: &&Link| {
-            children
-                .iter()
-                .any(|child| child.footer == link.head.footer)
-                && link
-                    .head
-                    .parent
-                    .as_ref()
-                    .is_some_and(|p| p.footer != inner.parent.footer)
+            children.iter().any(|child| child.footer == link.head.footer)
+                && link.head.parent.as_ref().is_some_and(|p| p.footer != inner.parent.footer)
         };
         for link in links.iter().filter(ours) {
             image::settle(repo, &link.volume)?;
@@ -179,20 +150,14 @@ pub fn detach(repo: &Repo, vdi: Uuid, force: bool) -> Result<bool> {
     }
     locked.no_snapshot_of(&chain::read(repo, vdi)?[0])?;
     drop(locked);
-    let lost = |reason: String| Error::NotRunning {
-        what: format!("the tapdisk of VDI {vdi}"),
-        reason,
-    };
+    let lost = |reason: String| Error::NotRunning { what: format!("the tapdisk of VDI {vdi}"), reason };
     let Some(mut tap) = repo.host.tap(vdi).map_err(|e| lost(e.to_string()))? else {
         return Ok(true);
     };
     match tap.call(Request::Stop { force }) {
         Ok(_) => {}
         Err(ClientError::Refused(Refusal::Busy { detail })) => {
-            return Err(Error::InUse {
-                what: format!("VDI {vdi}"),
-                reason: detail,
-            });
+            return Err(Error::InUse { what: format!("VDI {vdi}"), reason: detail });
         }
         Err(ClientError::Refused(refusal)) => return Err(lost(refusal.to_string())),
         // It may have ended before its answer was read.
@@ -206,12 +171,7 @@ pub fn detach(repo: &Repo, vdi: Uuid, force: bool) -> Result<bool> {
         return Err(lost("it was stopped but does not end".into()));
     }
     let detail = if force { "forced" } else { "" }.to_owned();
-    repo.labels.note(&Event {
-        at_s: repo.ids.now_s(),
-        operation: "detach",
-        vdi,
-        detail,
-    })?;
+    repo.labels.note(&Event { at_s: repo.ids.now_s(), operation: "detach", vdi, detail })?;
     Ok(true)
 }
 
@@ -222,11 +182,7 @@ pub fn detach(repo: &Repo, vdi: Uuid, force: bool) -> Result<bool> {
 /// # Errors
 /// The first image that cannot be settled.
 pub fn settle_all(repo: &Repo) -> Result<()> {
-    for volume in repo
-        .volumes
-        .list()
-        .during(|| format!("list SR {}", repo.name))?
-    {
+    for volume in repo.volumes.list().during(|| format!("list SR {}", repo.name))? {
         let Some(seen) = image::look(repo, &volume) else {
             continue;
         };

@@ -32,20 +32,11 @@ pub fn create(repo: &Repo, name: &str, virtual_bytes: u64) -> Result<Uuid> {
     let temporary = VolumeName::temporary(repo.ids.uuid(), 0);
     let volume = VolumeName::vhd(vdi);
     let locked = super::lock(repo, &[])?;
-    let new = NewVhd {
-        volume: &temporary,
-        footer: repo.ids.uuid(),
-        virtual_bytes,
-        parent: None,
-    };
+    let new = NewVhd { volume: &temporary, footer: repo.ids.uuid(), virtual_bytes, parent: None };
     let made = image::create(repo, &new).and_then(|opened| {
-        repo.volumes
-            .replace(&temporary, &volume)
-            .during(|| format!("name {volume}"))?;
+        repo.volumes.replace(&temporary, &volume).during(|| format!("name {volume}"))?;
         drop(opened);
-        repo.volumes
-            .sync("create: name durable")
-            .during(|| format!("name {volume}"))
+        repo.volumes.sync("create: name durable").during(|| format!("name {volume}"))
     });
     if let Err(error) = made {
         // Best effort: recovery sweeps what stays.
@@ -54,30 +45,17 @@ pub fn create(repo: &Repo, name: &str, virtual_bytes: u64) -> Result<Uuid> {
     }
     drop(locked);
     let created_s = repo.ids.now_s();
-    repo.labels.put(
-        vdi,
-        &Label {
-            name: name.to_owned(),
-            created_s,
-            ..Label::default()
-        },
-    )?;
+    repo.labels.put(vdi, &Label { name: name.to_owned(), created_s, ..Label::default() })?;
     let detail = format!("{virtual_bytes} bytes");
-    repo.labels.note(&Event {
-        at_s: created_s,
-        operation: "create",
-        vdi,
-        detail,
-    })?;
+    repo.labels.note(&Event { at_s: created_s, operation: "create", vdi, detail })?;
     Ok(vdi)
 }
 
 fn checked_size(virtual_bytes: u64) -> Result<u64> {
     let rounded = round_up(virtual_bytes.max(1), BLOCK_BYTES);
     if virtual_bytes == 0 || rounded > VIRTUAL_BYTES_MAX {
-        let reason = format!(
-            "{virtual_bytes} bytes; a disk has {VIRTUAL_BYTES_MIN} to {VIRTUAL_BYTES_MAX} bytes"
-        );
+        let reason =
+            format!("{virtual_bytes} bytes; a disk has {VIRTUAL_BYTES_MIN} to {VIRTUAL_BYTES_MAX} bytes");
         return Err(Error::BadSize { reason });
     }
     Ok(rounded)

@@ -35,44 +35,28 @@ pub enum Deleted {
 /// merge works on it, [`Error::NotFound`] for a hidden node.
 pub fn delete(repo: &Repo, vdi: Uuid) -> Result<Deleted> {
     let scan = scan::scan(repo)?;
-    let has_children = scan
-        .tree
-        .by_uuid(vdi)
-        .is_some_and(|ix| !scan.tree.nodes[ix].children.is_empty());
+    let has_children = scan.tree.by_uuid(vdi).is_some_and(|ix| !scan.tree.nodes[ix].children.is_empty());
     let locked = super::lock(repo, &[vdi])?;
     let volume = crate::chain::leaf_volume(repo, vdi)?;
     // A broken image can be deleted too: its headers are not asked for much.
     let head = image::look(repo, &volume).and_then(|seen| seen.head.ok());
     let footer = head.as_ref().map_or(Uuid::nil(), |head| head.footer);
     if head.as_ref().is_some_and(|head| head.hidden) {
-        return Err(Error::NotFound {
-            what: format!("VDI {vdi}: it is a hidden node"),
-        });
+        return Err(Error::NotFound { what: format!("VDI {vdi}: it is a hidden node") });
     }
     if let Some(lease) = locked.lease(vdi) {
         let reason = format!("it is attached, process {}", lease.pid);
-        return Err(Error::InUse {
-            what: format!("VDI {vdi}"),
-            reason,
-        });
+        return Err(Error::InUse { what: format!("VDI {vdi}"), reason });
     }
     let claim = |intent: &Intent| intent.names(&volume, if footer.is_nil() { vdi } else { footer });
     if let Some(stored) = locked.intents.iter().find(|stored| claim(&stored.intent)) {
-        return Err(Error::Busy {
-            reason: format!("job {} works on VDI {vdi}", stored.name.id),
-        });
+        return Err(Error::Busy { reason: format!("job {} works on VDI {vdi}", stored.name.id) });
     }
-    let read = locked
-        .leases
-        .iter()
-        .any(|lease| lease.names(&volume, footer));
+    let read = locked.leases.iter().any(|lease| lease.names(&volume, footer));
     let deleted = if has_children || read {
         if volume.is_raw() {
             let reason = "it has children, and a raw volume cannot be hidden".into();
-            return Err(Error::InUse {
-                what: format!("VDI {vdi}"),
-                reason,
-            });
+            return Err(Error::InUse { what: format!("VDI {vdi}"), reason });
         }
         image::settle(repo, &volume)?;
         image::set_hidden(repo, &volume, true)?;
@@ -80,29 +64,17 @@ pub fn delete(repo: &Repo, vdi: Uuid) -> Result<Deleted> {
     } else {
         // Locked first: somebody outside may have it open for writing.
         let lock = image::open(repo, &volume, vhd::storage::Access::Write)?;
-        repo.volumes
-            .delete(&volume)
-            .during(|| format!("delete {volume}"))?;
-        repo.volumes
-            .sync("delete: name gone")
-            .during(|| format!("delete {volume}"))?;
+        repo.volumes.delete(&volume).during(|| format!("delete {volume}"))?;
+        repo.volumes.sync("delete: name gone").during(|| format!("delete {volume}"))?;
         drop(lock);
         if !footer.is_nil() {
-            repo.host
-                .records()
-                .remove(footer)
-                .during(|| format!("pending record of {volume}"))?;
+            repo.host.records().remove(footer).during(|| format!("pending record of {volume}"))?;
         }
         Deleted::Gone
     };
     drop(locked);
     repo.labels.remove(vdi)?;
     let detail = format!("{deleted:?}").to_lowercase();
-    repo.labels.note(&Event {
-        at_s: repo.ids.now_s(),
-        operation: "delete",
-        vdi,
-        detail,
-    })?;
+    repo.labels.note(&Event { at_s: repo.ids.now_s(), operation: "delete", vdi, detail })?;
     Ok(deleted)
 }

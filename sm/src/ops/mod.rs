@@ -56,9 +56,7 @@ impl Locked {
                 && stored.intent.names(&leaf.volume, leaf.head.footer)
         };
         match self.intents.iter().find(names) {
-            Some(stored) => Err(Error::Busy {
-                reason: format!("snapshot {} is under way", stored.name.id),
-            }),
+            Some(stored) => Err(Error::Busy { reason: format!("snapshot {} is under way", stored.name.id) }),
             None => Ok(()),
         }
     }
@@ -66,9 +64,7 @@ impl Locked {
     /// The merge of this leaf into its parent, if there is one.
     pub fn leaf_merge(&self, leaf: &Link) -> Option<&LeafMergeIntent> {
         self.intents.iter().find_map(|stored| match &stored.intent {
-            Intent::LeafMerge(merge) if stored.intent.names(&leaf.volume, leaf.head.footer) => {
-                Some(merge)
-            }
+            Intent::LeafMerge(merge) if stored.intent.names(&leaf.volume, leaf.head.footer) => Some(merge),
             _ => None,
         })
     }
@@ -76,27 +72,18 @@ impl Locked {
 
 /// Takes the SR lock and recovers what concerns `vdis`.
 pub(crate) fn lock(repo: &Repo, vdis: &[Uuid]) -> Result<Locked> {
-    let guard = repo
-        .host
-        .lock_sr()
-        .during(|| format!("lock of SR {}", repo.name))?;
+    let guard = repo.host.lock_sr().during(|| format!("lock of SR {}", repo.name))?;
     recover::recover(repo, recover::Scope::Vdis(vdis))?;
     let leases = repo.host.leases().during(|| "leases".into())?;
     let intents = journal::load(repo.volumes.as_ref())?;
-    Ok(Locked {
-        _guard: guard,
-        leases,
-        intents,
-    })
+    Ok(Locked { _guard: guard, leases, intents })
 }
 
 /// The chain of a VDI that guests may see.
 pub(crate) fn visible_chain(repo: &Repo, vdi: Uuid) -> Result<Vec<Link>> {
     let chain = chain::read(repo, vdi)?;
     if chain[0].head.hidden {
-        return Err(Error::NotFound {
-            what: format!("VDI {vdi}: it is a hidden node"),
-        });
+        return Err(Error::NotFound { what: format!("VDI {vdi}: it is a hidden node") });
     }
     Ok(chain)
 }
@@ -104,8 +91,7 @@ pub(crate) fn visible_chain(repo: &Repo, vdi: Uuid) -> Result<Vec<Link>> {
 /// Refuses a label no table could show.
 pub(crate) fn check_label(text: &str) -> Result<()> {
     if text.len() > LABEL_BYTES_MAX || text.chars().any(char::is_control) {
-        let reason =
-            format!("a name has at most {LABEL_BYTES_MAX} bytes and no control characters");
+        let reason = format!("a name has at most {LABEL_BYTES_MAX} bytes and no control characters");
         return Err(Error::BadRequest { reason });
     }
     Ok(())

@@ -13,10 +13,8 @@ use crate::repo::Repo;
 /// table could show, catalog errors.
 pub fn rename(repo: &Repo, vdi: Uuid, name: Option<&str>, description: Option<&str>) -> Result<()> {
     let leaf = super::visible_chain(repo, vdi)?.swap_remove(0);
-    let mut label = repo.labels.get(vdi)?.unwrap_or(Label {
-        created_s: leaf.head.created_s,
-        ..Label::default()
-    });
+    let mut label =
+        repo.labels.get(vdi)?.unwrap_or(Label { created_s: leaf.head.created_s, ..Label::default() });
     if let Some(name) = name {
         super::check_label(name)?;
         name.clone_into(&mut label.name);
@@ -27,10 +25,5 @@ pub fn rename(repo: &Repo, vdi: Uuid, name: Option<&str>, description: Option<&s
     }
     repo.labels.put(vdi, &label)?;
     let detail = label.name;
-    repo.labels.note(&Event {
-        at_s: repo.ids.now_s(),
-        operation: "rename",
-        vdi,
-        detail,
-    })
+    repo.labels.note(&Event { at_s: repo.ids.now_s(), operation: "rename", vdi, detail })
 }

@@ -98,9 +98,9 @@ pub fn snapshot(repo: &Repo, kind: SiblingKind, wanted: &[Wanted]) -> Result<Vec
         Attempt::Done(siblings) => Ok(siblings),
         Attempt::NotEmptyAnyMore => match attempt(repo, kind, wanted, true)? {
             Attempt::Done(siblings) => Ok(siblings),
-            Attempt::NotEmptyAnyMore => Err(Error::Busy {
-                reason: "the leaf changes while it is looked at".into(),
-            }),
+            Attempt::NotEmptyAnyMore => {
+                Err(Error::Busy { reason: "the leaf changes while it is looked at".into() })
+            }
         },
     }
 }
@@ -125,24 +125,12 @@ fn check(wanted: &[Wanted]) -> Result<()> {
 }
 
 fn attempt(repo: &Repo, kind: SiblingKind, wanted: &[Wanted], divide_all: bool) -> Result<Attempt> {
-    let mut targets = wanted
-        .iter()
-        .map(|w| target(repo, w))
-        .collect::<Result<Vec<_>>>()?;
+    let mut targets = wanted.iter().map(|w| target(repo, w)).collect::<Result<Vec<_>>>()?;
     let id = repo.ids.uuid();
-    let held = repo
-        .host
-        .hold_intent(id)
-        .during(|| format!("hold intent {id}"))?;
-    let _held = held.ok_or_else(|| Error::Busy {
-        reason: format!("intent {id} is taken"),
-    })?;
+    let held = repo.host.hold_intent(id).during(|| format!("hold intent {id}"))?;
+    let _held = held.ok_or_else(|| Error::Busy { reason: format!("intent {id} is taken") })?;
     let intent = prepare(repo, id, kind, &mut targets, divide_all)?;
-    let siblings = intent
-        .members
-        .iter()
-        .map(|member| member.sibling.vdi)
-        .collect();
+    let siblings = intent.members.iter().map(|member| member.sibling.vdi).collect();
     match decide(repo, &intent, &mut targets) {
         Ok(Decided::Yes) => {}
         Ok(Decided::NotEmptyAnyMore) => {
@@ -160,10 +148,7 @@ fn attempt(repo: &Repo, kind: SiblingKind, wanted: &[Wanted], divide_all: bool) 
             steps::settle_base_live(repo, member, live.tap.as_mut())?;
         }
     }
-    let _sr = repo
-        .host
-        .lock_sr()
-        .during(|| format!("lock of SR {}", repo.name))?;
+    let _sr = repo.host.lock_sr().during(|| format!("lock of SR {}", repo.name))?;
     steps::finish(repo, &intent)?;
     Ok(Attempt::Done(siblings))
 }
@@ -171,10 +156,8 @@ fn attempt(repo: &Repo, kind: SiblingKind, wanted: &[Wanted], divide_all: bool) 
 /// Connects to the tapdisk of a VDI, outside the lock: one that hangs then
 /// keeps nobody waiting but us.
 fn target<'a>(repo: &Repo, wanted: &'a Wanted) -> Result<Target<'a>> {
-    let lost = |reason: String| Error::NotRunning {
-        what: format!("the tapdisk of VDI {}", wanted.vdi),
-        reason,
-    };
+    let lost =
+        |reason: String| Error::NotRunning { what: format!("the tapdisk of VDI {}", wanted.vdi), reason };
     let Some(mut tap) = repo.host.tap(wanted.vdi).map_err(|e| lost(e.to_string()))? else {
         return Ok(Target { wanted, live: None });
     };
@@ -201,15 +184,7 @@ fn prepare(
     let mut leaves = Vec::new();
     for target in targets {
         let chain = super::visible_chain(repo, target.wanted.vdi)?;
-        members.push(plan(
-            repo,
-            id,
-            &locked,
-            target,
-            &chain,
-            divide_all,
-            &mut leaves,
-        )?);
+        members.push(plan(repo, id, &locked, target, &chain, divide_all, &mut leaves)?);
         leaves.push(chain);
     }
     let intent = SnapshotIntent { id, kind, members };
@@ -239,9 +214,7 @@ fn plan(
     let vdi = target.wanted.vdi;
     let leaf = &chain[0];
     if leaf.volume.is_raw() {
-        return Err(Error::Unsupported {
-            what: format!("snapshot of raw VDI {vdi}"),
-        });
+        return Err(Error::Unsupported { what: format!("snapshot of raw VDI {vdi}") });
     }
     locked.no_snapshot_of(leaf)?;
     let writer = locked.lease(vdi).filter(|lease| !lease.read_only);
@@ -249,12 +222,7 @@ fn plan(
         let reason = format!("VDI {vdi} is just being attached or detached");
         return Err(Error::Busy { reason });
     }
-    steps::stop_leaf_merge(
-        repo,
-        locked,
-        leaf,
-        target.live.as_mut().map(|live| &mut live.tap),
-    )?;
+    steps::stop_leaf_merge(repo, locked, leaf, target.live.as_mut().map(|live| &mut live.tap))?;
     let empty = match &target.live {
         Some(live) => live.empty && !divide_all,
         None => {
@@ -267,44 +235,22 @@ fn plan(
     };
     let depth = u32::try_from(chain.len()).unwrap_or(u32::MAX);
     if depth >= repo.limits.chain_max && !empty {
-        return Err(Error::ChainTooLong {
-            vdi,
-            depth,
-            depth_max: repo.limits.chain_max,
-        });
+        return Err(Error::ChainTooLong { vdi, depth, depth_max: repo.limits.chain_max });
     }
     if !empty && locked.lease(vdi).is_some() && writer.is_none() {
         let reason = "it is attached read-only and holds data of its own".into();
-        return Err(Error::InUse {
-            what: format!("VDI {vdi}"),
-            reason,
-        });
+        return Err(Error::InUse { what: format!("VDI {vdi}"), reason });
     }
     let at = u32::try_from(2 * before.len()).unwrap_or(u32::MAX);
     let prepared = |n: u32| ImageRef {
         volume: VolumeName::temporary(id, at + n).as_str().to_owned(),
         footer: repo.ids.uuid(),
     };
-    let shape = if empty {
-        Shape::Empty
-    } else {
-        Shape::Divide {
-            base: repo.ids.uuid(),
-            new_leaf: prepared(0),
-        }
-    };
+    let shape =
+        if empty { Shape::Empty } else { Shape::Divide { base: repo.ids.uuid(), new_leaf: prepared(0) } };
     let name = target.wanted.name.clone();
-    let sibling = Sibling {
-        image: prepared(1),
-        vdi: repo.ids.uuid(),
-        name,
-    };
-    Ok(Member {
-        vdi,
-        leaf_footer: leaf.head.footer,
-        shape,
-        sibling,
-    })
+    let sibling = Sibling { image: prepared(1), vdi: repo.ids.uuid(), name };
+    Ok(Member { vdi, leaf_footer: leaf.head.footer, shape, sibling })
 }
 
 /// Steps 2 and 3.
@@ -313,12 +259,7 @@ fn make_images(repo: &Repo, intent: &SnapshotIntent, chains: &[Vec<Link>]) -> Re
         let virtual_bytes = chain[0].head.virtual_bytes;
         let make = |image: &ImageRef, parent: Option<(&VolumeName, Uuid)>| {
             let volume = journal::volume_of(image)?;
-            let new = NewVhd {
-                volume: &volume,
-                footer: image.footer,
-                virtual_bytes,
-                parent,
-            };
+            let new = NewVhd { volume: &volume, footer: image.footer, virtual_bytes, parent };
             image::create(repo, &new).map(drop)
         };
         match &member.shape {
@@ -337,9 +278,7 @@ fn make_images(repo: &Repo, intent: &SnapshotIntent, chains: &[Vec<Link>]) -> Re
             }
         }
     }
-    repo.volumes
-        .sync("snapshot: children and second names")
-        .during(|| "names of a snapshot's images".into())
+    repo.volumes.sync("snapshot: children and second names").during(|| "names of a snapshot's images".into())
 }
 
 enum Decided {
@@ -366,10 +305,7 @@ fn decide(repo: &Repo, intent: &SnapshotIntent, targets: &mut [Target<'_>]) -> R
         let swap = decision == Decision::Swap;
         // Refused or unanswered: it has resumed by itself, as the record
         // says, or it is dead; `finish` looks at what became of the leaf.
-        if let Err(error) = live.tap.call(Request::Resume {
-            intent: names.clone(),
-            swap,
-        }) {
+        if let Err(error) = live.tap.call(Request::Resume { intent: names.clone(), swap }) {
             tracing::warn!(sr = %repo.uuid, vdi = %target.wanted.vdi, %error, "resume");
         }
     }
@@ -392,19 +328,13 @@ fn pause_all(repo: &Repo, intent: &SnapshotIntent, targets: &mut [Target<'_>]) -
         let Some(live) = &mut target.live else {
             continue;
         };
-        let leaf = ImageRef {
-            volume: VolumeName::vhd(member.vdi).as_str().to_owned(),
-            footer: member.leaf_footer,
-        };
+        let leaf =
+            ImageRef { volume: VolumeName::vhd(member.vdi).as_str().to_owned(), footer: member.leaf_footer };
         let child = match &member.shape {
             Shape::Divide { new_leaf, .. } => Some(new_leaf.clone()),
             Shape::Empty => None,
         };
-        let request = Request::Prepare {
-            intent: names.clone(),
-            leaf,
-            child,
-        };
+        let request = Request::Prepare { intent: names.clone(), leaf, child };
         live.tap.call(request).map_err(|e| failed(member.vdi, e))?;
     }
     for (member, target) in intent.members.iter().zip(targets) {
@@ -412,17 +342,9 @@ fn pause_all(repo: &Repo, intent: &SnapshotIntent, targets: &mut [Target<'_>]) -
             continue;
         };
         let limit_ms = repo.limits.pause_ms_max;
-        let request = Request::Pause {
-            intent: names.clone(),
-            limit_ms,
-        };
+        let request = Request::Pause { intent: names.clone(), limit_ms };
         let reply = live.tap.call(request).map_err(|e| failed(member.vdi, e))?;
-        let now_empty = matches!(
-            reply,
-            Reply::Paused {
-                leaf_is_empty: true
-            }
-        );
+        let now_empty = matches!(reply, Reply::Paused { leaf_is_empty: true });
         if member.shape == Shape::Empty && !now_empty {
             return Ok(Decided::NotEmptyAnyMore);
         }
@@ -432,9 +354,6 @@ fn pause_all(repo: &Repo, intent: &SnapshotIntent, targets: &mut [Target<'_>]) -
 
 /// Cleans up after a snapshot that did not happen.
 fn take_back(repo: &Repo, intent: &SnapshotIntent) -> Result<()> {
-    let _sr = repo
-        .host
-        .lock_sr()
-        .during(|| format!("lock of SR {}", repo.name))?;
+    let _sr = repo.host.lock_sr().during(|| format!("lock of SR {}", repo.name))?;
     steps::take_back(repo, intent)
 }

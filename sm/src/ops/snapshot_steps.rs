@@ -14,8 +14,8 @@ use crate::error::{Error, IoContext, Result};
 use crate::host::Tap;
 use crate::image;
 use crate::journal::{
-    self, ImageRef, LeafMergeState, Member, RecordName, RecordState, Shape, SiblingKind,
-    SnapshotIntent, volume_of,
+    self, ImageRef, LeafMergeState, Member, RecordName, RecordState, Shape, SiblingKind, SnapshotIntent,
+    volume_of,
 };
 use crate::repo::Repo;
 
@@ -37,31 +37,19 @@ pub(crate) fn decide(repo: &Repo, id: Uuid, wish: Decision) -> Result<Decision> 
         Decision::Void => &names.void,
     };
     let what = || format!("decide snapshot {id}");
-    if repo
-        .volumes
-        .rename_record(&names.pending, to)
-        .during(what)?
-    {
+    if repo.volumes.rename_record(&names.pending, to).during(what)? {
         return Ok(wish);
     }
     let decided = repo.volumes.record(&names.decided).during(what)?.is_some();
-    Ok(if decided {
-        Decision::Swap
-    } else {
-        Decision::Void
-    })
+    Ok(if decided { Decision::Swap } else { Decision::Void })
 }
 
 /// Makes the swaps durable that tapdisks have done, and then the decision.
 /// Both come before anything that shows: the base's hidden flag and the
 /// sibling's name.
 pub(crate) fn make_decision_durable(repo: &Repo) -> Result<()> {
-    repo.volumes
-        .sync("snapshot: swaps")
-        .during(|| "swap of a snapshot".into())?;
-    repo.volumes
-        .sync_records("snapshot: decision")
-        .during(|| "decision of a snapshot".into())
+    repo.volumes.sync("snapshot: swaps").during(|| "swap of a snapshot".into())?;
+    repo.volumes.sync_records("snapshot: decision").during(|| "decision of a snapshot".into())
 }
 
 /// Finishes a decided snapshot; the caller holds the SR lock. The record is
@@ -75,18 +63,13 @@ pub(crate) fn finish(repo: &Repo, intent: &SnapshotIntent) -> Result<()> {
         settle_base(repo, member)?;
         name_sibling(repo, member)?;
     }
-    repo.volumes
-        .sync("snapshot: siblings' names")
-        .during(|| "names of siblings".into())?;
+    repo.volumes.sync("snapshot: siblings' names").during(|| "names of siblings".into())?;
     for member in &intent.members {
         label(repo, intent.kind, member)?;
         refresh_lease(repo, member)?;
     }
     for state in [RecordState::Pending, RecordState::Decided] {
-        let name = RecordName {
-            id: intent.id,
-            state,
-        };
+        let name = RecordName { id: intent.id, state };
         journal::remove(repo.volumes.as_ref(), name, "snapshot: record cleared")?;
     }
     Ok(())
@@ -110,10 +93,7 @@ fn swap(repo: &Repo, member: &Member) -> Result<()> {
         return Ok(());
     }
     if live_tap(repo, member.vdi)?.is_some() {
-        let reason = format!(
-            "the tapdisk of VDI {} has not swapped its leaf yet",
-            member.vdi
-        );
+        let reason = format!("the tapdisk of VDI {} has not swapped its leaf yet", member.vdi);
         return Err(Error::Busy { reason });
     }
     let leaf = VolumeName::vhd(member.vdi);
@@ -134,16 +114,11 @@ pub(crate) fn settle_base_live(repo: &Repo, member: &Member, tap: &mut dyn Tap) 
     if image::is_base(repo, &volume)? {
         return Ok(());
     }
-    let base = ImageRef {
-        volume: volume.as_str().to_owned(),
-        footer: member.leaf_footer,
-    };
-    tap.call(Request::SettleBase { base })
-        .map(drop)
-        .map_err(|error| Error::NotRunning {
-            what: format!("settling of {volume}"),
-            reason: error.to_string(),
-        })
+    let base = ImageRef { volume: volume.as_str().to_owned(), footer: member.leaf_footer };
+    tap.call(Request::SettleBase { base }).map(drop).map_err(|error| Error::NotRunning {
+        what: format!("settling of {volume}"),
+        reason: error.to_string(),
+    })
 }
 
 fn settle_base(repo: &Repo, member: &Member) -> Result<()> {
@@ -185,12 +160,7 @@ fn label(repo: &Repo, kind: SiblingKind, member: &Member) -> Result<()> {
     repo.labels.put(member.sibling.vdi, &label)?;
     let operation = if snapshot { "snapshot" } else { "clone" };
     let detail = member.sibling.vdi.to_string();
-    repo.labels.note(&Event {
-        at_s,
-        operation,
-        vdi: member.vdi,
-        detail,
-    })
+    repo.labels.note(&Event { at_s, operation, vdi: member.vdi, detail })
 }
 
 /// The lease of an attached member names its chain as it is now.
@@ -204,9 +174,7 @@ fn refresh_lease(repo: &Repo, member: &Member) -> Result<()> {
     }
     let links = chain::read(repo, member.vdi)?;
     let chain: Vec<ImageRef> = links.iter().map(Link::image_ref).collect();
-    repo.host
-        .update_lease(member.vdi, &chain)
-        .during(|| format!("lease of VDI {}", member.vdi))
+    repo.host.update_lease(member.vdi, &chain).during(|| format!("lease of VDI {}", member.vdi))
 }
 
 /// Takes back a void snapshot; the caller holds the SR lock.
@@ -214,11 +182,7 @@ fn refresh_lease(repo: &Repo, member: &Member) -> Result<()> {
 /// The base's name goes only while it is a second name of the leaf's image;
 /// anything else there is not ours to remove.
 pub(crate) fn take_back(repo: &Repo, intent: &SnapshotIntent) -> Result<()> {
-    let gone = |volume: &VolumeName| {
-        repo.volumes
-            .delete(volume)
-            .during(|| format!("take back {volume}"))
-    };
+    let gone = |volume: &VolumeName| repo.volumes.delete(volume).during(|| format!("take back {volume}"));
     for member in &intent.members {
         gone(&volume_of(&member.sibling.image)?)?;
         let Shape::Divide { base, new_leaf } = &member.shape else {
@@ -231,20 +195,12 @@ pub(crate) fn take_back(repo: &Repo, intent: &SnapshotIntent) -> Result<()> {
             gone(&base)?;
         } else if image::footer_of(repo, &base)?.is_some() {
             let reason = "a snapshot that was taken back finds it no second name".into();
-            return Err(Error::BadImage {
-                volume: base,
-                reason,
-            });
+            return Err(Error::BadImage { volume: base, reason });
         }
     }
-    repo.volumes
-        .sync("snapshot: taken back")
-        .during(|| "taking a snapshot back".into())?;
+    repo.volumes.sync("snapshot: taken back").during(|| "taking a snapshot back".into())?;
     for state in [RecordState::Pending, RecordState::Void] {
-        let name = RecordName {
-            id: intent.id,
-            state,
-        };
+        let name = RecordName { id: intent.id, state };
         journal::remove(repo.volumes.as_ref(), name, "snapshot: void record cleared")?;
     }
     Ok(())
@@ -261,26 +217,16 @@ pub(crate) fn stop_leaf_merge(
     let Some(merge) = locked.leaf_merge(leaf) else {
         return Ok(());
     };
-    let busy = |reason: &str| Error::Busy {
-        reason: format!("merge of {}: {reason}", merge.vdi),
-    };
+    let busy = |reason: &str| Error::Busy { reason: format!("merge of {}: {reason}", merge.vdi) };
     if merge.state == LeafMergeState::Committing {
         return Err(busy("it is being committed"));
     }
     let Some(tap) = tap else {
         return Err(busy("the collector works on it"));
     };
-    tap.call(Request::MergeStop)
-        .map_err(|error| busy(&error.to_string()))?;
-    let name = RecordName {
-        id: merge.id,
-        state: RecordState::Job,
-    };
-    journal::remove(
-        repo.volumes.as_ref(),
-        name,
-        "leaf merge: stopped for a snapshot",
-    )
+    tap.call(Request::MergeStop).map_err(|error| busy(&error.to_string()))?;
+    let name = RecordName { id: merge.id, state: RecordState::Job };
+    journal::remove(repo.volumes.as_ref(), name, "leaf merge: stopped for a snapshot")
 }
 
 fn live_tap(repo: &Repo, vdi: Uuid) -> Result<Option<Box<dyn Tap>>> {

@@ -42,24 +42,16 @@ pub struct ChainStat {
 /// [`Error::NotFound`], or the first image of the chain that cannot be read.
 pub fn stat(repo: &Repo, vdi: Uuid) -> Result<Stat> {
     let tree = scan::scan(repo)?.tree;
-    let leaf = tree.by_uuid(vdi).ok_or_else(|| Error::NotFound {
-        what: format!("VDI {vdi} in SR {}", repo.name),
-    })?;
-    let mut stat = Stat {
-        own_bytes: 0,
-        shared_bytes: 0,
-        freed_if_deleted_bytes: 0,
-        chain_bytes: 0,
-        chain: Vec::new(),
-    };
+    let leaf = tree
+        .by_uuid(vdi)
+        .ok_or_else(|| Error::NotFound { what: format!("VDI {vdi} in SR {}", repo.name) })?;
+    let mut stat =
+        Stat { own_bytes: 0, shared_bytes: 0, freed_if_deleted_bytes: 0, chain_bytes: 0, chain: Vec::new() };
     let mut alone = tree.nodes[leaf].children.is_empty();
     for (level, node) in tree.chain(leaf).enumerate() {
         if let Some(broken) = node.broken() {
             let reason = broken.to_string();
-            return Err(Error::BadImage {
-                volume: node.volume.clone(),
-                reason,
-            });
+            return Err(Error::BadImage { volume: node.volume.clone(), reason });
         }
         let bytes = image::allocated_bytes(repo, &node.volume)?;
         alone &= level == 0 || (node.is_hidden() && node.children.len() == 1);
@@ -72,11 +64,7 @@ pub fn stat(repo: &Repo, vdi: Uuid) -> Result<Stat> {
         if alone {
             stat.freed_if_deleted_bytes += bytes;
         }
-        stat.chain.push(ChainStat {
-            uuid: node.uuid,
-            allocated_bytes: bytes,
-            hidden: node.is_hidden(),
-        });
+        stat.chain.push(ChainStat { uuid: node.uuid, allocated_bytes: bytes, hidden: node.is_hidden() });
     }
     Ok(stat)
 }

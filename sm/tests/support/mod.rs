@@ -37,11 +37,7 @@ impl Words for Memory {
 pub struct MemoryRecords(Mutex<BTreeMap<Uuid, Memory>>);
 
 fn owner(footer: Uuid) -> Owner {
-    Owner {
-        boot: Uuid::from_u128(1),
-        footer,
-        epoch: 1,
-    }
+    Owner { boot: Uuid::from_u128(1), footer, epoch: 1 }
 }
 
 impl RecordStore for MemoryRecords {
@@ -121,46 +117,22 @@ impl Host for FakeHost {
         Ok(self.leases.lock().unwrap().clone())
     }
     fn make_lease(&self, lease: &Lease) -> io::Result<Box<dyn LeaseHold>> {
-        Ok(Box::new(FakeHold {
-            host: self.clone(),
-            lease: lease.clone(),
-        }))
+        Ok(Box::new(FakeHold { host: self.clone(), lease: lease.clone() }))
     }
     fn update_lease(&self, vdi: Uuid, chain: &[ImageRef]) -> io::Result<()> {
-        for lease in self
-            .leases
-            .lock()
-            .unwrap()
-            .iter_mut()
-            .filter(|lease| lease.vdi == vdi)
-        {
+        for lease in self.leases.lock().unwrap().iter_mut().filter(|lease| lease.vdi == vdi) {
             lease.chain = chain.to_vec();
         }
         Ok(())
     }
     fn tap(&self, vdi: Uuid) -> io::Result<Option<Box<dyn Tap>>> {
-        let lease = self
-            .leases
-            .lock()
-            .unwrap()
-            .iter()
-            .find(|lease| lease.vdi == vdi)
-            .cloned();
+        let lease = self.leases.lock().unwrap().iter().find(|lease| lease.vdi == vdi).cloned();
         Ok(lease.map(|lease| {
-            Box::new(FakeTap {
-                host: self.clone(),
-                lease,
-                child: None,
-                paused: None,
-            }) as Box<dyn Tap>
+            Box::new(FakeTap { host: self.clone(), lease, child: None, paused: None }) as Box<dyn Tap>
         }))
     }
     fn endpoint(&self, lease: &Lease) -> Endpoint {
-        Endpoint {
-            socket: "fake".into(),
-            export: lease.vdi.to_string(),
-            pid: lease.pid,
-        }
+        Endpoint { socket: "fake".into(), export: lease.vdi.to_string(), pid: lease.pid }
     }
     fn wait_gone(&self, vdi: Uuid) -> io::Result<bool> {
         self.leases.lock().unwrap().retain(|lease| lease.vdi != vdi);
@@ -178,10 +150,7 @@ struct FakeHold {
 
 impl LeaseHold for FakeHold {
     fn start_tap(self: Box<Self>) -> io::Result<Endpoint> {
-        let lease = Lease {
-            pid: 7,
-            ..self.lease
-        };
+        let lease = Lease { pid: 7, ..self.lease };
         self.host.leases.lock().unwrap().push(lease.clone());
         Ok(self.host.endpoint(&lease))
     }
@@ -210,9 +179,7 @@ impl FakeTap {
         let word = said.split([' ', '{']).next().unwrap_or_default().to_owned();
         self.host.heard.lock().unwrap().push(word);
         let mood = *self.host.mood.lock().unwrap();
-        let busy = || Refusal::Busy {
-            detail: "in a bad mood".into(),
-        };
+        let busy = || Refusal::Busy { detail: "in a bad mood".into() };
         match request {
             Request::Stats => Ok(Reply::Stats(Box::new(Stats {
                 leaf_blocks: self.open(&self.leaf()).blocks().len() as u64,
@@ -226,13 +193,7 @@ impl FakeTap {
             Request::Pause { .. } if mood == Mood::Refuses => Err(busy()),
             Request::Pause { intent, .. } => {
                 if mood == Mood::WritesFirst {
-                    write(
-                        self.host.taps_volumes.as_ref(),
-                        &self.leaf(),
-                        &self.host.records,
-                        0,
-                        0xEE,
-                    );
+                    write(self.host.taps_volumes.as_ref(), &self.leaf(), &self.host.records, 0, 0xEE);
                 }
                 let leaf_is_empty = self.open(&self.leaf()).blocks().is_empty();
                 self.paused = Some(intent);
@@ -252,22 +213,14 @@ impl FakeTap {
                 let name = VolumeName::new(&base.volume).unwrap();
                 match self.open(&name).settle(Some(true)) {
                     Ok(()) => Ok(Reply::Done),
-                    Err(error) => Err(Refusal::Failed {
-                        detail: error.to_string(),
-                    }),
+                    Err(error) => Err(Refusal::Failed { detail: error.to_string() }),
                 }
             }
             Request::Stop { .. } => {
-                self.host
-                    .leases
-                    .lock()
-                    .unwrap()
-                    .retain(|lease| lease.vdi != self.lease.vdi);
+                self.host.leases.lock().unwrap().retain(|lease| lease.vdi != self.lease.vdi);
                 Ok(Reply::Done)
             }
-            other => Err(Refusal::Bad {
-                detail: format!("{other:?}"),
-            }),
+            other => Err(Refusal::Bad { detail: format!("{other:?}") }),
         }
     }
 
@@ -303,11 +256,7 @@ impl Tap for FakeTap {
         Ok(self.answer(request)?)
     }
     fn begin(&mut self, request: Request) -> Result<Answer, ClientError> {
-        Ok(Answer {
-            id: 1,
-            last: true,
-            outcome: self.answer(request),
-        })
+        Ok(Answer { id: 1, last: true, outcome: self.answer(request) })
     }
     fn next_answer(&mut self, _id: u64) -> Result<Answer, ClientError> {
         Err(io::Error::from(io::ErrorKind::UnexpectedEof).into())
@@ -323,27 +272,16 @@ pub fn repo(volumes: Arc<dyn Volumes>, host: &FakeHost, process: u64) -> Repo {
         host: Arc::new(host.clone()),
         labels: Arc::new(MemoryLabels::default()),
         ids: Arc::new(CountedIds::from(process * 10_000)),
-        limits: Limits {
-            scan_threads: 1,
-            ..Limits::default()
-        },
+        limits: Limits { scan_threads: 1, ..Limits::default() },
     }
 }
 
 /// Fills the first sectors of a block and commits.
-pub fn write(
-    volumes: &dyn Volumes,
-    leaf: &VolumeName,
-    records: &dyn RecordStore,
-    block: u32,
-    byte: u8,
-) {
+pub fn write(volumes: &dyn Volumes, leaf: &VolumeName, records: &dyn RecordStore, block: u32, byte: u8) {
     let below = Chain::open(volumes, leaf).unwrap().nodes().len() > 1;
     let mut writer = Writer::open(volumes, leaf, records).unwrap();
     let run = SectorRun { first: 0, count: 8 };
-    writer
-        .write(BlockNo(block), run, &[byte; 4096], below)
-        .unwrap();
+    writer.write(BlockNo(block), run, &[byte; 4096], below).unwrap();
     writer.commit().unwrap();
     writer.settle(None).unwrap();
 }
@@ -351,42 +289,26 @@ pub fn write(
 /// As [`write`], through a repo.
 pub fn fill(repo: &Repo, vdi: Uuid, block: u32, byte: u8) {
     let leaf = VolumeName::vhd(vdi);
-    write(
-        repo.volumes.as_ref(),
-        &leaf,
-        repo.host.records(),
-        block,
-        byte,
-    );
+    write(repo.volumes.as_ref(), &leaf, repo.host.records(), block, byte);
 }
 
 /// The first byte of a block as the VDI reads it.
 pub fn byte(repo: &Repo, vdi: Uuid, block: u32) -> u8 {
     let chain = Chain::open(repo.volumes.as_ref(), &VolumeName::vhd(vdi)).unwrap();
     let mut buffer = [0; 512];
-    chain
-        .read_at(&mut buffer, u64::from(block) * BLOCK_BYTES)
-        .unwrap();
+    chain.read_at(&mut buffer, u64::from(block) * BLOCK_BYTES).unwrap();
     buffer[0]
 }
 
 /// Names of all volumes.
 pub fn volumes(repo: &Repo) -> Vec<String> {
-    repo.volumes
-        .list()
-        .unwrap()
-        .iter()
-        .map(ToString::to_string)
-        .collect()
+    repo.volumes.list().unwrap().iter().map(ToString::to_string).collect()
 }
 
 /// Nothing is half done, and nothing is left over.
 pub fn assert_clean(repo: &Repo) {
     assert_eq!(journal::load(repo.volumes.as_ref()).unwrap(), []);
-    let left: Vec<String> = volumes(repo)
-        .into_iter()
-        .filter(|v| v.starts_with("tmp-"))
-        .collect();
+    let left: Vec<String> = volumes(repo).into_iter().filter(|v| v.starts_with("tmp-")).collect();
     assert_eq!(left, [""; 0]);
     for volume in repo.volumes.list().unwrap() {
         let meta = image::meta(repo, &volume).unwrap();
