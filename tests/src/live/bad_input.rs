@@ -71,7 +71,6 @@ fn cases(from: &Templates) -> Vec<Case> {
         case("a block size that is no power of two", plain().with_block_size(3 << 20)),
         case("blocks over the headers", plain().with_every_block_at(1)),
         case("blocks beyond the end", plain().with_every_block_at(0x7fff_ff00)),
-        case("blocks over each other", plain().with_every_block_at(64)),
     ];
     let to = |parent: &str| from.child.clone().with_parent(Uuid::new_v4(), &from.parent_text, parent);
     cases.push(Case { what: "a parent above the SR", image: to(&outside), codes: &["PARENT_OUTSIDE_SR"] });
@@ -142,7 +141,7 @@ fn a_cycle_of_parents_ends() {
     let path = folder.to_str().unwrap();
     host.ok(&["sr", "introduce", "cycle", "--type", "file", "--path", path]);
     let said = host.refused(&["vdi", "attach", &one.to_string()], "BAD_IMAGE");
-    assert!(said.stderr.contains("cycle") || said.stderr.contains("loop"), "{}", said.stderr);
+    assert!(said.stderr.contains("leads back to itself"), "{}", said.stderr);
     host.ok(&["sr", "tree", "cycle"]);
     host.ok(&["gc", "run", "cycle", "--wait"]);
     assert_eq!(contents(&folder), before);

@@ -59,11 +59,14 @@ fn a_folder_that_cannot_be_written_is_refused() {
 }
 
 #[test]
-fn a_missing_folder_is_refused() {
+fn a_missing_folder_is_not_introduced() {
     let host = Host::new();
-    let said = host.refused(&create(Path::new("/nonexistent/store")), "NOT_FOUND");
-    assert!(said.stderr.contains("/nonexistent/store"), "{said:?}");
-    assert!(!Path::new("/nonexistent").exists());
+    let folder = host.data().join("missing");
+    let path = folder.to_str().unwrap();
+    let introduce = ["sr", "introduce", "store", "--type", "file", "--path", path];
+    let said = host.refused(&introduce, "NOT_FOUND");
+    assert!(said.stderr.contains(path), "{said:?}");
+    assert!(!folder.exists());
 }
 
 #[test]

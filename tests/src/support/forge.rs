@@ -114,14 +114,14 @@ impl Forged {
     pub fn with_parent(self, uuid: Uuid, from: &str, to: &str) -> Self {
         let mut forged = self.in_header(PARENT_UUID, uuid.as_bytes());
         assert_eq!(from.encode_utf16().count(), to.encode_utf16().count());
-        let wide = |text: &str, order: fn(u16) -> [u8; 2]| -> Vec<u8> {
-            text.encode_utf16().flat_map(order).collect()
-        };
+        let wide = |text: &str| -> Vec<u8> { text.encode_utf16().flat_map(u16::to_le_bytes).collect() };
         // The header's own copy of the name stays: it is only a remark.
         let tail = &mut forged.bytes[SECTOR + HEADER_BYTES..];
         let mut replaced = replace(tail, from.as_bytes(), to.as_bytes());
-        replaced += replace(tail, &wide(from, u16::to_le_bytes), &wide(to, u16::to_le_bytes));
-        replaced += replace(tail, &wide(from, u16::to_be_bytes), &wide(to, u16::to_be_bytes));
+        let windows = |text: &str| text.replace('/', "\\");
+        for (from, to) in [(from.to_owned(), to.to_owned()), (windows(from), windows(to))] {
+            replaced += replace(tail, &wide(&from), &wide(&to));
+        }
         assert!(replaced > 0, "no locator says {from}");
         forged
     }
