@@ -54,6 +54,9 @@ impl Job<'_> {
         match intent.state {
             LeafMergeState::Merging => {
                 if let Err(stop) = merger.empty() {
+                    if let Stop::Unfinished(_) = stop {
+                        return Err(stop);
+                    }
                     // If it cannot be stopped either, the record stays.
                     merger.stop()?;
                     self.clear(intent.id, "leaf merge: record cleared, stopped")?;
@@ -136,6 +139,15 @@ impl Live<'_> {
             }
             MergePhase::None | MergePhase::Failed => {}
         }
+        if self.job.resumed {
+            // As for an inner merge: see `Job::copy`.
+            self.job.tell_readers([&self.intent.parent])?;
+        }
+        let leaf = self.job.volume(&self.intent.leaf)?;
+        let parent = self.job.volume(&self.intent.parent)?;
+        settle_if_needed(self.job.repo, &parent)?;
+        let size = image::meta(self.job.repo, &leaf)?.virtual_bytes();
+        self.job.grow(&self.intent.parent, &parent, size)?;
         let order = Request::MergeStart {
             leaf: self.intent.leaf.clone(),
             parent: self.intent.parent.clone(),

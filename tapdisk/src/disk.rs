@@ -84,13 +84,21 @@ impl Opener {
     /// What is wrong with an image, naming it.
     pub fn open(&self, top: &VolumeName, read_only: bool) -> vhd::error::Result<(Engine, Option<Meta>)> {
         if read_only {
-            let chain = Chain::open(self.volumes.as_ref(), top)?;
-            let bytes = chain.virtual_bytes();
-            return Ok((Engine::new(bytes, None, self.lower(chain)?), None));
+            let (bytes, lower) = self.whole(top)?;
+            return Ok((Engine::new(bytes, None, lower), None));
         }
         let leaf = self.image(top)?;
         let lower = self.below(top, &leaf.meta)?;
         Ok((Engine::new(leaf.meta.virtual_bytes(), Some(leaf.image), lower), Some(leaf.meta)))
+    }
+
+    /// A whole chain, and its virtual size in bytes, for reading only.
+    ///
+    /// # Errors
+    /// What is wrong with an image of the chain, naming it.
+    pub fn whole(&self, top: &VolumeName) -> vhd::error::Result<(u64, Lower)> {
+        let chain = Chain::open(self.volumes.as_ref(), top)?;
+        Ok((chain.virtual_bytes(), self.lower(chain)?))
     }
 
     /// Opens an image for writing: locked, its record replayed and renewed.

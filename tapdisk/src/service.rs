@@ -300,6 +300,9 @@ impl Service {
         leaf: &ImageRef,
         parent: Option<ImageRef>,
     ) -> Result<Vec<Step>, Refusal> {
+        if self.leaf.is_none() {
+            return self.refresh_read_only(engine, caller, leaf, parent);
+        }
         let meta = self.leaf_checked(leaf)?.1.clone();
         let Some(parent) = parent else {
             let mut steps = vec![more(caller, Reply::HeaderDurable)];
@@ -317,6 +320,32 @@ impl Service {
             }
         };
         Ok(self.job(caller, Doing::Reparenting, job))
+    }
+
+    /// A disk that is only read: the whole chain is read anew. Its leaf's
+    /// header is not ours to write.
+    fn refresh_read_only(
+        &mut self,
+        engine: &Engine,
+        caller: (Connection, u64),
+        leaf: &ImageRef,
+        parent: Option<ImageRef>,
+    ) -> Result<Vec<Step>, Refusal> {
+        if parent.is_some() {
+            return Err(stale("this disk is attached read-only"));
+        }
+        let top = volume_name(&leaf.volume)?;
+        if engine.images().first().is_none_or(|(name, footer)| *name != top || *footer != leaf.footer) {
+            return Err(stale("that image is not the top of the chain"));
+        }
+        let opener = self.opener.clone();
+        let job = move || match opener.whole(&top) {
+            Ok((_, lower)) => JobResult::Below(Box::new(lower)),
+            Err(error) => JobResult::Failed(error.to_string()),
+        };
+        let mut steps = vec![more(caller, Reply::HeaderDurable)];
+        steps.extend(self.start_job(Some(caller), Doing::Rereading, job));
+        Ok(steps)
     }
 
     fn reread(&mut self, caller: Option<(Connection, u64)>) -> Vec<Step> {
