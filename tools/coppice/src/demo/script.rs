@@ -18,8 +18,8 @@ use crate::view::{Forest, Node, Vdi, list_of, read};
 const DISK_BYTES: u64 = 1 << 30;
 /// Snapshots taken.
 const SNAPSHOTS: usize = 8;
-/// Which of them are read in full and compared.
-const SNAPSHOTS_READ: [usize; 3] = [0, 3, 7];
+/// Requests in flight at any time, at least.
+const IN_FLIGHT_MIN: usize = 8;
 /// Writes into each level, at least.
 const LEVEL_WRITES: u64 = 3_000;
 /// Time spent on each level, at least.
@@ -55,6 +55,7 @@ pub fn play(stage: &Stage, seed: u64) -> Outcome<Report> {
     }
     let (oracle, tally) = load.stop().map_err(wrong)?;
     report.load = load_report(&tally);
+    promised(&report)?;
     report.longest_stall_us = us(tally.longest());
     say("coppice: comparing every byte");
     report.verification = last_look(stage, &vdi, &served, oracle.content())?;
@@ -74,10 +75,7 @@ fn with_load(stage: &Stage, load: &Load, report: &mut Report, sr: &str, vdi: &st
     write_level(load)?;
     report.tree_before = tree(stage, sr)?;
     report.depth_before = depth_of(&report.tree_before, vdi)?;
-    for i in SNAPSHOTS_READ {
-        let (Some(snapshot), Some(of)) = (taken.get(i), report.snapshots.get_mut(i)) else {
-            continue;
-        };
+    for (snapshot, of) in taken.iter().zip(&mut report.snapshots) {
         say(&format!("coppice: comparing {} with its instant", of.name));
         let served = stage.attach(&snapshot.uuid, true)?;
         let compared = verify::snapshot(&served.socket, &served.export, &snapshot.window);
@@ -167,6 +165,18 @@ fn merge(
         std::thread::sleep(POLL);
     }
     watch.finish(&load.tally(), report)
+}
+
+/// What the load was to be like throughout; a demo without it shows nothing.
+fn promised(report: &Report) -> Outcome<()> {
+    let in_flight = report.load.in_flight_min;
+    if in_flight < IN_FLIGHT_MIN {
+        return Err(wrong(format!("only {in_flight} requests were in flight at one time")));
+    }
+    match report.snapshots.iter().find(|snapshot| snapshot.blocks_partly_written == 0) {
+        Some(whole) => Err(wrong(format!("no block below {} is partly written", whole.name))),
+        None => Ok(()),
+    }
 }
 
 /// Compares the disk while attached, and again after it was closed and
