@@ -125,7 +125,7 @@ impl Engine {
             }
             Command::Clean { second_only } => {
                 let file = if second_only { Some(self.frozen()?) } else { None };
-                self.clean.push(CleanWaiter { token, file, plan: true });
+                self.clean.push(CleanWaiter { token, file, quiet: false });
             }
             Command::Fold { node, file } => self.fold(token, *node, file)?,
             Command::Refresh { lower } => {

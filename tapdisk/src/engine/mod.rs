@@ -115,7 +115,10 @@ enum Barrier {
 struct CleanWaiter {
     token: Token,
     file: Option<FileId>,
-    plan: bool,
+    /// Also until no operation is in flight: the process ends then, and what
+    /// it still had in flight (the zeroing of a freed slot, say) would land in
+    /// the next holder's image.
+    quiet: bool,
 }
 
 impl Engine {

@@ -109,7 +109,7 @@ impl Engine {
                 self.answer(token, Ok(CommandReply::Done));
             }
             Then::Close(token) => {
-                self.clean.push(CleanWaiter { token, file: None, plan: true });
+                self.clean.push(CleanWaiter { token, file: None, quiet: true });
                 self.progress_clean();
             }
         }

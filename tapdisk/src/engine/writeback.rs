@@ -8,7 +8,7 @@ use vhd::rw::Captured;
 use vhd::units::Slot;
 
 use super::image::Purpose;
-use super::{CleanWaiter, CommandReply, Engine, FileId, Op, RequestId, Barrier};
+use super::{CommandReply, Engine, FileId, Op, RequestId, Barrier};
 
 /// Where an image's write-back stands.
 #[derive(Debug)]
@@ -305,9 +305,10 @@ impl Engine {
             if let Some(poisoned) = indexes.iter().find(|index| self.stack[**index].poisoned) {
                 let detail = format!("a flush of {} failed", self.stack[*poisoned].name);
                 self.answer(waiter.token, Err(super::CommandError::Failed(detail)));
-            } else if indexes.iter().all(|index| self.stack[*index].is_clean()) {
-                let plans = indexes.iter().filter(|_| waiter.plan).map(|index| self.settle_plan(*index));
-                let plans = plans.collect();
+            } else if indexes.iter().all(|index| self.stack[*index].is_clean())
+                && (!waiter.quiet || self.ops.is_empty() && self.barriers.is_empty())
+            {
+                let plans = indexes.iter().map(|index| self.settle_plan(*index)).collect();
                 self.answer(waiter.token, Ok(CommandReply::Clean(plans)));
             } else {
                 for index in indexes {
@@ -316,7 +317,7 @@ impl Engine {
                         self.start_writeback(index);
                     }
                 }
-                self.clean.push(CleanWaiter { ..waiter });
+                self.clean.push(waiter);
             }
         }
     }
