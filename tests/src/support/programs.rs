@@ -5,22 +5,21 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
-/// The `coppice` program, built from this tree on first use.
-///
-/// Cargo builds programs only for tests of their own package. The test
-/// profile keeps debug assertions on, and most of it is built already.
+/// The `coppice` program, built from this tree on first use: cargo builds
+/// programs only for tests of their own package. It is the release build,
+/// which is what people run.
 pub fn coppice() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {
         let target = target_dir();
         let status = Command::new(env!("CARGO"))
-            .args(["build", "--quiet", "--package", "coppice", "--profile", "test", "--target-dir"])
+            .args(["build", "--quiet", "--package", "coppice", "--release", "--target-dir"])
             .arg(&target)
             .current_dir(env!("CARGO_MANIFEST_DIR"))
             .status()
             .unwrap();
         assert!(status.success(), "coppice cannot be built");
-        target.join("debug/coppice")
+        target.join("release/coppice")
     })
 }
 

@@ -78,7 +78,10 @@ pub fn object(document: &Value) -> String {
     };
     let width = map.keys().map(String::len).max().unwrap_or(0);
     let mut out = String::new();
-    for (key, value) in map {
+    // What it is called stands first, the rest by the alphabet.
+    let named = |key: &str| key == "name" || key == "uuid";
+    let first = map.iter().filter(|(key, _)| named(key));
+    for (key, value) in first.chain(map.iter().filter(|(key, _)| !named(key))) {
         let shown = match value {
             Value::Number(n) if is_size(key) => {
                 n.as_u64().map_or_else(|| n.to_string(), |bytes| format!("{} ({bytes})", human(bytes)))
