@@ -26,10 +26,14 @@ pub fn vdi(smd: &Daemon, text: &str) -> Outcome<String> {
 }
 
 /// The uuid of a storage repository or else of a disk, and which of the two,
-/// as the collector calls them.
+/// as the collector calls them. It tells uuids apart itself, so that it can
+/// be asked with smd dead too.
 pub fn sr_or_vdi(smd: &Daemon, text: &str) -> Outcome<(&'static str, String)> {
+    if is_uuid(text) {
+        return Ok(("sr", text.to_owned()));
+    }
     let srs: Vec<Sr> = list_of(&smd.get("/srs")?, "srs")?;
-    if srs.iter().any(|sr| sr.uuid == text || sr.name == text) {
+    if srs.iter().any(|sr| sr.name == text) {
         return Ok(("sr", sr(smd, text)?));
     }
     Ok(("vdi", vdi(smd, text)?))
