@@ -316,6 +316,11 @@ impl Engine {
     fn plan_zero(&mut self, piece: Piece) {
         let whole_block = piece.run == SectorRun::BLOCK;
         let merging = self.second == Second::Parent && self.stack.len() == 2;
+        if merging && self.in_window(piece.block) {
+            // The leaf's entry may be clear in memory and not yet on its file:
+            // freed in the parent now, the leaf's old data would come back.
+            return self.park(Wait::Window(piece.block), piece);
+        }
         let target = usize::from(merging);
         let in_leaf = merging && self.stack[0].rw.presence(piece.block) != Presence::Absent;
         if self.has_below(target, piece.block) || (in_leaf && !whole_block) {
