@@ -25,14 +25,28 @@ const STEP: usize = 1;
 
 #[derive(Debug, Clone, Copy)]
 enum Op {
-    Write { first: u64, count: u64 },
-    Zero { first: u64, count: u64 },
-    Trim { first: u64, count: u64 },
+    Write {
+        first: u64,
+        count: u64,
+    },
+    Zero {
+        first: u64,
+        count: u64,
+    },
+    Trim {
+        first: u64,
+        count: u64,
+    },
     Flush,
-    Read { first: u64, count: u64 },
+    Read {
+        first: u64,
+        count: u64,
+    },
     Snapshot,
     Clone,
-    Delete { nth: usize },
+    Delete {
+        nth: usize,
+    },
     Collect,
     Reattach,
     /// The tapdisk is killed; everything acknowledged must be there.
@@ -42,7 +56,8 @@ enum Op {
 fn random_ops(rng: &mut SmallRng, count: usize) -> Vec<Op> {
     let range = |rng: &mut SmallRng| {
         let first = rng.random_range(0..SECTORS);
-        let count = if rng.random_range(0..4) == 0 { rng.random_range(1..9000) } else { rng.random_range(1..64) };
+        let count =
+            if rng.random_range(0..4) == 0 { rng.random_range(1..9000) } else { rng.random_range(1..64) };
         (first, count.min(SECTORS - first))
     };
     let one = |rng: &mut SmallRng| match rng.random_range(0..100) {
@@ -119,7 +134,12 @@ impl Model {
             }
             Op::Zero { first, count } => {
                 self.fill(first, count, 0);
-                self.request(RequestKind::WriteZeroes { fua: false, no_hole: false }, first, count, Vec::new())?;
+                self.request(
+                    RequestKind::WriteZeroes { fua: false, no_hole: false },
+                    first,
+                    count,
+                    Vec::new(),
+                )?;
             }
             Op::Trim { first, count } => {
                 self.fill(first, count, 0);

@@ -37,14 +37,15 @@ pub struct OpenRw {
 /// 1. Whoever holds the lock first replays what a killed holder left in its
 ///    record (see [`replay`]), and only then removes the record.
 /// 2. If the copy of the footer at the front is bad it is rewritten from the
-///    end, durably, before the end is cut.
-/// 3. A flush: what the BAT says now must be durable before space it does not
-///    name is given away (a killed holder may have cleared an entry that a
-///    power cut would bring back). The tail is cut behind the last block, gaps are zeroed and the BATmap is
+///    end.
+/// 3. A flush: that copy must be durable before the end is cut, and what the
+///    BAT says now before space it does not name is given away (a killed
+///    holder may have cleared an entry that a power cut would bring back).
+/// 4. The tail is cut behind the last block, gaps are zeroed and the BATmap is
 ///    zeroed as a whole: what the BAT does not name is never trusted to read
 ///    as zeros (invariant 6), and no BATmap bit may outlive a block that is
-///    freed later (invariant 7).
-/// 4. All of that is flushed before anything is written.
+///    freed later (invariant 7). No flush follows here: the first metadata
+///    anybody writes is written after a flush of data, which covers this too.
 ///
 /// # Errors
 /// Whatever is wrong with the image, naming it; `WouldBlock` inside
@@ -60,7 +61,6 @@ pub fn open_rw(volumes: &dyn Volumes, name: &VolumeName, records: &dyn RecordSto
         records.remove(footer)?;
         if meta.footer_state != FooterState::Settled && meta.footer_state != FooterState::EndMissing {
             volume.write_at(&meta.footer.to_bytes(), 0)?;
-            volume.flush("open: footer copy before the end is cut")?;
             meta.footer_state = FooterState::EndMissing;
         }
         let rw = prepare(volume.as_ref(), &meta)?;
@@ -87,7 +87,7 @@ fn layout(meta: &Meta) -> Result<&Layout> {
 /// Steps 3 and 4 of [`open_rw`].
 fn prepare(volume: &dyn Volume, meta: &Meta) -> Result<RwImage> {
     let layout = layout(meta)?;
-    volume.flush("open: the BAT as found before space is given away")?;
+    volume.flush("open: footer copy and BAT as found before space is given away")?;
     let bat = read_bat(volume, layout)?;
     let (slots, gaps) = Slots::survey(&bat, layout.data_start);
     if !volume.is_device() {
@@ -101,7 +101,6 @@ fn prepare(volume: &dyn Volume, meta: &Meta) -> Result<RwImage> {
     if batmap_has_bits(volume, meta) {
         write_batmap(volume, meta, &[])?;
     }
-    volume.flush("open: tail, gaps and BATmap before the first write")?;
     let is_whole = |block: BlockNo| {
         let byte = whole.as_deref().and_then(|bits| bits.get(block.index() / 8));
         byte.is_some_and(|byte| byte & (0x80 >> (block.0 % 8)) != 0)
@@ -114,9 +113,10 @@ fn prepare(volume: &dyn Volume, meta: &Meta) -> Result<RwImage> {
 /// 1. flush: the data every entry vouches for was in the page cache when the
 ///    entry became valid; now it is durable.
 /// 2. bitmaps are merged and written, flush.
-/// 3. BAT entries are written, flush. Only then may the caller remove the
-///    record. A second crash anywhere starts over; a power cut voids the
-///    record, and what steps 2 and 3 left is the state of some write-back.
+/// 3. BAT entries are written. The caller may remove the record: only a power
+///    cut could lose them now, and that voids the record anyway. A second
+///    crash anywhere starts over, and what a power cut leaves of steps 2 and 3
+///    is the state of some write-back.
 fn replay(volume: &dyn Volume, meta: &Meta, record: &PendingRecord) -> Result<()> {
     let layout = layout(meta)?;
     let mut blocks: BTreeMap<BlockNo, (u32, SectorBitmap)> = BTreeMap::new();
@@ -154,7 +154,6 @@ fn replay(volume: &dyn Volume, meta: &Meta, record: &PendingRecord) -> Result<()
         let at = layout.table_offset + u64::from(block.0) * 4;
         volume.write_at(&slot.to_be_bytes(), at)?;
     }
-    volume.flush("replay: BAT before the record goes")?;
     Ok(())
 }
 

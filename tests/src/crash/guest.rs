@@ -75,8 +75,11 @@ impl Guest {
         self.drain();
     }
 
-    /// A flush, waited for.
-    pub fn flush(&mut self) {
+    /// Works on for some steps, then a flush, waited for.
+    pub fn busy_then_flush(&mut self, steps: usize) {
+        for _ in 0..steps {
+            self.pump();
+        }
         self.submit_flush();
         self.drain();
     }

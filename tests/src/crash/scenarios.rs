@@ -12,6 +12,8 @@ use rand::{Rng, SeedableRng};
 use sm::journal::SiblingKind;
 use sm::ops::{self, Wanted};
 use uuid::Uuid;
+use vhd::meta::Meta;
+use vhd::resize::grow;
 use vhd::storage::sim::{Sabotage, SimDisk};
 use vhd::storage::{Access, VolumeName};
 use vhd::units::{BlockNo, SectorRun};
@@ -52,7 +54,7 @@ pub struct Scenario {
 }
 
 /// All of them.
-pub const ALL: [Scenario; 7] = [
+pub const ALL: [Scenario; 8] = [
     Scenario { name: "writes", go: writes },
     Scenario { name: "snapshots", go: snapshots },
     Scenario { name: "offline", go: offline },
@@ -60,6 +62,7 @@ pub const ALL: [Scenario; 7] = [
     Scenario { name: "merge stopped", go: merge_stopped },
     Scenario { name: "inner merge", go: inner_merge },
     Scenario { name: "writer", go: writer },
+    Scenario { name: "growth", go: growth },
 ];
 
 impl Scenario {
@@ -354,6 +357,25 @@ fn write_some(play: &mut Play, writer: &mut Writer, rng: &mut SmallRng, value: u
     let block = BlockNo(u32::try_from(block).expect("few blocks"));
     writer.write(block, run, &bytes, true).expect("write");
     (sectors, value, began)
+}
+
+/// An image grows until its BAT has to move, then is written again.
+fn growth(play: &mut Play) {
+    play.attach();
+    play.traffic(15);
+    play.snapshot();
+    play.traffic(10);
+    play.detach();
+    let name = VolumeName::vhd(play.vdi);
+    for virtual_bytes in [64 << 20, 600 << 20, 2000 << 20] {
+        let volume = play.world.repo.volumes.open(&name, Access::Write).expect("open");
+        let mut meta = Meta::read(volume.as_ref()).expect("headers");
+        if let Err(error) = grow(volume.as_ref(), &mut meta, virtual_bytes) {
+            play.failures.push(format!("grow to {virtual_bytes}: {error}"));
+        }
+    }
+    play.attach();
+    play.traffic(10);
 }
 
 /// The footer's copy at the front is lost, long before any crash.
