@@ -64,12 +64,8 @@ impl Pool {
             lock(&self.0).used_bytes -= bytes;
             return None;
         };
-        let inner = Inner {
-            memory: Some(memory),
-            len_bytes,
-            loans: Mutex::new(Vec::new()),
-            home: self.clone(),
-        };
+        let inner =
+            Inner { memory: Some(memory), len_bytes, loans: Mutex::new(Vec::new()), home: self.clone() };
         Some(Buffer(Arc::new(inner)))
     }
 
@@ -144,24 +140,14 @@ impl Buffer {
     /// the buffer, or part of them is on loan for writing.
     #[must_use]
     pub fn lend(&self, at: usize, len: usize) -> Option<Shared> {
-        self.loan(Span {
-            at,
-            len,
-            exclusive: false,
-        })
-        .map(Shared)
+        self.loan(Span { at, len, exclusive: false }).map(Shared)
     }
 
     /// Lends `len` bytes at `at` for writing. `None` if they are not all in
     /// the buffer, or part of them is on loan.
     #[must_use]
     pub fn lend_mut(&self, at: usize, len: usize) -> Option<Exclusive> {
-        self.loan(Span {
-            at,
-            len,
-            exclusive: true,
-        })
-        .map(Exclusive)
+        self.loan(Span { at, len, exclusive: true }).map(Exclusive)
     }
 
     fn loan(&self, span: Span) -> Option<Loan> {
@@ -178,11 +164,7 @@ impl Buffer {
             return None;
         }
         loans.push(span);
-        Some(Loan {
-            owner: self.0.clone(),
-            span,
-            start,
-        })
+        Some(Loan { owner: self.0.clone(), span, start })
     }
 }
 
@@ -341,9 +323,7 @@ mod tests {
     fn the_pool_has_an_end() {
         let pool = Pool::default();
         assert!(pool.take(BUFFER_BYTES_MAX + 1).is_none());
-        let held: Vec<_> = std::iter::from_fn(|| pool.take(BUFFER_BYTES_MAX))
-            .take(1000)
-            .collect();
+        let held: Vec<_> = std::iter::from_fn(|| pool.take(BUFFER_BYTES_MAX)).take(1000).collect();
         assert_eq!(held.len(), POOL_BYTES_MAX / BUFFER_BYTES_MAX);
         drop(held);
         assert_eq!(pool.used_bytes(), 0);

@@ -81,11 +81,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     // A program that carries this one may have set it up already.
-    let _ = tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .with_target(false)
-        .try_init();
+    let _ =
+        tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).with_target(false).try_init();
     let _span = tracing::info_span!("tapdisk", sr = %args.sr, vdi = %args.vdi).entered();
     match serve(&args) {
         Ok(()) => ExitCode::SUCCESS,
@@ -118,24 +115,15 @@ fn serve(args: &Args) -> anyhow::Result<()> {
 
 /// Opens the chain and the sockets.
 fn open(args: &Args, signals: SignalFd) -> anyhow::Result<Server<DataPath>> {
-    let top = VolumeName::new(&args.volume)
-        .with_context(|| format!("{:?} is not a volume name", args.volume))?;
+    let top =
+        VolumeName::new(&args.volume).with_context(|| format!("{:?} is not a volume name", args.volume))?;
     let opener = Opener {
-        volumes: Arc::new(FileVolumes::new(Arc::new(PosixFs::new(
-            args.sr_path.clone(),
-        )))),
-        records: Arc::new(TmpfsRecords::new(
-            args.records.clone(),
-            args.boot_id,
-            args.epoch,
-        )),
+        volumes: Arc::new(FileVolumes::new(Arc::new(PosixFs::new(args.sr_path.clone())))),
+        records: Arc::new(TmpfsRecords::new(args.records.clone(), args.boot_id, args.epoch)),
         files: Arc::new(Files::default()),
     };
     let (engine, meta) = opener.open(&top, args.read_only)?;
-    let leaf = engine
-        .stack()
-        .first()
-        .and_then(|image| opener.files.get(image.file));
+    let leaf = engine.stack().first().and_then(|image| opener.files.get(image.file));
     let export = Export {
         name: args.export.clone().unwrap_or_else(|| args.vdi.to_string()),
         description: format!("VDI {}", args.vdi),

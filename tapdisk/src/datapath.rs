@@ -52,8 +52,7 @@ impl DataPath {
                 }
                 Step::Command(token, command) => self.engine.command(self.now_us, token, command),
                 Step::Job(token, job) => {
-                    self.effects
-                        .push_back(Effect::Run(Box::new(move || (token, job()))));
+                    self.effects.push_back(Effect::Run(Box::new(move || (token, job()))));
                 }
                 Step::Exit => self.effects.push_back(Effect::Exit),
             }
@@ -88,17 +87,11 @@ impl Core for DataPath {
         if request == (Order::Stop { force: false }) && counters.clients > 0 {
             let detail = format!("{} NBD clients are connected", counters.clients);
             let outcome = Err(Refusal::Busy { detail });
-            let answer = Answer {
-                id,
-                last: true,
-                outcome,
-            };
+            let answer = Answer { id, last: true, outcome };
             return self.effects.push_back(Effect::Answer(PeerId(peer), answer));
         }
         self.asking.insert(PeerId(peer), false);
-        let steps = self
-            .service
-            .call(&self.engine, Connection(peer), id, request, counters);
+        let steps = self.service.call(&self.engine, Connection(peer), id, request, counters);
         self.take(steps);
     }
 
@@ -125,11 +118,7 @@ impl Core for DataPath {
     }
 
     fn tick_due_us(&self) -> Option<u64> {
-        let pause_us = if self.is_quiet() {
-            QUIET_TICK_US
-        } else {
-            TICK_US
-        };
+        let pause_us = if self.is_quiet() { QUIET_TICK_US } else { TICK_US };
         Some(self.last_tick_us.saturating_add(pause_us))
     }
 

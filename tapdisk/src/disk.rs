@@ -127,9 +127,11 @@ impl Opener {
     fn lower(&self, chain: Chain) -> vhd::error::Result<Lower> {
         let map = chain.into_map();
         for node in map.nodes() {
-            let left = self.records.existing(node.uuid).map_err(|e| vhd::error::Error::from(e).of(&node.name))?;
+            let left =
+                self.records.existing(node.uuid).map_err(|e| vhd::error::Error::from(e).of(&node.name))?;
             if left.is_some_and(|record| !record.is_empty()) {
-                let what = "reading an image that is not settled: whoever wrote it last must be recovered first";
+                let what =
+                    "reading an image that is not settled: whoever wrote it last must be recovered first";
                 return Err(vhd::error::Error::Unsupported { what }.of(&node.name));
             }
         }
@@ -142,7 +144,8 @@ impl Opener {
     /// # Errors
     /// What writing said.
     pub fn settle(&self, plan: &SettlePlan, meta: &mut Meta, hidden: Option<bool>) -> vhd::error::Result<()> {
-        let volume = self.files.get(plan.file).ok_or(vhd::error::Error::Unsupported { what: "a closed file" })?;
+        let volume =
+            self.files.get(plan.file).ok_or(vhd::error::Error::Unsupported { what: "a closed file" })?;
         let blocks = meta.layout.as_ref().map_or(0, |layout| layout.entries);
         let settled = Settled::new(blocks, plan.whole.iter().copied(), plan.data_end);
         settle_files(volume.as_ref(), meta, &settled, hidden)

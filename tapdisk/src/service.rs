@@ -40,7 +40,9 @@ pub enum Step {
 impl std::fmt::Debug for Step {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Answer(connection, answer) => f.debug_tuple("Answer").field(connection).field(answer).finish(),
+            Self::Answer(connection, answer) => {
+                f.debug_tuple("Answer").field(connection).field(answer).finish()
+            }
             Self::Command(token, command) => f.debug_tuple("Command").field(token).field(command).finish(),
             Self::Job(token, _) => f.debug_tuple("Job").field(token).finish_non_exhaustive(),
             Self::Exit => f.write_str("Exit"),
@@ -76,16 +78,25 @@ pub enum JobResult {
 #[derive(Debug)]
 enum Doing {
     Preparing(IntentNames),
-    Pausing { intent: IntentNames, limit_us: u64 },
-    Resuming { swapped: Option<Box<Meta>> },
-    CleaningBase { then: AfterFold },
+    Pausing {
+        intent: IntentNames,
+        limit_us: u64,
+    },
+    Resuming {
+        swapped: Option<Box<Meta>>,
+    },
+    CleaningBase {
+        then: AfterFold,
+    },
     SettlingBase,
     Folding,
     Reparenting,
     Rereading,
     Refreshing,
     Cleaning,
-    OpeningParent { rate_bytes_per_s: u64 },
+    OpeningParent {
+        rate_bytes_per_s: u64,
+    },
     StartingMerge(Box<Meta>),
     StoppingMerge,
     Committing,
@@ -134,12 +145,27 @@ impl Service {
     /// For a data path opened by `opener`; `leaf` as [`Opener::open`] gave it.
     #[must_use]
     pub fn new(opener: Opener, leaf: Option<(VolumeName, Meta)>) -> Self {
-        Self { opener, leaf, second: None, prepared: None, lease: None, operations: HashMap::new(), next_token: 1 }
+        Self {
+            opener,
+            leaf,
+            second: None,
+            prepared: None,
+            lease: None,
+            operations: HashMap::new(),
+            next_token: 1,
+        }
     }
 
     /// A call came in. `counters` is what the driver counts; the rest of the
     /// statistics is filled in here.
-    pub fn call(&mut self, engine: &Engine, from: Connection, id: u64, request: Request, counters: &Stats) -> Vec<Step> {
+    pub fn call(
+        &mut self,
+        engine: &Engine,
+        from: Connection,
+        id: u64,
+        request: Request,
+        counters: &Stats,
+    ) -> Vec<Step> {
         let caller = (from, id);
         match self.begin(engine, caller, request, counters) {
             Ok(steps) => steps,
@@ -180,7 +206,9 @@ impl Service {
             Request::Resume { intent, swap } => self.resume(caller, &intent, swap),
             Request::SettleBase { base } => self.settle_base(engine, caller, &base),
             Request::Refresh { leaf, parent } => self.refresh(engine, caller, &leaf, parent),
-            Request::Settle => Ok(self.command(caller, Doing::Cleaning, Command::Clean { second_only: false })),
+            Request::Settle => {
+                Ok(self.command(caller, Doing::Cleaning, Command::Clean { second_only: false }))
+            }
             Request::MergeStart { leaf, parent, rate_bytes_per_s } => {
                 self.merge_start(caller, &leaf, &parent, rate_bytes_per_s)
             }
@@ -218,9 +246,11 @@ impl Service {
         let opener = self.opener.clone();
         let job = move || match opener.image(&name) {
             Err(error) => JobResult::Failed(error.to_string()),
-            Ok(open) if open.meta.uuid() != child.footer => {
-                JobResult::Failed(format!("{name} has footer uuid {}, not {}", open.meta.uuid(), child.footer))
-            }
+            Ok(open) if open.meta.uuid() != child.footer => JobResult::Failed(format!(
+                "{name} has footer uuid {}, not {}",
+                open.meta.uuid(),
+                child.footer
+            )),
             Ok(open) if open.meta.virtual_bytes() != bytes || open.image.rw.allocated_blocks() != 0 => {
                 JobResult::Failed(format!("{name} is not an empty image of {bytes} bytes"))
             }
@@ -229,7 +259,12 @@ impl Service {
         Ok(self.job(caller, Doing::Preparing(intent), job))
     }
 
-    fn resume(&mut self, caller: (Connection, u64), intent: &IntentNames, swap: bool) -> Result<Vec<Step>, Refusal> {
+    fn resume(
+        &mut self,
+        caller: (Connection, u64),
+        intent: &IntentNames,
+        swap: bool,
+    ) -> Result<Vec<Step>, Refusal> {
         match &self.lease {
             Some(lease) if lease.intent == *intent => {}
             _ => return Err(Refusal::Voided),
@@ -257,7 +292,12 @@ impl Service {
         self.start(caller, Doing::Resuming { swapped }, command)
     }
 
-    fn settle_base(&mut self, engine: &Engine, caller: (Connection, u64), base: &ImageRef) -> Result<Vec<Step>, Refusal> {
+    fn settle_base(
+        &mut self,
+        engine: &Engine,
+        caller: (Connection, u64),
+        base: &ImageRef,
+    ) -> Result<Vec<Step>, Refusal> {
         let name = volume_name(&base.volume)?;
         match &self.second {
             Some(meta) if engine.has_frozen() && meta.uuid() == base.footer => {}
@@ -272,7 +312,12 @@ impl Service {
     }
 
     /// The second image is clean: settle it, hidden, and read it as a level.
-    fn settle_second(&mut self, caller: Option<(Connection, u64)>, plans: &[SettlePlan], then: AfterFold) -> Vec<Step> {
+    fn settle_second(
+        &mut self,
+        caller: Option<(Connection, u64)>,
+        plans: &[SettlePlan],
+        then: AfterFold,
+    ) -> Vec<Step> {
         let (Some(plan), Some(meta)) = (plans.first().cloned(), self.second.clone()) else {
             return self.fail(caller, "no image waits to be settled");
         };
@@ -373,7 +418,9 @@ impl Service {
         let opener = self.opener.clone();
         let job = move || match opener.image(&name) {
             Err(error) => JobResult::Failed(error.to_string()),
-            Ok(open) if open.meta.uuid() != footer => JobResult::Failed(format!("{name} is another image by now")),
+            Ok(open) if open.meta.uuid() != footer => {
+                JobResult::Failed(format!("{name} is another image by now"))
+            }
             Ok(open) if open.meta.virtual_bytes() < bytes => {
                 JobResult::Failed(format!("{name} is smaller than the leaf and must be grown first"))
             }
@@ -402,7 +449,12 @@ impl Service {
     }
 
     /// The engine answered a command.
-    pub fn answered(&mut self, token: Token, reply: Result<CommandReply, CommandError>, now_us: u64) -> Vec<Step> {
+    pub fn answered(
+        &mut self,
+        token: Token,
+        reply: Result<CommandReply, CommandError>,
+        now_us: u64,
+    ) -> Vec<Step> {
         let Some(Operation { doing, caller }) = self.operations.remove(&token) else { return Vec::new() };
         let reply = match reply {
             Ok(reply) => reply,
@@ -420,7 +472,9 @@ impl Service {
                 }
                 said(caller, Reply::Done)
             }
-            (Doing::CleaningBase { then }, CommandReply::Clean(plans)) => self.settle_second(caller, &plans, then),
+            (Doing::CleaningBase { then }, CommandReply::Clean(plans)) => {
+                self.settle_second(caller, &plans, then)
+            }
             (Doing::Folding, _) => {
                 if let Some(meta) = self.second.take() {
                     // What the record held is durable in the image by now.
@@ -464,9 +518,11 @@ impl Service {
 
     /// A stopped merge: the parent is frozen now; settle and fold it.
     fn fold_parent(&mut self, caller: Option<(Connection, u64)>) -> Vec<Step> {
-        let name = self.leaf.as_ref().and_then(|(_, meta)| meta.parent.as_ref()).and_then(|parent| {
-            parent.candidates().ok().and_then(|names| names.into_iter().next())
-        });
+        let name = self
+            .leaf
+            .as_ref()
+            .and_then(|(_, meta)| meta.parent.as_ref())
+            .and_then(|parent| parent.candidates().ok().and_then(|names| names.into_iter().next()));
         match name {
             Some(name) => {
                 let then = AfterFold { name };
@@ -527,7 +583,8 @@ impl Service {
                 if let Some((_, leaf)) = &mut self.leaf {
                     *leaf = *meta;
                 }
-                let mut steps: Vec<Step> = caller.map(|c| more(c, Reply::HeaderDurable)).into_iter().collect();
+                let mut steps: Vec<Step> =
+                    caller.map(|c| more(c, Reply::HeaderDurable)).into_iter().collect();
                 steps.extend(self.reread(caller));
                 steps
             }
@@ -549,7 +606,9 @@ impl Service {
         if self.lease.as_ref().is_some_and(|lease| lease.holder == connection) {
             return self.lease_ends();
         }
-        if self.prepared.as_ref().is_some_and(|(_, holder, _)| *holder == connection) && self.operations.is_empty() {
+        if self.prepared.as_ref().is_some_and(|(_, holder, _)| *holder == connection)
+            && self.operations.is_empty()
+        {
             self.drop_prepared();
         }
         Vec::new()
@@ -593,7 +652,12 @@ impl Service {
         self.start(Some(caller), doing, command)
     }
 
-    fn job(&mut self, caller: (Connection, u64), doing: Doing, job: impl FnOnce() -> JobResult + Send + 'static) -> Vec<Step> {
+    fn job(
+        &mut self,
+        caller: (Connection, u64),
+        doing: Doing,
+        job: impl FnOnce() -> JobResult + Send + 'static,
+    ) -> Vec<Step> {
         self.start_job(Some(caller), doing, job)
     }
 
@@ -662,10 +726,8 @@ fn merge_status(engine: &Engine) -> MergeStatus {
 }
 
 fn stats(engine: &Engine, counters: &Stats) -> Stats {
-    let mut chain = engine
-        .images()
-        .into_iter()
-        .map(|(name, footer)| ImageRef { volume: name.to_string(), footer });
+    let mut chain =
+        engine.images().into_iter().map(|(name, footer)| ImageRef { volume: name.to_string(), footer });
     let leaf = if engine.leaf().is_some() { chain.next() } else { None };
     Stats {
         chain: leaf.iter().cloned().chain(chain).collect(),

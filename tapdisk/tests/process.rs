@@ -26,9 +26,7 @@ struct Place {
 
 impl Place {
     fn new() -> Self {
-        let place = Self {
-            folder: tempfile::tempdir().unwrap(),
-        };
+        let place = Self { folder: tempfile::tempdir().unwrap() };
         for folder in ["sr", "run", "records"] {
             std::fs::create_dir(place.path(folder)).unwrap();
         }
@@ -72,9 +70,7 @@ impl Place {
             .spawn()
             .unwrap();
         let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap())
-            .read_line(&mut line)
-            .unwrap();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         (Tapdisk(child), serde_json::from_str(&line).unwrap())
     }
 
@@ -99,12 +95,8 @@ impl Place {
     /// A client past the handshake, with simple replies.
     fn nbd(&self) -> UnixStream {
         let mut socket = UnixStream::connect(self.path("run/nbd.sock")).unwrap();
-        socket
-            .set_read_timeout(Some(Duration::from_secs(20)))
-            .unwrap();
-        socket
-            .write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0")
-            .unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        socket.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0").unwrap();
         let mut hello = [0; 28];
         socket.read_exact(&mut hello).unwrap();
         assert_eq!(hello[18..26], DISK_BYTES.to_be_bytes());
@@ -218,14 +210,8 @@ fn stop_is_refused_while_clients_are_there_unless_forced() {
     assert_eq!(place.stats().clients, 1);
     let mut control = place.control();
     let refused = control.call(Request::Stop { force: false });
-    assert!(
-        matches!(refused, Err(ClientError::Refused(Refusal::Busy { .. }))),
-        "{refused:?}"
-    );
-    assert_eq!(
-        control.call(Request::Stop { force: true }).unwrap(),
-        Reply::Done
-    );
+    assert!(matches!(refused, Err(ClientError::Refused(Refusal::Busy { .. }))), "{refused:?}");
+    assert_eq!(control.call(Request::Stop { force: true }).unwrap(), Reply::Done);
     assert!(tapdisk.wait().success());
     drop(socket);
 }
@@ -235,31 +221,16 @@ fn a_pause_ends_with_its_connection_even_before_its_answer() {
     let place = Place::new();
     let _tapdisk = place.ready();
     let name = |state| format!("intent.{state}");
-    let intent = IntentNames {
-        pending: name("pending"),
-        decided: name("decided"),
-        void: name("void"),
-    };
+    let intent = IntentNames { pending: name("pending"), decided: name("decided"), void: name("void") };
     for asked_and_left in [true, false] {
         let mut control = place.control();
         let leaf = place.stats().leaf.unwrap();
-        let prepare = Request::Prepare {
-            intent: intent.clone(),
-            leaf,
-            child: None,
-        };
+        let prepare = Request::Prepare { intent: intent.clone(), leaf, child: None };
         assert_eq!(control.call(prepare).unwrap(), Reply::Done);
-        let pause = Request::Pause {
-            intent: intent.clone(),
-            limit_ms: 60_000,
-        };
+        let pause = Request::Pause { intent: intent.clone(), limit_ms: 60_000 };
         if asked_and_left {
             let mut brief = UnixStream::connect(place.path("run/ctl.sock")).unwrap();
-            let line = serde_json::to_string(&Call {
-                id: 1,
-                request: pause,
-            })
-            .unwrap();
+            let line = serde_json::to_string(&Call { id: 1, request: pause }).unwrap();
             brief.write_all(format!("{line}\n").as_bytes()).unwrap();
         } else {
             let paused = control.call(pause).unwrap();
@@ -306,10 +277,7 @@ fn a_read_only_disk_refuses_writes() {
 fn a_lease_that_is_not_open_and_wrong_usage_are_refused() {
     let place = Place::new();
     let (mut tapdisk, said) = place.start(&["--lease-fd", "77"]);
-    assert_eq!(
-        (said["ready"].as_bool(), tapdisk.wait().code()),
-        (Some(false), Some(1))
-    );
+    assert_eq!((said["ready"].as_bool(), tapdisk.wait().code()), (Some(false), Some(1)));
     let status = Command::new(env!("CARGO_BIN_EXE_tapdisk"))
         .arg("--no-such-flag")
         .stderr(Stdio::null())

@@ -33,10 +33,7 @@ impl CachedReads {
         if !self.supported || buf.len() > CACHED_BYTES_MAX {
             return false;
         }
-        let part = libc::iovec {
-            iov_base: buf.as_mut_ptr().cast(),
-            iov_len: buf.len(),
-        };
+        let part = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
         // SAFETY: the one part describes `buf`, which is borrowed for writing
         // until the call returns, and the call keeps no reference.
         let n = unsafe { libc::preadv2(fd.as_raw_fd(), &raw const part, 1, at, libc::RWF_NOWAIT) };

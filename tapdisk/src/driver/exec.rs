@@ -23,55 +23,16 @@ pub struct Work(Task);
 
 #[derive(Debug)]
 enum Task {
-    ReadGuest {
-        file: Arc<dyn Volume>,
-        offset: u64,
-        into: Exclusive,
-    },
-    WriteGuest {
-        file: Arc<dyn Volume>,
-        offset: u64,
-        from: Shared,
-    },
-    ReadMeta {
-        file: Arc<dyn Volume>,
-        offset: u64,
-        len: u32,
-    },
-    WriteMeta {
-        file: Arc<dyn Volume>,
-        offset: u64,
-        bytes: Arc<[u8]>,
-    },
-    Copy {
-        from: Arc<dyn Volume>,
-        from_offset: u64,
-        to: Arc<dyn Volume>,
-        to_offset: u64,
-        len: u64,
-    },
-    Zero {
-        file: Arc<dyn Volume>,
-        offset: u64,
-        len: u64,
-    },
-    SetLen {
-        file: Arc<dyn Volume>,
-        len: u64,
-    },
-    Flush {
-        file: Arc<dyn Volume>,
-        why: Why,
-    },
-    Replace {
-        volumes: Arc<dyn Volumes>,
-        from: VolumeName,
-        over: VolumeName,
-    },
-    SyncNames {
-        volumes: Arc<dyn Volumes>,
-        why: Why,
-    },
+    ReadGuest { file: Arc<dyn Volume>, offset: u64, into: Exclusive },
+    WriteGuest { file: Arc<dyn Volume>, offset: u64, from: Shared },
+    ReadMeta { file: Arc<dyn Volume>, offset: u64, len: u32 },
+    WriteMeta { file: Arc<dyn Volume>, offset: u64, bytes: Arc<[u8]> },
+    Copy { from: Arc<dyn Volume>, from_offset: u64, to: Arc<dyn Volume>, to_offset: u64, len: u64 },
+    Zero { file: Arc<dyn Volume>, offset: u64, len: u64 },
+    SetLen { file: Arc<dyn Volume>, len: u64 },
+    Flush { file: Arc<dyn Volume>, why: Why },
+    Replace { volumes: Arc<dyn Volumes>, from: VolumeName, over: VolumeName },
+    SyncNames { volumes: Arc<dyn Volumes>, why: Why },
 }
 
 /// Where [`prepare`] looks things up.
@@ -96,99 +57,33 @@ pub fn prepare(
     let file = |id: FileId| tables.files.get(id).ok_or(libc::EBADF);
     let volumes = || Arc::clone(tables.volumes);
     Ok(Work(match op {
-        Op::ReadGuest {
-            file: id,
-            offset,
-            into,
-        } => {
+        Op::ReadGuest { file: id, offset, into } => {
             let buffer = buffer_of(into).ok_or(libc::EFAULT)?;
-            let into = buffer
-                .lend_mut(into.at as usize, into.len as usize)
-                .ok_or(libc::EFAULT)?;
-            Task::ReadGuest {
-                file: file(id)?,
-                offset,
-                into,
-            }
+            let into = buffer.lend_mut(into.at as usize, into.len as usize).ok_or(libc::EFAULT)?;
+            Task::ReadGuest { file: file(id)?, offset, into }
         }
-        Op::WriteGuest {
-            file: id,
-            offset,
-            from,
-        } => {
+        Op::WriteGuest { file: id, offset, from } => {
             let buffer = buffer_of(from).ok_or(libc::EFAULT)?;
-            let from = buffer
-                .lend(from.at as usize, from.len as usize)
-                .ok_or(libc::EFAULT)?;
-            Task::WriteGuest {
-                file: file(id)?,
-                offset,
-                from,
-            }
+            let from = buffer.lend(from.at as usize, from.len as usize).ok_or(libc::EFAULT)?;
+            Task::WriteGuest { file: file(id)?, offset, from }
         }
-        Op::ReadMeta {
-            file: id,
-            offset,
-            len,
-        } if len <= META_BYTES_MAX => Task::ReadMeta {
-            file: file(id)?,
-            offset,
-            len,
-        },
+        Op::ReadMeta { file: id, offset, len } if len <= META_BYTES_MAX => {
+            Task::ReadMeta { file: file(id)?, offset, len }
+        }
         Op::ReadMeta { .. } => return Err(libc::EINVAL),
-        Op::WriteMeta {
-            file: id,
-            offset,
-            bytes,
-            why: _,
-        } => Task::WriteMeta {
-            file: file(id)?,
-            offset,
-            bytes,
-        },
-        Op::Copy {
-            from,
-            from_offset,
-            to,
-            to_offset,
-            len,
-        } => Task::Copy {
-            from: file(from)?,
-            from_offset,
-            to: file(to)?,
-            to_offset,
-            len,
-        },
+        Op::WriteMeta { file: id, offset, bytes, why: _ } => {
+            Task::WriteMeta { file: file(id)?, offset, bytes }
+        }
+        Op::Copy { from, from_offset, to, to_offset, len } => {
+            Task::Copy { from: file(from)?, from_offset, to: file(to)?, to_offset, len }
+        }
         // Keeping the space is a wish that a file cannot be held to, and a
         // device keeps it anyway.
-        Op::Zero {
-            file: id,
-            offset,
-            len,
-            keep: _,
-            why: _,
-        } => Task::Zero {
-            file: file(id)?,
-            offset,
-            len,
-        },
-        Op::SetLen { file: id, len } => Task::SetLen {
-            file: file(id)?,
-            len,
-        },
-        Op::Flush { file: id, why } => Task::Flush {
-            file: file(id)?,
-            why,
-        },
-        Op::Replace { from, over, why: _ } => Task::Replace {
-            volumes: volumes(),
-            from,
-            over,
-        },
-        Op::SyncNames { why } => Task::SyncNames {
-            volumes: volumes(),
-            why,
-        },
+        Op::Zero { file: id, offset, len, keep: _, why: _ } => Task::Zero { file: file(id)?, offset, len },
+        Op::SetLen { file: id, len } => Task::SetLen { file: file(id)?, len },
+        Op::Flush { file: id, why } => Task::Flush { file: file(id)?, why },
+        Op::Replace { from, over, why: _ } => Task::Replace { volumes: volumes(), from, over },
+        Op::SyncNames { why } => Task::SyncNames { volumes: volumes(), why },
     }))
 }
 
@@ -199,9 +94,7 @@ impl Work {
         let Task::ReadGuest { file, offset, into } = &mut self.0 else {
             return None;
         };
-        cached
-            .read(file.fd()?, into, *offset)
-            .then_some(Completion::Done)
+        cached.read(file.fd()?, into, *offset).then_some(Completion::Done)
     }
 
     /// Carries it out; blocks.
@@ -210,12 +103,7 @@ impl Work {
     /// What failed, and how.
     pub fn run(self) -> Result<Completion, Failure> {
         let (what, offset, len) = self.0.label();
-        self.0.run().map_err(|error| Failure {
-            what,
-            offset,
-            len,
-            error,
-        })
+        self.0.run().map_err(|error| Failure { what, offset, len, error })
     }
 }
 
@@ -226,9 +114,7 @@ impl Task {
             Self::ReadGuest { offset, into, .. } => ("read", *offset, into.len() as u64),
             Self::WriteGuest { offset, from, .. } => ("write", *offset, from.len() as u64),
             Self::ReadMeta { offset, len, .. } => ("metadata read", *offset, u64::from(*len)),
-            Self::WriteMeta { offset, bytes, .. } => {
-                ("metadata write", *offset, bytes.len() as u64)
-            }
+            Self::WriteMeta { offset, bytes, .. } => ("metadata write", *offset, bytes.len() as u64),
             Self::Copy { to_offset, len, .. } => ("copy", *to_offset, *len),
             Self::Zero { offset, len, .. } => ("zeroing", *offset, *len),
             Self::SetLen { len, .. } => ("setting the length", *len, 0),
@@ -240,40 +126,22 @@ impl Task {
 
     fn run(self) -> io::Result<Completion> {
         match self {
-            Self::ReadGuest {
-                file,
-                offset,
-                mut into,
-            } => file.read_at(&mut into, offset)?,
+            Self::ReadGuest { file, offset, mut into } => file.read_at(&mut into, offset)?,
             Self::WriteGuest { file, offset, from } => file.write_at(&from, offset)?,
             Self::ReadMeta { file, offset, len } => {
                 let mut bytes = vec![0; len as usize];
                 file.read_at(&mut bytes, offset)?;
                 return Ok(Completion::Bytes(bytes));
             }
-            Self::WriteMeta {
-                file,
-                offset,
-                bytes,
-            } => file.write_at(&bytes, offset)?,
-            Self::Copy {
-                from,
-                from_offset,
-                to,
-                to_offset,
-                len,
-            } => {
+            Self::WriteMeta { file, offset, bytes } => file.write_at(&bytes, offset)?,
+            Self::Copy { from, from_offset, to, to_offset, len } => {
                 let kind = to.copy_from(&*from, from_offset, to_offset, len)?;
                 return Ok(Completion::Copied(kind));
             }
             Self::Zero { file, offset, len } => file.zero(offset, len)?,
             Self::SetLen { file, len } => file.set_len(len)?,
             Self::Flush { file, why } => file.flush(why)?,
-            Self::Replace {
-                volumes,
-                from,
-                over,
-            } => volumes.replace(&from, &over)?,
+            Self::Replace { volumes, from, over } => volumes.replace(&from, &over)?,
             Self::SyncNames { volumes, why } => volumes.sync(why)?,
         }
         Ok(Completion::Done)

@@ -18,9 +18,7 @@ use vhd::storage::{CopyKind, VolumeName, Volumes, Why};
 use super::{Core, Effect, PeerId};
 use crate::datapath::{DataPath, JobDone};
 use crate::disk::{Files, Opener};
-use crate::engine::{
-    BufferRange, Completion, Extent, Op, OpId, Output, Request, RequestId, RequestKind,
-};
+use crate::engine::{BufferRange, Completion, Extent, Op, OpId, Output, Request, RequestId, RequestKind};
 use crate::service::Service;
 
 /// Simulated time between steps, in microseconds.
@@ -45,11 +43,7 @@ impl SimRecords {
     }
 
     fn owner(footer: Uuid) -> Owner {
-        Owner {
-            boot: BOOT,
-            footer,
-            epoch: 1,
-        }
+        Owner { boot: BOOT, footer, epoch: 1 }
     }
 }
 
@@ -74,10 +68,7 @@ impl RecordStore for SimRecords {
 
     fn create(&self, footer: Uuid) -> std::io::Result<PendingRecord> {
         let buffer = self.0.buffer(&Self::name(footer), RECORD_WORDS * 8)?;
-        Ok(PendingRecord::format(
-            Box::new(Buffer(buffer)),
-            Self::owner(footer),
-        ))
+        Ok(PendingRecord::format(Box::new(Buffer(buffer)), Self::owner(footer)))
     }
 
     fn remove(&self, footer: Uuid) -> std::io::Result<()> {
@@ -136,11 +127,7 @@ impl SimTap {
     ) -> vhd::error::Result<Self> {
         let files = Arc::new(Files::default());
         let records = Arc::new(SimRecords::new(disk));
-        let opener = Opener {
-            volumes,
-            records,
-            files: Arc::clone(&files),
-        };
+        let opener = Opener { volumes, records, files: Arc::clone(&files) };
         let (engine, meta) = opener.open(top, read_only)?;
         let service = Service::new(opener, meta.map(|meta| (top.clone(), meta)));
         Ok(Self {
@@ -161,35 +148,20 @@ impl SimTap {
     }
 
     /// Submits a guest request; `buffer` holds what a write writes.
-    pub fn submit(
-        &mut self,
-        kind: RequestKind,
-        offset: u64,
-        len: u32,
-        buffer: Vec<u8>,
-    ) -> RequestId {
+    pub fn submit(&mut self, kind: RequestKind, offset: u64, len: u32, buffer: Vec<u8>) -> RequestId {
         let id = RequestId(self.next_request);
         self.next_request += 1;
         let mut buffer = buffer;
         buffer.resize(len as usize, 0);
         self.buffers.insert(id, (buffer, Vec::new()));
-        self.core.submit(
-            self.now_us,
-            Request {
-                id,
-                kind,
-                offset,
-                len,
-            },
-        );
+        self.core.submit(self.now_us, Request { id, kind, offset, len });
         self.apply();
         id
     }
 
     /// Sends a control call.
     pub fn call(&mut self, peer: PeerId, id: u64, request: Order) {
-        self.core
-            .call(self.now_us, peer, Call { id, request }, &Stats::default());
+        self.core.call(self.now_us, peer, Call { id, request }, &Stats::default());
         self.apply();
     }
 
@@ -320,12 +292,7 @@ impl SimTap {
             }
             Output::Done(id, result) => {
                 let (buffer, extents) = self.buffers.remove(&id).unwrap_or_default();
-                self.finished.push_back(Finished {
-                    id,
-                    result,
-                    buffer,
-                    extents,
-                });
+                self.finished.push_back(Finished { id, result, buffer, extents });
             }
             Output::Close(file) => self.files.close(file),
             Output::Answer(..) => {}
@@ -337,9 +304,7 @@ impl SimTap {
             Op::ReadGuest { into, .. } => Some(*into),
             _ => None,
         };
-        let begun = self
-            .request(what)
-            .and_then(|(request, why)| self.disk.begin(request, why).ok());
+        let begun = self.request(what).and_then(|(request, why)| self.disk.begin(request, why).ok());
         match begun {
             Some(sim) if sim.early() => {
                 let completion = match sim.early_answer() {
@@ -350,9 +315,7 @@ impl SimTap {
                 self.core.complete(self.now_us, op, completion);
             }
             Some(sim) => self.flying.push(Flying { op, sim, into }),
-            None => self
-                .core
-                .complete(self.now_us, op, Completion::Failed(libc::EIO)),
+            None => self.core.complete(self.now_us, op, Completion::Failed(libc::EIO)),
         }
     }
 
@@ -362,103 +325,33 @@ impl SimTap {
 
     fn request(&mut self, op: Op) -> Option<(SimRequest, Why)> {
         Some(match op {
-            Op::ReadGuest { file, offset, into } => (
-                SimRequest::Read {
-                    file: self.file(file)?,
-                    offset,
-                    len: u64::from(into.len),
-                },
-                "guest read",
-            ),
-            Op::ReadMeta { file, offset, len } => (
-                SimRequest::Read {
-                    file: self.file(file)?,
-                    offset,
-                    len: u64::from(len),
-                },
-                "metadata read",
-            ),
+            Op::ReadGuest { file, offset, into } => {
+                (SimRequest::Read { file: self.file(file)?, offset, len: u64::from(into.len) }, "guest read")
+            }
+            Op::ReadMeta { file, offset, len } => {
+                (SimRequest::Read { file: self.file(file)?, offset, len: u64::from(len) }, "metadata read")
+            }
             Op::WriteGuest { file, offset, from } => {
                 let bytes: Arc<[u8]> = self.target(from)?.to_vec().into();
-                (
-                    SimRequest::Write {
-                        file: self.file(file)?,
-                        offset,
-                        bytes,
-                    },
-                    "guest write",
-                )
+                (SimRequest::Write { file: self.file(file)?, offset, bytes }, "guest write")
             }
-            Op::WriteMeta {
-                file,
-                offset,
-                bytes,
-                why,
-            } => (
-                SimRequest::Write {
-                    file: self.file(file)?,
-                    offset,
-                    bytes,
-                },
-                why,
-            ),
-            Op::Copy {
-                from,
-                from_offset,
-                to,
-                to_offset,
-                len,
-            } => {
+            Op::WriteMeta { file, offset, bytes, why } => {
+                (SimRequest::Write { file: self.file(file)?, offset, bytes }, why)
+            }
+            Op::Copy { from, from_offset, to, to_offset, len } => {
                 let (from, to) = (self.file(from)?, self.file(to)?);
-                (
-                    SimRequest::Copy {
-                        from,
-                        from_offset,
-                        to,
-                        to_offset,
-                        len,
-                    },
-                    "merge: copy",
-                )
+                (SimRequest::Copy { from, from_offset, to, to_offset, len }, "merge: copy")
             }
-            Op::Zero {
-                file,
-                offset,
-                len,
-                keep,
-                why,
-            } => (
-                SimRequest::Zero {
-                    file: self.file(file)?,
-                    offset,
-                    len,
-                    keep,
-                },
-                why,
-            ),
-            Op::SetLen { file, len } => (
-                SimRequest::SetLen {
-                    file: self.file(file)?,
-                    len,
-                },
-                "longer file",
-            ),
-            Op::Flush { file, why } => (
-                SimRequest::Flush {
-                    file: self.file(file)?,
-                },
-                why,
-            ),
+            Op::Zero { file, offset, len, keep, why } => {
+                (SimRequest::Zero { file: self.file(file)?, offset, len, keep }, why)
+            }
+            Op::SetLen { file, len } => (SimRequest::SetLen { file: self.file(file)?, len }, "longer file"),
+            Op::Flush { file, why } => (SimRequest::Flush { file: self.file(file)? }, why),
             Op::Replace { from, over, why } => {
                 let (from, over) = (from.as_str().to_owned(), over.as_str().to_owned());
                 (SimRequest::Rename { from, over }, why)
             }
-            Op::SyncNames { why } => (
-                SimRequest::SyncNames {
-                    folder: String::new(),
-                },
-                why,
-            ),
+            Op::SyncNames { why } => (SimRequest::SyncNames { folder: String::new() }, why),
         })
     }
 }

@@ -57,21 +57,13 @@ impl<D: Send + 'static> Workers<D> {
         };
         for i in 0..WORKERS {
             let name = format!("io-{i}");
-            workers.spawn(
-                name,
-                ops_queue.clone(),
-                ended_queue.clone(),
-                |(id, work)| Ended::Op(id, Work::run(work)),
-            )?;
+            workers.spawn(name, ops_queue.clone(), ended_queue.clone(), |(id, work)| {
+                Ended::Op(id, Work::run(work))
+            })?;
         }
         for i in 0..JOB_WORKERS {
             let name = format!("job-{i}");
-            workers.spawn(
-                name,
-                jobs_queue.clone(),
-                ended_queue.clone(),
-                |job: Job<D>| Ended::Job(job()),
-            )?;
+            workers.spawn(name, jobs_queue.clone(), ended_queue.clone(), |job: Job<D>| Ended::Job(job()))?;
         }
         Ok(workers)
     }
@@ -181,11 +173,7 @@ impl Waker {
         let (read, write) = UnixStream::pair()?;
         read.set_nonblocking(true)?;
         write.set_nonblocking(true)?;
-        Ok(Self {
-            read,
-            write,
-            awake: AtomicBool::new(false),
-        })
+        Ok(Self { read, write, awake: AtomicBool::new(false) })
     }
 
     fn wake(&self) {

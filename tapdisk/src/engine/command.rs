@@ -170,7 +170,11 @@ impl Engine {
         if self.stack.len() != 1 {
             return Err(CommandError::Busy("no single leaf to swap"));
         }
-        let op = Op::Replace { from: leaf.image.name.clone(), over: leaf.name.clone(), why: "swap: the new leaf takes the name" };
+        let op = Op::Replace {
+            from: leaf.image.name.clone(),
+            over: leaf.name.clone(),
+            why: "swap: the new leaf takes the name",
+        };
         let image = Image { name: leaf.name, ..leaf.image };
         self.state.swapping(image);
         self.start(op, Purpose::Swap(token));

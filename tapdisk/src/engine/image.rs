@@ -118,7 +118,7 @@ impl Engine {
             Purpose::Bitmap { file, block, slot } => self.bitmap_read(file, block, slot, completion),
             Purpose::Owners { generation, block, level } => {
                 self.owners_read(generation, block, level, completion);
-            },
+            }
             Purpose::Extend { file, len } => self.extended(file, len, result(&completion)),
             Purpose::WriteBack(file) => self.writeback_step(file, result(&completion)),
             Purpose::Released { file, slot } => {

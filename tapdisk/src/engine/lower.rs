@@ -79,7 +79,13 @@ impl Lower {
     }
 
     /// The file and byte offset of a sector that `node` owns.
-    pub(super) fn locate(&self, node: u8, block: BlockNo, slot: vhd::units::Slot, sector: u32) -> Option<(FileId, u64)> {
+    pub(super) fn locate(
+        &self,
+        node: u8,
+        block: BlockNo,
+        slot: vhd::units::Slot,
+        sector: u32,
+    ) -> Option<(FileId, u64)> {
         let level = self.map.nodes().get(usize::from(node))?;
         Some((*self.files.get(usize::from(node))?, level.data_offset(block, slot, sector)))
     }
@@ -145,7 +151,13 @@ impl Engine {
         }
     }
 
-    pub(super) fn owners_read(&mut self, generation: u64, block: BlockNo, level: usize, completion: Completion) {
+    pub(super) fn owners_read(
+        &mut self,
+        generation: u64,
+        block: BlockNo,
+        level: usize,
+        completion: Completion,
+    ) {
         // Read for a replaced generation: whoever waited was woken then.
         if generation != self.lower.generation {
             return;
@@ -191,4 +203,3 @@ impl Engine {
         }
     }
 }
-

@@ -224,7 +224,9 @@ impl Engine {
         match &self.merge.phase {
             Phase::None | Phase::Committing { .. } => {}
             Phase::Moving(Some(_)) => self.progress_window(),
-            Phase::Starting | Phase::Moving(None) | Phase::Empty | Phase::Failed if self.merge.stop.is_some() => {
+            Phase::Starting | Phase::Moving(None) | Phase::Empty | Phase::Failed
+                if self.merge.stop.is_some() =>
+            {
                 self.drain_for_stop();
             }
             Phase::Starting => {
@@ -302,7 +304,8 @@ impl Engine {
     fn within_rate(&self) -> bool {
         let rate = self.merge.rate_bytes_per_s;
         let elapsed_us = self.now_us.saturating_sub(self.merge.started_us);
-        rate == 0 || self.merge.figures.bytes_copied <= rate.saturating_mul(elapsed_us) / 1_000_000 + (4 << 20)
+        rate == 0
+            || self.merge.figures.bytes_copied <= rate.saturating_mul(elapsed_us) / 1_000_000 + (4 << 20)
     }
 
     fn progress_window(&mut self) {
@@ -492,10 +495,8 @@ impl Engine {
         if !self.merging() {
             return;
         }
-        let clearing = matches!(
-            self.merge.phase,
-            Phase::Moving(Some(Window { stage: Stage::Clearing { .. }, .. }))
-        );
+        let clearing =
+            matches!(self.merge.phase, Phase::Moving(Some(Window { stage: Stage::Clearing { .. }, .. })));
         if self.stack[index].poisoned {
             let waits: Vec<Wait> =
                 self.parked.keys().filter(|wait| matches!(wait, Wait::Window(_))).copied().collect();
@@ -504,7 +505,10 @@ impl Engine {
             }
         }
         if !clearing {
-            self.merge_failed(format!("writing metadata of {} failed: errno {errno}", self.stack[index].name));
+            self.merge_failed(format!(
+                "writing metadata of {} failed: errno {errno}",
+                self.stack[index].name
+            ));
         }
     }
 
@@ -527,7 +531,10 @@ impl Engine {
         self.merge.phase = Phase::Committing { token, step: CommitStep::Unhide };
         let file = self.stack[PARENT].file;
         let bytes = footer.as_slice().into();
-        self.start(Op::WriteMeta { file, offset: 0, bytes, why: "merge commit: unhide the parent" }, Purpose::Commit);
+        self.start(
+            Op::WriteMeta { file, offset: 0, bytes, why: "merge commit: unhide the parent" },
+            Purpose::Commit,
+        );
         Ok(())
     }
 
@@ -543,17 +550,20 @@ impl Engine {
             let detail = format!("committing the merge failed at {step:?}: errno {errno}");
             return self.answer(token, Err(CommandError::Failed(detail)));
         }
-        let (from, over, file) = (self.stack[PARENT].name.clone(), self.stack[LEAF].name.clone(), self.stack[PARENT].file);
+        let (from, over, file) =
+            (self.stack[PARENT].name.clone(), self.stack[LEAF].name.clone(), self.stack[PARENT].file);
         let (next, op) = match step {
             CommitStep::Unhide => {
                 (CommitStep::UnhideFlush, Op::Flush { file, why: "merge commit: unhidden before the rename" })
             }
-            CommitStep::UnhideFlush => {
-                (CommitStep::Rename, Op::Replace { from, over, why: "merge commit: the parent takes the name" })
-            }
-            CommitStep::Rename => {
-                (CommitStep::RenameSync, Op::SyncNames { why: "merge commit: the name before the intent goes" })
-            }
+            CommitStep::UnhideFlush => (
+                CommitStep::Rename,
+                Op::Replace { from, over, why: "merge commit: the parent takes the name" },
+            ),
+            CommitStep::Rename => (
+                CommitStep::RenameSync,
+                Op::SyncNames { why: "merge commit: the name before the intent goes" },
+            ),
             CommitStep::RenameSync => {
                 self.drop_leaf();
                 return self.answer(token, Ok(CommandReply::Done));

@@ -78,10 +78,8 @@ impl Piece {
 impl Engine {
     /// Starts a request.
     pub(super) fn begin(&mut self, request: Request) {
-        let writes = !matches!(
-            request.kind,
-            RequestKind::Read | RequestKind::Flush | RequestKind::BlockStatus
-        );
+        let writes =
+            !matches!(request.kind, RequestKind::Read | RequestKind::Flush | RequestKind::BlockStatus);
         let end = request.offset.checked_add(u64::from(request.len));
         let aligned = request.offset.is_multiple_of(SECTOR_BYTES)
             && u64::from(request.len).is_multiple_of(SECTOR_BYTES);
@@ -203,7 +201,11 @@ impl Engine {
                 Source::Zero => None,
                 // The file is still being made longer for the block's first
                 // write: nothing can be there yet but zeros.
-                Source::Stack { index, slot } if self.stack[index].rw.slots().extension_for(slot).is_some() => None,
+                Source::Stack { index, slot }
+                    if self.stack[index].rw.slots().extension_for(slot).is_some() =>
+                {
+                    None
+                }
                 Source::Stack { index, slot } => Some((self.stack[index].file, slot.data_offset(run.first))),
                 Source::Lower { node, slot } => self.lower.locate(node, piece.block, slot, run.first),
             };
@@ -337,7 +339,9 @@ impl Engine {
         }
         match self.stack[target].rw.presence(piece.block) {
             Presence::Absent => self.part_done(piece.request, Ok(())),
-            Presence::Whole(_) | Presence::Partial(_) if whole_block && piece.action == Action::Zero { keep: false } => {
+            Presence::Whole(_) | Presence::Partial(_)
+                if whole_block && piece.action == Action::Zero { keep: false } =>
+            {
                 self.free_block(target, piece);
             }
             Presence::Whole(_) | Presence::Partial(_) => self.plan_write(piece),
@@ -413,7 +417,9 @@ impl Engine {
         }
         let flush = match active.kind {
             RequestKind::Flush => true,
-            RequestKind::Write { fua } | RequestKind::WriteZeroes { fua, .. } | RequestKind::Trim { fua } => fua,
+            RequestKind::Write { fua } | RequestKind::WriteZeroes { fua, .. } | RequestKind::Trim { fua } => {
+                fua
+            }
             RequestKind::Read | RequestKind::BlockStatus => false,
         };
         let error = active.error;

@@ -8,7 +8,7 @@ use vhd::rw::Captured;
 use vhd::units::Slot;
 
 use super::image::Purpose;
-use super::{CommandReply, Engine, FileId, Op, RequestId, Barrier};
+use super::{Barrier, CommandReply, Engine, FileId, Op, RequestId};
 
 /// Where an image's write-back stands.
 #[derive(Debug)]
@@ -149,9 +149,7 @@ impl Engine {
                 };
                 (Stage::Entries, sectors.into_iter().map(write).collect())
             }
-            Stage::Bitmaps => {
-                (Stage::BitmapsFlush, vec![flush(file, "writeback: bitmaps before BAT")])
-            }
+            Stage::Bitmaps => (Stage::BitmapsFlush, vec![flush(file, "writeback: bitmaps before BAT")]),
             Stage::Entries => {
                 self.stack[index].rw.bat_written(&cycle.captured);
                 let why = "writeback: BAT before its record is dropped";
@@ -207,7 +205,8 @@ impl Engine {
         let failed = |ticket: &FlushTicket| {
             ticket.needs.iter().any(|(f, n)| *f == file && (poisoned || *n >= cycle_number))
         };
-        let (failed, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.tickets).into_iter().partition(failed);
+        let (failed, rest): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.tickets).into_iter().partition(failed);
         self.tickets = rest;
         for ticket in failed {
             self.finish(ticket.request, Err(errno));
@@ -227,7 +226,13 @@ impl Engine {
         }
         for slot in slots {
             let gap = vhd::slots::slot_bytes(slot);
-            let op = Op::Zero { file, offset: gap.offset, len: gap.len, keep: false, why: "freed slot: zero before reuse" };
+            let op = Op::Zero {
+                file,
+                offset: gap.offset,
+                len: gap.len,
+                keep: false,
+                why: "freed slot: zero before reuse",
+            };
             self.start(op, Purpose::Released { file, slot });
         }
     }
@@ -274,7 +279,8 @@ impl Engine {
             self.start(Op::SyncNames { why: "flush: the name of the last swap" }, Purpose::Names);
         }
         if !self.names_syncing {
-            let (done, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.tickets).into_iter().partition(ready);
+            let (done, rest): (Vec<_>, Vec<_>) =
+                std::mem::take(&mut self.tickets).into_iter().partition(ready);
             self.tickets = rest;
             for ticket in done {
                 self.finish(ticket.request, Ok(()));
@@ -287,7 +293,8 @@ impl Engine {
         if let Err(errno) = result {
             self.names_owed = true;
             let ready = |ticket: &FlushTicket| ticket.needs.is_empty();
-            let (failed, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.tickets).into_iter().partition(ready);
+            let (failed, rest): (Vec<_>, Vec<_>) =
+                std::mem::take(&mut self.tickets).into_iter().partition(ready);
             self.tickets = rest;
             for ticket in failed {
                 self.finish(ticket.request, Err(errno));

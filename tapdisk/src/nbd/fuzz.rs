@@ -41,10 +41,7 @@ pub fn fuzz(bytes: &[u8]) {
         if n % 3 == 0
             && let Some(request) = late.pop_front()
         {
-            let extents = [Extent {
-                len: u64::MAX,
-                depth: n as u32 % 3,
-            }];
+            let extents = [Extent { len: u64::MAX, depth: n as u32 % 3 }];
             connection.finish(request.slot, Ok(()), &extents);
             let len = connection.output.iter().map(Piece::len).sum::<usize>() / 2;
             connection.output_written(len);

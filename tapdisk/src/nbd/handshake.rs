@@ -48,11 +48,8 @@ impl Export {
         use proto::transmission_flag as flag;
         // CAN_MULTI_CONN: one engine serves all connections, so a flush on
         // any of them covers what was answered on all.
-        let mut flags = flag::HAS_FLAGS
-            | flag::SEND_FLUSH
-            | flag::SEND_FUA
-            | flag::SEND_CACHE
-            | flag::CAN_MULTI_CONN;
+        let mut flags =
+            flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | flag::SEND_CACHE | flag::CAN_MULTI_CONN;
         if self.read_only {
             flags |= flag::READ_ONLY;
         } else {
@@ -200,10 +197,7 @@ impl Handshake {
             max: (BUFFER_BYTES_MAX as u32).into(),
         };
         replies.push(option_reply::INFO, blocks.as_bytes());
-        for (kind, text) in [
-            (info::NAME, &export.name),
-            (info::DESCRIPTION, &export.description),
-        ] {
+        for (kind, text) in [(info::NAME, &export.name), (info::DESCRIPTION, &export.description)] {
             if wanted.chunks_exact(2).any(|w| w == kind.to_be_bytes()) {
                 let mut reply = kind.to_be_bytes().to_vec();
                 reply.extend_from_slice(text.as_bytes());
@@ -218,10 +212,7 @@ impl Handshake {
     fn contexts(&mut self, export: &Export, data: &[u8], replies: &mut Replies<'_>, choose: bool) {
         if choose {
             // A failed choice leaves nothing chosen.
-            self.agreed = Agreed {
-                structured: self.agreed.structured,
-                ..Agreed::default()
-            };
+            self.agreed = Agreed { structured: self.agreed.structured, ..Agreed::default() };
         }
         let Some((name, queries)) = parse_queries(data) else {
             return replies.refuse(option_reply::ERR_INVALID, "malformed metadata query");
@@ -235,9 +226,7 @@ impl Handshake {
         }
         for context in Context::ALL {
             let named = if choose {
-                queries
-                    .iter()
-                    .any(|query| *query == context.name().as_bytes())
+                queries.iter().any(|query| *query == context.name().as_bytes())
             } else {
                 queries.is_empty() || queries.iter().any(|query| context.is_listed_by(query))
             };
@@ -401,10 +390,7 @@ mod tests {
             (option::LIST, vec![1]),
             (option::STRUCTURED_REPLY, vec![1]),
             (option::SET_META_CONTEXT, named("disk", &[0, 0, 0, 1])),
-            (
-                option::LIST_META_CONTEXT,
-                named("disk", &u32::MAX.to_be_bytes()),
-            ),
+            (option::LIST_META_CONTEXT, named("disk", &u32::MAX.to_be_bytes())),
         ] {
             let (next, said) = ask(&mut handshake, option, &data);
             assert_eq!((next, said.len()), (Next::Option, 1), "{option}");
@@ -424,21 +410,11 @@ mod tests {
         assert_eq!(said[0].0, option_reply::ERR_INVALID);
         ask(&mut handshake, option::STRUCTURED_REPLY, &[]);
         let (_, said) = ask(&mut handshake, option::SET_META_CONTEXT, &both);
-        assert_eq!(
-            said[0],
-            (
-                option_reply::META_CONTEXT,
-                b"\0\0\0\x01base:allocation".to_vec()
-            )
-        );
+        assert_eq!(said[0], (option_reply::META_CONTEXT, b"\0\0\0\x01base:allocation".to_vec()));
         assert_eq!(said.len(), 3);
         assert!(handshake.agreed.allocation && handshake.agreed.depth);
         // Choosing again replaces the choice; a wildcard chooses nothing.
-        let (_, said) = ask(
-            &mut handshake,
-            option::SET_META_CONTEXT,
-            &queries(&["base:"]),
-        );
+        let (_, said) = ask(&mut handshake, option::SET_META_CONTEXT, &queries(&["base:"]));
         assert_eq!(said.len(), 1);
         assert!(!handshake.agreed.allocation && !handshake.agreed.depth);
     }
@@ -446,12 +422,9 @@ mod tests {
     #[test]
     fn contexts_are_listed_by_name_and_namespace() {
         let mut handshake = Handshake::default();
-        for (asked, found) in [
-            (vec![], 2),
-            (vec!["base:"], 1),
-            (vec!["qemu:", "base:allocation"], 2),
-            (vec!["base"], 0),
-        ] {
+        for (asked, found) in
+            [(vec![], 2), (vec!["base:"], 1), (vec!["qemu:", "base:allocation"], 2), (vec!["base"], 0)]
+        {
             let (_, said) = ask(&mut handshake, option::LIST_META_CONTEXT, &queries(&asked));
             assert_eq!(said.len(), found + 1, "{asked:?}");
         }
@@ -474,10 +447,7 @@ mod tests {
 
     #[test]
     fn a_read_only_export_offers_no_writes() {
-        let read_only = Export {
-            read_only: true,
-            ..export()
-        };
+        let read_only = Export { read_only: true, ..export() };
         let flags = read_only.flags(Agreed::default());
         assert_ne!(flags & proto::transmission_flag::READ_ONLY, 0);
         assert_eq!(flags & proto::transmission_flag::SEND_TRIM, 0);

@@ -76,29 +76,13 @@ enum Phase {
         seen: u32,
     },
     /// Data of an option too long to look at.
-    SkipOption {
-        handshake: Handshake,
-        seen: u32,
-        option: u32,
-        left: u32,
-    },
+    SkipOption { handshake: Handshake, seen: u32, option: u32, left: u32 },
     /// A request's header.
     Request(Agreed),
     /// A write's data.
-    Payload {
-        agreed: Agreed,
-        slot: Slot,
-        kind: RequestKind,
-        into: Exclusive,
-        filled: usize,
-    },
+    Payload { agreed: Agreed, slot: Slot, kind: RequestKind, into: Exclusive, filled: usize },
     /// A refused write's data.
-    Discard {
-        agreed: Agreed,
-        asked: Asked,
-        error: NbdError,
-        left: u32,
-    },
+    Discard { agreed: Agreed, asked: Asked, error: NbdError, left: u32 },
     /// Nothing: the peer said goodbye and gets the replies it is owed.
     Goodbye(Agreed),
     /// Nothing: the peer is out of step, or was told all there is to say.
@@ -208,9 +192,7 @@ impl Connection {
             Phase::Request(agreed) | Phase::Discard { agreed, .. } | Phase::Goodbye(agreed) => {
                 Phase::Goodbye(agreed)
             }
-            Phase::Payload {
-                agreed, slot, into, ..
-            } => {
+            Phase::Payload { agreed, slot, into, .. } => {
                 drop(into);
                 self.release(slot);
                 Phase::Goodbye(agreed)
@@ -245,10 +227,7 @@ impl Connection {
         let mut data = None;
         let mut result = result.map_err(NbdError::from_errno);
         if result.is_ok() && asked.expects == Expects::Data {
-            data = request
-                .buffer
-                .as_ref()
-                .and_then(|buffer| buffer.lend(0, asked.len as usize));
+            data = request.buffer.as_ref().and_then(|buffer| buffer.lend(0, asked.len as usize));
             if data.is_none() {
                 // Still on loan to a writer: somebody answered too early.
                 debug_assert!(false, "a read was answered before it was over");
@@ -264,11 +243,7 @@ impl Connection {
             return;
         };
         let head = transmission::reply_head(&asked, agreed, result, extents);
-        self.output.push_back(Piece {
-            head,
-            data,
-            slot: Some(slot),
-        });
+        self.output.push_back(Piece { head, data, slot: Some(slot) });
     }
 
     /// Says that the peer is gone: nothing more is received or sent.
@@ -281,12 +256,7 @@ impl Connection {
         self.sent = 0;
         for n in 0..CLIENT_REQUESTS_MAX as u16 {
             let answered = |request: &InFlight| !request.open;
-            if self
-                .slots
-                .get(usize::from(n))
-                .and_then(Option::as_ref)
-                .is_some_and(answered)
-            {
+            if self.slots.get(usize::from(n)).and_then(Option::as_ref).is_some_and(answered) {
                 self.release(Slot(n));
             }
         }
@@ -317,10 +287,7 @@ impl Connection {
             && self.sent >= piece.len()
         {
             self.sent -= piece.len();
-            if let Some(Piece {
-                slot: Some(slot), ..
-            }) = self.output.pop_front()
-            {
+            if let Some(Piece { slot: Some(slot), .. }) = self.output.pop_front() {
                 self.release(slot);
             }
         }
@@ -341,10 +308,7 @@ impl Connection {
     /// Whether the handshake is behind.
     #[must_use]
     pub fn is_transmitting(&self) -> bool {
-        !matches!(
-            self.phase,
-            Phase::ClientFlags(_) | Phase::Option { .. } | Phase::SkipOption { .. }
-        )
+        !matches!(self.phase, Phase::ClientFlags(_) | Phase::Option { .. } | Phase::SkipOption { .. })
     }
 
     /// Whether the socket should be closed: all was said, or the peer is out
@@ -362,12 +326,7 @@ impl Connection {
     #[must_use]
     pub fn open_requests(&self) -> usize {
         let receiving = usize::from(matches!(self.phase, Phase::Payload { .. }));
-        let open = self
-            .slots
-            .iter()
-            .flatten()
-            .filter(|request| request.open)
-            .count();
+        let open = self.slots.iter().flatten().filter(|request| request.open).count();
         open - receiving.min(open)
     }
 
@@ -383,20 +342,12 @@ impl Connection {
 
     fn say(&mut self, head: Vec<u8>) {
         if !head.is_empty() {
-            self.output.push_back(Piece {
-                head,
-                data: None,
-                slot: None,
-            });
+            self.output.push_back(Piece { head, data: None, slot: None });
         }
     }
 
     fn release(&mut self, slot: Slot) {
-        if let Some(request) = self
-            .slots
-            .get_mut(usize::from(slot.0))
-            .and_then(Option::take)
-        {
+        if let Some(request) = self.slots.get_mut(usize::from(slot.0)).and_then(Option::take) {
             self.held_bytes -= request.buffer.map_or(0, |buffer| buffer.len());
             self.free_slots.push(slot);
         }

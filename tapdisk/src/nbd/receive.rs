@@ -29,20 +29,10 @@ impl Connection {
         match phase {
             Phase::ClientFlags(handshake) => self.client_flags(handshake),
             Phase::Option { handshake, seen } => self.option(handshake, seen),
-            Phase::SkipOption {
-                handshake,
-                seen,
-                option,
-                left,
-            } => {
+            Phase::SkipOption { handshake, seen, option, left } => {
                 let left = self.skip(left);
                 if left > 0 {
-                    self.phase = Phase::SkipOption {
-                        handshake,
-                        seen,
-                        option,
-                        left,
-                    };
+                    self.phase = Phase::SkipOption { handshake, seen, option, left };
                     return Step::Wait;
                 }
                 let mut out = Vec::new();
@@ -52,27 +42,13 @@ impl Connection {
                 Step::Again
             }
             Phase::Request(agreed) => self.request(agreed),
-            Phase::Payload {
-                agreed,
-                slot,
-                kind,
-                into,
-                filled,
-            } => self.payload(agreed, slot, kind, into, filled),
-            Phase::Discard {
-                agreed,
-                asked,
-                error,
-                left,
-            } => {
+            Phase::Payload { agreed, slot, kind, into, filled } => {
+                self.payload(agreed, slot, kind, into, filled)
+            }
+            Phase::Discard { agreed, asked, error, left } => {
                 let left = self.skip(left);
                 if left > 0 {
-                    self.phase = Phase::Discard {
-                        agreed,
-                        asked,
-                        error,
-                        left,
-                    };
+                    self.phase = Phase::Discard { agreed, asked, error, left };
                     return Step::Wait;
                 }
                 self.refuse(agreed, &asked, error);
@@ -116,21 +92,12 @@ impl Connection {
         if len > OPTION_BYTES_MAX {
             if len <= OPTION_SKIP_BYTES_MAX {
                 self.start += head;
-                self.phase = Phase::SkipOption {
-                    handshake,
-                    seen: seen + 1,
-                    option,
-                    left: len,
-                };
+                self.phase = Phase::SkipOption { handshake, seen: seen + 1, option, left: len };
             }
             return Step::Again;
         }
         let end = self.start + head + len as usize;
-        let data = if end <= self.end {
-            self.staging.get(self.start + head..end)
-        } else {
-            None
-        };
+        let data = if end <= self.end { self.staging.get(self.start + head..end) } else { None };
         let Some(data) = data else {
             self.phase = Phase::Option { handshake, seen };
             return Step::Wait;
@@ -140,12 +107,7 @@ impl Connection {
         self.start = end;
         self.say(out);
         match next {
-            Next::Option => {
-                self.phase = Phase::Option {
-                    handshake,
-                    seen: seen + 1,
-                }
-            }
+            Next::Option => self.phase = Phase::Option { handshake, seen: seen + 1 },
             Next::Transmission => self.phase = Phase::Request(handshake.agreed),
             Next::Goodbye => self.phase = Phase::Goodbye(handshake.agreed),
             Next::Close => {}
@@ -165,9 +127,9 @@ impl Connection {
             len: header.len.get(),
             expects: match decision {
                 Decision::Submit(RequestKind::Read) => Expects::Data,
-                Decision::Submit(RequestKind::BlockStatus) => Expects::Extents {
-                    one: header.flags.get() & proto::command_flag::REQ_ONE != 0,
-                },
+                Decision::Submit(RequestKind::BlockStatus) => {
+                    Expects::Extents { one: header.flags.get() & proto::command_flag::REQ_ONE != 0 }
+                }
                 _ => Expects::Outcome,
             },
         };
@@ -183,12 +145,7 @@ impl Connection {
             Decision::OutOfStep => return Step::Wait,
             Decision::Disconnect => self.phase = Phase::Goodbye(agreed),
             Decision::Refuse { error, discard } => {
-                self.phase = Phase::Discard {
-                    agreed,
-                    asked,
-                    error,
-                    left: discard,
-                };
+                self.phase = Phase::Discard { agreed, asked, error, left: discard };
             }
             Decision::Answer => {
                 self.phase = Phase::Request(agreed);
@@ -210,12 +167,7 @@ impl Connection {
             if buffer.is_none() {
                 let left = if writes { asked.len } else { 0 };
                 let error = NbdError::NoMem;
-                self.phase = Phase::Discard {
-                    agreed,
-                    asked,
-                    error,
-                    left,
-                };
+                self.phase = Phase::Discard { agreed, asked, error, left };
                 return Step::Again;
             }
         }
@@ -227,24 +179,12 @@ impl Connection {
             let Some(into) = data.lend_mut(0, data.len()) else {
                 return Step::Wait;
             };
-            self.phase = Phase::Payload {
-                agreed,
-                slot,
-                kind,
-                into,
-                filled: 0,
-            };
+            self.phase = Phase::Payload { agreed, slot, kind, into, filled: 0 };
             return Step::Again;
         }
         self.phase = Phase::Request(agreed);
         let (offset, len) = (asked.offset, asked.len);
-        Step::Request(GuestRequest {
-            slot,
-            kind,
-            offset,
-            len,
-            buffer,
-        })
+        Step::Request(GuestRequest { slot, kind, offset, len, buffer })
     }
 
     fn payload(
@@ -264,13 +204,7 @@ impl Connection {
         self.start += ahead;
         filled += ahead;
         if filled < into.len() {
-            self.phase = Phase::Payload {
-                agreed,
-                slot,
-                kind,
-                into,
-                filled,
-            };
+            self.phase = Phase::Payload { agreed, slot, kind, into, filled };
             return Step::Wait;
         }
         drop(into);
@@ -278,13 +212,7 @@ impl Connection {
         let request = self.slots.get(usize::from(slot.0)).and_then(Option::as_ref);
         request.map_or(Step::Again, |InFlight { asked, buffer, .. }| {
             let (offset, len) = (asked.offset, asked.len);
-            Step::Request(GuestRequest {
-                slot,
-                kind,
-                offset,
-                len,
-                buffer: buffer.clone(),
-            })
+            Step::Request(GuestRequest { slot, kind, offset, len, buffer: buffer.clone() })
         })
     }
 
@@ -295,11 +223,7 @@ impl Connection {
             request.open = false;
         }
         let head = transmission::reply_head(asked, agreed, Err(error), &[]);
-        self.output.push_back(Piece {
-            head,
-            data: None,
-            slot,
-        });
+        self.output.push_back(Piece { head, data: None, slot });
     }
 
     fn has_room(&self, decision: Decision, len: u32) -> bool {
@@ -313,11 +237,7 @@ impl Connection {
     fn occupy(&mut self, asked: Asked, buffer: Option<Buffer>) -> Option<Slot> {
         let slot = self.free_slots.pop()?;
         self.held_bytes += buffer.as_ref().map_or(0, Buffer::len);
-        *self.slots.get_mut(usize::from(slot.0))? = Some(InFlight {
-            asked,
-            buffer,
-            open: true,
-        });
+        *self.slots.get_mut(usize::from(slot.0))? = Some(InFlight { asked, buffer, open: true });
         Some(slot)
     }
 

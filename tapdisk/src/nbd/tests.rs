@@ -78,12 +78,7 @@ fn flags() -> Vec<u8> {
 
 /// A handshake with structured replies.
 fn hello() -> Vec<u8> {
-    [
-        flags(),
-        said(option::STRUCTURED_REPLY, &[]),
-        said(option::GO, &[0; 6]),
-    ]
-    .concat()
+    [flags(), said(option::STRUCTURED_REPLY, &[]), said(option::GO, &[0; 6])].concat()
 }
 
 fn ready() -> Connection {
@@ -129,10 +124,7 @@ fn writes_and_reads_in_any_chunking() {
         assert_eq!(requests.len(), 20, "seed {seed}");
         for (n, (request, expected)) in requests.into_iter().zip(data).enumerate() {
             let buffer = request.buffer.unwrap();
-            assert_eq!(
-                (request.offset, buffer.len()),
-                (512 * n as u64, request.len as usize)
-            );
+            assert_eq!((request.offset, buffer.len()), (512 * n as u64, request.len as usize));
             if let Some(expected) = expected {
                 assert_eq!(buffer.lend(0, buffer.len()).unwrap().to_vec(), expected);
                 assert_eq!(request.kind, RequestKind::Write { fua: false });
@@ -143,10 +135,7 @@ fn writes_and_reads_in_any_chunking() {
             let said = drain(&mut connection);
             if request.kind == RequestKind::Read {
                 let (head, rest) = ChunkHeader::read_from_prefix(&said).unwrap();
-                assert_eq!(
-                    (head.kind.get(), head.cookie.get()),
-                    (chunk::OFFSET_DATA, n as u64)
-                );
+                assert_eq!((head.kind.get(), head.cookie.get()), (chunk::OFFSET_DATA, n as u64));
                 assert_eq!(rest[..8], (512 * n as u64).to_be_bytes());
                 assert!(rest[8..].iter().all(|byte| *byte == n as u8));
                 assert_eq!(rest.len(), 8 + request.len as usize);
@@ -174,10 +163,7 @@ fn a_refused_write_leaves_the_stream_in_step() {
     assert_eq!(requests.len(), 1);
     assert_eq!(requests[0].kind, RequestKind::Read);
     let said = drain(&mut connection);
-    let errors: Vec<_> = said
-        .chunks_exact(26)
-        .map(|chunk| (chunk[15], chunk[23]))
-        .collect();
+    let errors: Vec<_> = said.chunks_exact(26).map(|chunk| (chunk[15], chunk[23])).collect();
     assert_eq!(errors, [(1, 22), (2, 28), (3, 22)]);
 }
 
@@ -211,11 +197,7 @@ fn a_peer_out_of_step_is_over() {
     for bytes in [
         vec![0xff; 4],
         [flags(), vec![0; 16]].concat(),
-        [
-            flags(),
-            said(option::LIST, &[]).repeat(OPTIONS_MAX as usize + 1),
-        ]
-        .concat(),
+        [flags(), said(option::LIST, &[]).repeat(OPTIONS_MAX as usize + 1)].concat(),
         [flags(), said(option::EXPORT_NAME, b"nobody")].concat(),
         [hello(), vec![0; 28]].concat(),
         [hello(), asked(command::WRITE, 0, 0, u32::MAX, &[])].concat(),
@@ -230,11 +212,7 @@ fn a_peer_out_of_step_is_over() {
 #[test]
 fn goodbyes_wait_for_the_replies() {
     let mut connection = ready();
-    let bytes = [
-        asked(command::READ, 1, 0, 512, &[]),
-        asked(command::DISC, 0, 0, 0, &[]),
-    ]
-    .concat();
+    let bytes = [asked(command::READ, 1, 0, 512, &[]), asked(command::DISC, 0, 0, 0, &[])].concat();
     let requests = feed(&mut connection, &bytes, || usize::MAX);
     assert!(!connection.is_over());
     assert_eq!(connection.open_requests(), 1);
@@ -244,11 +222,7 @@ fn goodbyes_wait_for_the_replies() {
     assert!(connection.is_over());
 
     let mut connection = super::tests::connection();
-    feed(
-        &mut connection,
-        &[flags(), said(option::ABORT, &[])].concat(),
-        || usize::MAX,
-    );
+    feed(&mut connection, &[flags(), said(option::ABORT, &[])].concat(), || usize::MAX);
     assert!(!connection.is_over());
     drain(&mut connection);
     assert!(connection.is_over());
@@ -260,10 +234,7 @@ fn a_peer_gone_in_mid_write_returns_the_buffer() {
         let mut connection = ready();
         let bytes = asked(command::WRITE, 1, 0, 1 << 20, &[7; 1000]);
         feed(&mut connection, &bytes, || usize::MAX);
-        assert_eq!(
-            (connection.pool.used_bytes(), connection.open_requests()),
-            (1 << 20, 0)
-        );
+        assert_eq!((connection.pool.used_bytes(), connection.open_requests()), (1 << 20, 0));
         leave(&mut connection);
         assert!(connection.is_over());
         assert_eq!(connection.pool.used_bytes(), 0);
@@ -275,11 +246,7 @@ fn a_long_option_is_skipped_and_refused() {
     let mut connection = connection();
     drain(&mut connection);
     let long = said(option::GO, &vec![0; OPTION_BYTES_MAX as usize + 1]);
-    feed(
-        &mut connection,
-        &[flags(), long, said(option::GO, &[0; 6])].concat(),
-        || 1000,
-    );
+    feed(&mut connection, &[flags(), long, said(option::GO, &[0; 6])].concat(), || 1000);
     let (first, _) = OptionReply::read_from_prefix(&drain(&mut connection)).unwrap();
     assert_eq!(first.kind.get(), proto::option_reply::ERR_TOO_BIG);
     assert!(connection.is_transmitting());
@@ -300,11 +267,7 @@ fn garbage_never_panics_nor_holds_memory() {
                 _ => {
                     let command = rng.random_range(0..10);
                     let offset = u64::from(rng.random::<u32>() >> rng.random_range(0..32)) & !511;
-                    let len = if rng.random() {
-                        len & !511
-                    } else {
-                        rng.random::<u32>() >> 8
-                    };
+                    let len = if rng.random() { len & !511 } else { rng.random::<u32>() >> 8 };
                     bytes.extend(asked(command, rng.random(), offset, len, &noise));
                 }
             }

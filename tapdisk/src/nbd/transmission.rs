@@ -8,8 +8,7 @@ use zerocopy::IntoBytes;
 
 use super::handshake::{Agreed, BLOCK_BYTES_MIN, Context, Export};
 use super::proto::{
-    self, ChunkHeader, NbdError, RequestHeader, SimpleReply, allocation, chunk, command,
-    command_flag,
+    self, ChunkHeader, NbdError, RequestHeader, SimpleReply, allocation, chunk, command, command_flag,
 };
 use crate::engine::{Extent, RequestKind};
 use crate::limits::{BUFFER_BYTES_MAX, DISCARD_BYTES_MAX, REPLY_EXTENTS_MAX};
@@ -45,11 +44,7 @@ pub fn decide(header: &RequestHeader, agreed: Agreed, export: &Export) -> Decisi
     if command == command::DISC {
         return Decision::Disconnect;
     }
-    let discard = if command == command::WRITE {
-        header.len.get()
-    } else {
-        0
-    };
+    let discard = if command == command::WRITE { header.len.get() } else { 0 };
     if discard > DISCARD_BYTES_MAX {
         return Decision::OutOfStep;
     }
@@ -61,11 +56,7 @@ pub fn decide(header: &RequestHeader, agreed: Agreed, export: &Export) -> Decisi
 }
 
 /// The request for the engine, if there is one, or why it is refused.
-fn check(
-    header: &RequestHeader,
-    agreed: Agreed,
-    export: &Export,
-) -> Result<Option<RequestKind>, NbdError> {
+fn check(header: &RequestHeader, agreed: Agreed, export: &Export) -> Result<Option<RequestKind>, NbdError> {
     let flags = header.flags.get();
     let fua = flags & command_flag::FUA != 0;
     let len = header.len.get();
@@ -74,18 +65,10 @@ fn check(
         command::FLUSH if len == 0 && header.offset.get() == 0 => (Some(RequestKind::Flush), 0),
         command::FLUSH => return Err(NbdError::Invalid),
         command::READ => {
-            let df = if agreed.structured {
-                command_flag::DF
-            } else {
-                0
-            };
+            let df = if agreed.structured { command_flag::DF } else { 0 };
             if len as usize > BUFFER_BYTES_MAX {
                 let df = flags & df != 0;
-                return Err(if df {
-                    NbdError::Overflow
-                } else {
-                    NbdError::Invalid
-                });
+                return Err(if df { NbdError::Overflow } else { NbdError::Invalid });
             }
             (Some(RequestKind::Read), df)
         }
@@ -94,15 +77,8 @@ fn check(
         command::TRIM => (Some(RequestKind::Trim { fua }), 0),
         command::WRITE_ZEROES => {
             let no_hole = flags & command_flag::NO_HOLE != 0;
-            let fast = if export.fast_zero {
-                command_flag::FAST_ZERO
-            } else {
-                0
-            };
-            (
-                Some(RequestKind::WriteZeroes { fua, no_hole }),
-                command_flag::NO_HOLE | fast,
-            )
+            let fast = if export.fast_zero { command_flag::FAST_ZERO } else { 0 };
+            (Some(RequestKind::WriteZeroes { fua, no_hole }), command_flag::NO_HOLE | fast)
         }
         // A hint; the engine has no cache of data to fill, and the page cache
         // is not asked on behalf of one guest.
@@ -123,11 +99,7 @@ fn check(
     Ok(kind)
 }
 
-fn check_range(
-    header: &RequestHeader,
-    export: &Export,
-    kind: Option<RequestKind>,
-) -> Result<(), NbdError> {
+fn check_range(header: &RequestHeader, export: &Export, kind: Option<RequestKind>) -> Result<(), NbdError> {
     use RequestKind::{Trim, Write, WriteZeroes};
     let changes = matches!(kind, Some(Write { .. } | WriteZeroes { .. } | Trim { .. }));
     if changes && export.read_only {
@@ -138,9 +110,7 @@ fn check_range(
     if len == 0 || !offset.is_multiple_of(unit) || !u64::from(len).is_multiple_of(unit) {
         return Err(NbdError::Invalid);
     }
-    let inside = offset
-        .checked_add(u64::from(len))
-        .is_some_and(|end| end <= export.virtual_bytes);
+    let inside = offset.checked_add(u64::from(len)).is_some_and(|end| end <= export.virtual_bytes);
     match kind {
         _ if inside => Ok(()),
         Some(Write { .. } | WriteZeroes { .. }) => Err(NbdError::NoSpace),
@@ -232,11 +202,7 @@ fn block_status(asked: &Asked, agreed: Agreed, one: bool, extents: &[Extent]) ->
     let mut head = Vec::new();
     for (i, context) in contexts.iter().enumerate() {
         let runs = runs(asked, *context, one, extents);
-        let flags = if i + 1 == contexts.len() {
-            chunk::FLAG_DONE
-        } else {
-            0
-        };
+        let flags = if i + 1 == contexts.len() { chunk::FLAG_DONE } else { 0 };
         let len = 4 + 8 * runs.len() as u32;
         head.extend(chunk_head(asked, flags, chunk::BLOCK_STATUS, len));
         head.extend_from_slice(&(*context as u32).to_be_bytes());
@@ -291,11 +257,7 @@ mod tests {
         read_only: false,
         fast_zero: true,
     };
-    const ALL: Agreed = Agreed {
-        structured: true,
-        allocation: true,
-        depth: true,
-    };
+    const ALL: Agreed = Agreed { structured: true, allocation: true, depth: true };
 
     fn header(command: u16, flags: u16, offset: u64, len: u32) -> RequestHeader {
         RequestHeader {
@@ -324,41 +286,17 @@ mod tests {
             (command::READ, command_flag::DF, Kind::Read),
             (command::WRITE, command_flag::FUA, Kind::Write { fua: true }),
             (command::TRIM, 0, Kind::Trim { fua: false }),
-            (
-                command::WRITE_ZEROES,
-                2,
-                Kind::WriteZeroes {
-                    fua: false,
-                    no_hole: true,
-                },
-            ),
-            (
-                command::WRITE_ZEROES,
-                16,
-                Kind::WriteZeroes {
-                    fua: false,
-                    no_hole: false,
-                },
-            ),
-            (
-                command::BLOCK_STATUS,
-                command_flag::REQ_ONE,
-                Kind::BlockStatus,
-            ),
+            (command::WRITE_ZEROES, 2, Kind::WriteZeroes { fua: false, no_hole: true }),
+            (command::WRITE_ZEROES, 16, Kind::WriteZeroes { fua: false, no_hole: false }),
+            (command::BLOCK_STATUS, command_flag::REQ_ONE, Kind::BlockStatus),
         ] {
             assert_eq!(asked(command, flags, end, 512), Decision::Submit(kind));
         }
-        assert_eq!(
-            asked(command::FLUSH, 0, 0, 0),
-            Decision::Submit(Kind::Flush)
-        );
+        assert_eq!(asked(command::FLUSH, 0, 0, 0), Decision::Submit(Kind::Flush));
         assert_eq!(asked(command::CACHE, 0, 0, 4096), Decision::Answer);
         assert_eq!(asked(command::DISC, 0, 0, 0), Decision::Disconnect);
         let long = Kind::Trim { fua: false };
-        let big = Export {
-            virtual_bytes: 1 << 40,
-            ..EXPORT
-        };
+        let big = Export { virtual_bytes: 1 << 40, ..EXPORT };
         let header = header(command::TRIM, 0, 0, u32::MAX - 511);
         assert_eq!(decide(&header, ALL, &big), Decision::Submit(long));
     }
@@ -373,20 +311,8 @@ mod tests {
             (command::READ, 0, 1 << 30, 512, NbdError::Invalid),
             (command::READ, 0, u64::MAX - 511, 1024, NbdError::Invalid),
             (command::READ, 0, 0, too_long, NbdError::Invalid),
-            (
-                command::READ,
-                command_flag::DF,
-                0,
-                too_long,
-                NbdError::Overflow,
-            ),
-            (
-                command::READ,
-                command_flag::NO_HOLE,
-                0,
-                512,
-                NbdError::Invalid,
-            ),
+            (command::READ, command_flag::DF, 0, too_long, NbdError::Overflow),
+            (command::READ, command_flag::NO_HOLE, 0, 512, NbdError::Invalid),
             (command::READ, 1 << 15, 0, 512, NbdError::Invalid),
             (command::WRITE_ZEROES, 0, 1 << 30, 512, NbdError::NoSpace),
             (command::TRIM, 0, 1 << 30, 512, NbdError::Invalid),
@@ -394,11 +320,7 @@ mod tests {
             (8, 0, 0, 512, NbdError::Invalid),
             (u16::MAX, 0, 0, 512, NbdError::Invalid),
         ] {
-            assert_eq!(
-                asked(command, flags, offset, len),
-                refused(error),
-                "{command} {offset}"
-            );
+            assert_eq!(asked(command, flags, offset, len), refused(error), "{command} {offset}");
         }
     }
 
@@ -406,26 +328,11 @@ mod tests {
     fn a_refused_write_still_has_its_data_dropped() {
         let discard = 1024;
         let past = asked(command::WRITE, 0, (1 << 30) - 512, discard);
-        assert_eq!(
-            past,
-            Decision::Refuse {
-                error: NbdError::NoSpace,
-                discard
-            }
-        );
-        let read_only = Export {
-            read_only: true,
-            ..EXPORT
-        };
+        assert_eq!(past, Decision::Refuse { error: NbdError::NoSpace, discard });
+        let read_only = Export { read_only: true, ..EXPORT };
         let write = header(command::WRITE, 0, 0, discard);
         let no = decide(&write, ALL, &read_only);
-        assert_eq!(
-            no,
-            Decision::Refuse {
-                error: NbdError::Perm,
-                discard
-            }
-        );
+        assert_eq!(no, Decision::Refuse { error: NbdError::Perm, discard });
         let huge = asked(command::WRITE, 0, 0, u32::MAX);
         assert_eq!(huge, Decision::OutOfStep);
         let mut garbage = write;
@@ -436,69 +343,35 @@ mod tests {
     #[test]
     fn block_status_needs_a_context_and_fast_zero_a_fast_export() {
         let status = header(command::BLOCK_STATUS, 0, 0, 512);
-        let none = Agreed {
-            structured: true,
-            ..Agreed::default()
-        };
+        let none = Agreed { structured: true, ..Agreed::default() };
         assert_eq!(decide(&status, none, &EXPORT), refused(NbdError::Invalid));
-        let slow = Export {
-            fast_zero: false,
-            ..EXPORT
-        };
+        let slow = Export { fast_zero: false, ..EXPORT };
         let zero = header(command::WRITE_ZEROES, command_flag::FAST_ZERO, 0, 512);
         assert_eq!(decide(&zero, ALL, &slow), refused(NbdError::Invalid));
     }
 
     #[test]
     fn extents_are_joined_clipped_and_limited() {
-        let asked = Asked {
-            cookie: 1,
-            offset: 0,
-            len: 4096,
-            expects: Expects::Extents { one: false },
-        };
+        let asked = Asked { cookie: 1, offset: 0, len: 4096, expects: Expects::Extents { one: false } };
         let extents = [
-            Extent {
-                len: 1024,
-                depth: 1,
-            },
-            Extent {
-                len: 1024,
-                depth: 2,
-            },
-            Extent {
-                len: 1024,
-                depth: 0,
-            },
-            Extent {
-                len: u64::MAX,
-                depth: 3,
-            },
+            Extent { len: 1024, depth: 1 },
+            Extent { len: 1024, depth: 2 },
+            Extent { len: 1024, depth: 0 },
+            Extent { len: u64::MAX, depth: 3 },
         ];
         let both = runs(&asked, Context::Allocation, false, &extents);
         assert_eq!(both, [(2048, 0), (1024, 3), (1024, 0)]);
         let depths = runs(&asked, Context::Depth, false, &extents);
         assert_eq!(depths, [(1024, 1), (1024, 2), (1024, 0), (1024, 3)]);
-        assert_eq!(
-            runs(&asked, Context::Allocation, true, &extents),
-            [(2048, 0)]
-        );
+        assert_eq!(runs(&asked, Context::Allocation, true, &extents), [(2048, 0)]);
         assert_eq!(runs(&asked, Context::Depth, false, &[]), [(4096, 1)]);
     }
 
     #[test]
     fn errors_are_chunks_where_replies_are_structured() {
-        let asked = Asked {
-            cookie: 1,
-            offset: 0,
-            len: 512,
-            expects: Expects::Data,
-        };
+        let asked = Asked { cookie: 1, offset: 0, len: 512, expects: Expects::Data };
         let head = reply_head(&asked, ALL, Err(NbdError::Io), &[]);
-        assert_eq!(
-            (head.len(), &head[4..8], head[23]),
-            (26, &[0, 1, 0x80, 1][..], 5)
-        );
+        assert_eq!((head.len(), &head[4..8], head[23]), (26, &[0, 1, 0x80, 1][..], 5));
         let simple = reply_head(&asked, Agreed::default(), Err(NbdError::Io), &[]);
         assert_eq!((simple.len(), simple[7]), (16, 5));
     }

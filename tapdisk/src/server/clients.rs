@@ -46,19 +46,12 @@ pub struct Clients {
 impl Clients {
     /// No clients yet.
     pub fn new(export: Arc<Export>) -> Self {
-        Self {
-            export,
-            pool: Pool::default(),
-            all: BTreeMap::new(),
-            next_id: 0,
-            stirred: BTreeSet::new(),
-        }
+        Self { export, pool: Pool::default(), all: BTreeMap::new(), next_id: 0, stirred: BTreeSet::new() }
     }
 
     /// How many are past their handshake and connected.
     pub fn transmitting(&self) -> u64 {
-        let transmitting =
-            |client: &&Client| client.socket.is_some() && client.connection.is_transmitting();
+        let transmitting = |client: &&Client| client.socket.is_some() && client.connection.is_transmitting();
         self.all.values().filter(transmitting).count() as u64
     }
 
@@ -100,10 +93,7 @@ impl Clients {
             let mut want = PollFlags::empty();
             want.set(PollFlags::POLLIN, client.connection.wants_input());
             want.set(PollFlags::POLLOUT, client.connection.has_output());
-            client
-                .socket
-                .as_ref()
-                .map(|socket| (*id, socket.as_fd(), want))
+            client.socket.as_ref().map(|socket| (*id, socket.as_fd(), want))
         })
     }
 
@@ -125,13 +115,7 @@ impl Clients {
     }
 
     /// Answers a request.
-    pub fn finish(
-        &mut self,
-        id: ClientId,
-        slot: Slot,
-        result: Result<(), i32>,
-        extents: &[Extent],
-    ) {
+    pub fn finish(&mut self, id: ClientId, slot: Slot, result: Result<(), i32>, extents: &[Extent]) {
         if let Some(client) = self.all.get_mut(&id) {
             client.connection.finish(slot, result, extents);
             self.stirred.insert(id);
@@ -166,13 +150,8 @@ impl Clients {
 
     /// When the next client has had its time for the handshake.
     pub fn next_deadline(&self) -> Option<Instant> {
-        let shaking =
-            |client: &&Client| client.socket.is_some() && !client.connection.is_transmitting();
-        self.all
-            .values()
-            .filter(shaking)
-            .map(|client| client.handshake_deadline)
-            .min()
+        let shaking = |client: &&Client| client.socket.is_some() && !client.connection.is_transmitting();
+        self.all.values().filter(shaking).map(|client| client.handshake_deadline).min()
     }
 
     /// Disconnects those who did not finish their handshake in time.

@@ -36,42 +36,14 @@ pub struct Guests {
 
 impl Guests {
     /// Gives a client's request to the core.
-    pub fn submit<C: Core>(
-        &mut self,
-        core: &mut C,
-        now_us: u64,
-        client: ClientId,
-        request: GuestRequest,
-    ) {
+    pub fn submit<C: Core>(&mut self, core: &mut C, now_us: u64, client: ClientId, request: GuestRequest) {
         let id = RequestId(self.next_id);
         self.next_id += 1;
-        let GuestRequest {
-            slot,
-            kind,
-            offset,
-            len,
-            buffer,
-        } = request;
+        let GuestRequest { slot, kind, offset, len, buffer } = request;
         let extents = Vec::new();
-        let guest = Guest {
-            client,
-            slot,
-            extents,
-            buffer,
-            kind,
-            len,
-            arrived_us: now_us,
-        };
+        let guest = Guest { client, slot, extents, buffer, kind, len, arrived_us: now_us };
         self.all.insert(id, guest);
-        core.submit(
-            now_us,
-            Request {
-                id,
-                kind,
-                offset,
-                len,
-            },
-        );
+        core.submit(now_us, Request { id, kind, offset, len });
     }
 
     /// The buffer that a piece belongs to.
@@ -90,8 +62,7 @@ impl Guests {
     pub fn done(&mut self, now_us: u64, id: RequestId, failed: bool) -> Option<Guest> {
         let guest = self.all.remove(&id)?;
         let took_us = now_us.saturating_sub(guest.arrived_us);
-        self.counters
-            .answered(guest.kind, guest.len, took_us, failed);
+        self.counters.answered(guest.kind, guest.len, took_us, failed);
         Some(guest)
     }
 

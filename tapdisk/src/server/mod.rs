@@ -36,9 +36,7 @@ use crate::driver::exec::{Failure, Tables, prepare};
 use crate::driver::threads::{Ended, Workers};
 use crate::driver::{Core, Effect, PeerId};
 use crate::engine::{BufferRange, Completion, Op, OpId, Output};
-use crate::limits::{
-    COMPLETIONS_PER_TURN, FAILURE_LOG_PAUSE, FAREWELL_TIME_MAX, STOP_RETRY, STOP_TIME_MAX,
-};
+use crate::limits::{COMPLETIONS_PER_TURN, FAILURE_LOG_PAUSE, FAREWELL_TIME_MAX, STOP_RETRY, STOP_TIME_MAX};
 use crate::nbd::Export;
 use clients::{ClientId, Clients};
 use guests::Guests;
@@ -157,11 +155,7 @@ impl<C: Core> Server<C> {
                 self.handle(source, flags);
             }
             let now_us = self.now_us();
-            if self
-                .core
-                .tick_due_us()
-                .is_some_and(|due_us| due_us <= now_us)
-            {
+            if self.core.tick_due_us().is_some_and(|due_us| due_us <= now_us) {
                 self.core.tick(now_us);
             }
             self.clients.drop_late_handshakes(Instant::now());
@@ -186,43 +180,24 @@ impl<C: Core> Server<C> {
         if let Some(signals) = &self.signals {
             sources.push((Source::Signals, signals.as_fd(), PollFlags::POLLIN));
         }
-        sources.extend(
-            self.clients
-                .sources()
-                .map(|(id, fd, want)| (Source::Client(id), fd, want)),
-        );
-        sources.extend(
-            self.peers
-                .sources()
-                .map(|(id, fd, want)| (Source::Peer(id), fd, want)),
-        );
-        let mut fds: Vec<PollFd<'_>> = sources
-            .iter()
-            .map(|(_, fd, want)| PollFd::new(*fd, *want))
-            .collect();
+        sources.extend(self.clients.sources().map(|(id, fd, want)| (Source::Client(id), fd, want)));
+        sources.extend(self.peers.sources().map(|(id, fd, want)| (Source::Peer(id), fd, want)));
+        let mut fds: Vec<PollFd<'_>> = sources.iter().map(|(_, fd, want)| PollFd::new(*fd, *want)).collect();
         match nix::poll::poll(&mut fds, self.timeout()) {
             Ok(_) | Err(nix::Error::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
         let ready = sources.iter().zip(&fds).filter_map(|((source, ..), fd)| {
-            fd.revents()
-                .filter(|flags| !flags.is_empty())
-                .map(|flags| (*source, flags))
+            fd.revents().filter(|flags| !flags.is_empty()).map(|flags| (*source, flags))
         });
         Ok(ready.collect())
     }
 
     fn timeout(&self) -> PollTimeout {
         let now = Instant::now();
-        let tick = self
-            .core
-            .tick_due_us()
-            .map(|due_us| self.started + Duration::from_micros(due_us));
+        let tick = self.core.tick_due_us().map(|due_us| self.started + Duration::from_micros(due_us));
         let stop = self.stopping.map(|stopping| stopping.next_attempt);
-        let due = [tick, stop, self.clients.next_deadline()]
-            .into_iter()
-            .flatten()
-            .min();
+        let due = [tick, stop, self.clients.next_deadline()].into_iter().flatten().min();
         let Some(due) = due else {
             return PollTimeout::NONE;
         };
@@ -239,12 +214,7 @@ impl<C: Core> Server<C> {
             Source::Control => self.peers.accept(&self.control),
             Source::Client(id) => {
                 let now_us = self.now_us();
-                let Self {
-                    clients,
-                    core,
-                    guests,
-                    ..
-                } = self;
+                let Self { clients, core, guests, .. } = self;
                 clients.serve(id, flags, |request| {
                     guests.submit(core, now_us, id, request);
                 });
@@ -262,8 +232,7 @@ impl<C: Core> Server<C> {
                 Some(Ended::Op(id, Ok(completion))) => self.core.complete(now_us, id, completion),
                 Some(Ended::Op(id, Err(failure))) => {
                     self.failures.note(&failure);
-                    self.core
-                        .complete(now_us, id, Completion::Failed(failure.errno()));
+                    self.core.complete(now_us, id, Completion::Failed(failure.errno()));
                 }
                 Some(Ended::Job(done)) => self.core.job_done(now_us, done),
             }
@@ -275,10 +244,7 @@ impl<C: Core> Server<C> {
         while let Some(Ok(Some(signal))) = self.signals.as_ref().map(SignalFd::read_signal) {
             tracing::info!(signal = signal.ssi_signo, "asked to end by a signal");
             let now = Instant::now();
-            let stopping = Stopping {
-                next_attempt: now,
-                deadline: now + STOP_TIME_MAX,
-            };
+            let stopping = Stopping { next_attempt: now, deadline: now + STOP_TIME_MAX };
             self.stopping.get_or_insert(stopping);
         }
     }
@@ -295,10 +261,7 @@ impl<C: Core> Server<C> {
             self.ending = true;
         } else if now >= stopping.next_attempt {
             stopping.next_attempt = now + STOP_RETRY;
-            let call = Call {
-                id: 0,
-                request: ControlRequest::Stop { force: true },
-            };
+            let call = Call { id: 0, request: ControlRequest::Stop { force: true } };
             let stats = self.guests.stats(self.clients.transmitting());
             self.core.call(self.now_us(), PeerId::SELF, call, &stats);
         }
@@ -320,12 +283,7 @@ impl<C: Core> Server<C> {
                 }
                 peers::Event::Gone(peer) => self.core.peer_gone(now_us, peer),
             });
-            let Self {
-                clients,
-                core,
-                guests,
-                ..
-            } = self;
+            let Self { clients, core, guests, .. } = self;
             handed_over |= clients.flush(|client, request| {
                 guests.submit(core, now_us, client, request);
             });
@@ -344,8 +302,7 @@ impl<C: Core> Server<C> {
             }
             Effect::Engine(Output::Done(id, result)) => {
                 if let Some(guest) = self.guests.done(self.now_us(), id, result.is_err()) {
-                    self.clients
-                        .finish(guest.client, guest.slot, result, &guest.extents);
+                    self.clients.finish(guest.client, guest.slot, result, &guest.extents);
                 }
             }
             Effect::Engine(Output::Close(file)) => self.files.close(file),
@@ -360,10 +317,7 @@ impl<C: Core> Server<C> {
     }
 
     fn start(&mut self, id: OpId, op: Op) {
-        let tables = Tables {
-            files: &self.files,
-            volumes: &self.volumes,
-        };
+        let tables = Tables { files: &self.files, volumes: &self.volumes };
         let buffer_of = |range: BufferRange| self.guests.buffer_of(range).cloned();
         match prepare(op, &tables, buffer_of) {
             Ok(mut work) => match work.run_at_once(&mut self.cached) {
@@ -375,8 +329,7 @@ impl<C: Core> Server<C> {
             },
             Err(errno) => {
                 tracing::error!(?id, errno, "an operation names what is not there");
-                self.core
-                    .complete(self.now_us(), id, Completion::Failed(errno));
+                self.core.complete(self.now_us(), id, Completion::Failed(errno));
             }
         }
     }

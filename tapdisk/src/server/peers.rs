@@ -72,10 +72,7 @@ impl Peers {
                 }
             };
             if self.all.len() >= CONTROL_PEERS_MAX {
-                tracing::warn!(
-                    limit = CONTROL_PEERS_MAX,
-                    "control peer turned away: too many"
-                );
+                tracing::warn!(limit = CONTROL_PEERS_MAX, "control peer turned away: too many");
                 continue;
             }
             if let Err(error) = socket.set_nonblocking(true) {
@@ -84,13 +81,7 @@ impl Peers {
             }
             self.last_id += 1; // the first is 1: 0 is the process itself
             let (input, output) = (Vec::new(), Vec::new());
-            let peer = Peer {
-                socket,
-                input,
-                output,
-                hung_up: false,
-                state: State::Idle,
-            };
+            let peer = Peer { socket, input, output, hung_up: false, state: State::Idle };
             self.all.insert(PeerId(self.last_id), peer);
         }
     }
@@ -99,10 +90,7 @@ impl Peers {
     pub fn sources(&self) -> impl Iterator<Item = (PeerId, BorrowedFd<'_>, PollFlags)> {
         self.all.iter().map(|(id, peer)| {
             let mut want = PollFlags::empty();
-            want.set(
-                PollFlags::POLLIN,
-                matches!(peer.state, State::Idle | State::Waiting),
-            );
+            want.set(PollFlags::POLLIN, matches!(peer.state, State::Idle | State::Waiting));
             want.set(PollFlags::POLLOUT, !peer.output.is_empty());
             (*id, peer.socket.as_fd(), want)
         })
@@ -185,10 +173,7 @@ impl Peers {
             let left = deadline.saturating_duration_since(Instant::now());
             let limit = left.max(Duration::from_millis(1));
             let blocking = peer.socket.set_nonblocking(false);
-            if blocking
-                .and(peer.socket.set_write_timeout(Some(limit)))
-                .is_ok()
-            {
+            if blocking.and(peer.socket.set_write_timeout(Some(limit))).is_ok() {
                 // Whoever does not take it in time sees the connection end.
                 let _ = peer.socket.write_all(&peer.output);
             }
@@ -203,9 +188,7 @@ impl Peer {
         while self.input.len() < LINE_BYTES_MAX {
             match self.socket.read(&mut bytes) {
                 Ok(0) => return false,
-                Ok(n) => self
-                    .input
-                    .extend_from_slice(bytes.get(..n).unwrap_or_default()),
+                Ok(n) => self.input.extend_from_slice(bytes.get(..n).unwrap_or_default()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
             }
@@ -230,14 +213,8 @@ impl Peer {
 
     /// Refuses a line in which there is no id to repeat.
     fn refuse(&mut self, detail: &str) {
-        let outcome = Err(Refusal::Bad {
-            detail: detail.to_owned(),
-        });
-        self.say(&Answer {
-            id: 0,
-            last: true,
-            outcome,
-        });
+        let outcome = Err(Refusal::Bad { detail: detail.to_owned() });
+        self.say(&Answer { id: 0, last: true, outcome });
     }
 
     fn leave(&mut self) {

@@ -36,19 +36,11 @@ impl Plain {
         let id = OpId(self.next_op);
         self.next_op += 1;
         self.ops.insert(id, request);
-        self.effects
-            .push_back(Effect::Engine(Output::Start(id, op)));
+        self.effects.push_back(Effect::Engine(Output::Start(id, op)));
     }
 
     fn answer(&mut self, peer: PeerId, id: u64, outcome: Result<Reply, Refusal>) {
-        self.effects.push_back(Effect::Answer(
-            peer,
-            Answer {
-                id,
-                last: true,
-                outcome,
-            },
-        ));
+        self.effects.push_back(Effect::Answer(peer, Answer { id, last: true, outcome }));
     }
 }
 
@@ -56,35 +48,18 @@ impl Core for Plain {
     type JobDone = PeerId;
 
     fn submit(&mut self, _: u64, request: Request) {
-        let Request {
-            id,
-            kind,
-            offset,
-            len,
-        } = request;
+        let Request { id, kind, offset, len } = request;
         let (file, why) = (self.file, "test");
         let mut ops = Vec::new();
         let half = len / 1024 * 512;
         for (at, len) in [(0, half), (half, len - half)] {
-            let range = BufferRange {
-                request: id,
-                at,
-                len,
-            };
+            let range = BufferRange { request: id, at, len };
             let offset = offset + u64::from(at);
             match kind {
                 _ if len == 0 => {}
-                RequestKind::Read => ops.push(Op::ReadGuest {
-                    file,
-                    offset,
-                    into: range,
-                }),
+                RequestKind::Read => ops.push(Op::ReadGuest { file, offset, into: range }),
                 RequestKind::Write { .. } => {
-                    ops.push(Op::WriteGuest {
-                        file,
-                        offset,
-                        from: range,
-                    });
+                    ops.push(Op::WriteGuest { file, offset, from: range });
                 }
                 _ => {}
             }
@@ -92,23 +67,12 @@ impl Core for Plain {
         match kind {
             RequestKind::Flush => ops.push(Op::Flush { file, why }),
             RequestKind::Trim { .. } | RequestKind::WriteZeroes { .. } => {
-                ops.push(Op::Zero {
-                    file,
-                    offset,
-                    len: len.into(),
-                    keep: false,
-                    why,
-                });
+                ops.push(Op::Zero { file, offset, len: len.into(), keep: false, why });
             }
             RequestKind::BlockStatus => {
-                let halves = [1, 0].map(|depth| Extent {
-                    len: u64::from(len / 2),
-                    depth,
-                });
-                self.effects
-                    .push_back(Effect::Engine(Output::Extents(id, halves.to_vec())));
-                self.effects
-                    .push_back(Effect::Engine(Output::Done(id, Ok(()))));
+                let halves = [1, 0].map(|depth| Extent { len: u64::from(len / 2), depth });
+                self.effects.push_back(Effect::Engine(Output::Extents(id, halves.to_vec())));
+                self.effects.push_back(Effect::Engine(Output::Done(id, Ok(()))));
                 return;
             }
             _ => {}
@@ -128,8 +92,7 @@ impl Core for Plain {
         }
         if *left == 0 {
             let (_, result) = self.left.remove(&request).unwrap();
-            self.effects
-                .push_back(Effect::Engine(Output::Done(request, result)));
+            self.effects.push_back(Effect::Engine(Output::Done(request, result)));
         }
     }
 
@@ -137,10 +100,7 @@ impl Core for Plain {
         match call.request {
             ControlRequest::Stats => {
                 let state = format!("{:?}", self.gone);
-                let stats = Stats {
-                    state,
-                    ..counters.clone()
-                };
+                let stats = Stats { state, ..counters.clone() };
                 self.answer(peer, call.id, Ok(Reply::Stats(Box::new(stats))));
             }
             // A background job, to see one run.
@@ -186,10 +146,7 @@ struct Running {
 impl Running {
     fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        std::fs::File::create(folder.path().join("disk.raw"))
-            .unwrap()
-            .set_len(DISK_BYTES)
-            .unwrap();
+        std::fs::File::create(folder.path().join("disk.raw")).unwrap().set_len(DISK_BYTES).unwrap();
         let fs: Arc<dyn Fs> = Arc::new(PosixFs::new(folder.path().to_path_buf()));
         let files = Arc::new(Files::default());
         let file = files.add(fs.open("disk.raw", Access::Write).unwrap());
@@ -238,9 +195,7 @@ impl Running {
 
     fn nbd(&self) -> UnixStream {
         let socket = UnixStream::connect(self.path("nbd.sock")).unwrap();
-        socket
-            .set_read_timeout(Some(Duration::from_secs(10)))
-            .unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         socket
     }
 
@@ -248,9 +203,7 @@ impl Running {
     fn ready(&self) -> UnixStream {
         let mut socket = self.nbd();
         socket.write_all(&[0, 0, 0, 3]).unwrap();
-        socket
-            .write_all(b"IHAVEOPT\0\0\0\x01\0\0\0\x04disk")
-            .unwrap();
+        socket.write_all(b"IHAVEOPT\0\0\0\x01\0\0\0\x04disk").unwrap();
         let mut hello = [0; 18 + 10];
         socket.read_exact(&mut hello).unwrap();
         assert_eq!(hello[18..26], DISK_BYTES.to_be_bytes());
@@ -258,10 +211,7 @@ impl Running {
     }
 
     fn uri(&self) -> String {
-        format!(
-            "nbd+unix:///disk?socket={}",
-            self.path("nbd.sock").display()
-        )
+        format!("nbd+unix:///disk?socket={}", self.path("nbd.sock").display())
     }
 }
 
@@ -304,10 +254,7 @@ fn round_trip(socket: &mut UnixStream, offset: u64, len: usize, fill: u8) {
 fn what_was_written_is_read_back() {
     let running = Running::start();
     let mut socket = running.ready();
-    for (n, len) in [512, 4096, 65536, 1 << 20, 32 << 20]
-        .into_iter()
-        .enumerate()
-    {
+    for (n, len) in [512, 4096, 65536, 1 << 20, 32 << 20].into_iter().enumerate() {
         round_trip(&mut socket, 512 * n as u64, len, n as u8 + 1);
     }
 }
@@ -369,28 +316,17 @@ fn control_calls_are_answered_and_garbage_is_refused() {
     assert_eq!(client.call(ControlRequest::Settle).unwrap(), Reply::Done);
 
     let mut socket = UnixStream::connect(running.path("ctl.sock")).unwrap();
-    socket
-        .set_read_timeout(Some(Duration::from_secs(10)))
-        .unwrap();
-    socket
-        .write_all(b"garbage\n{\"id\":1,\"request\":\"no\"}\n")
-        .unwrap();
-    socket
-        .write_all(b"{\"id\":7,\"request\":\"stats\"}\n")
-        .unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    socket.write_all(b"garbage\n{\"id\":1,\"request\":\"no\"}\n").unwrap();
+    socket.write_all(b"{\"id\":7,\"request\":\"stats\"}\n").unwrap();
     socket.shutdown(std::net::Shutdown::Write).unwrap();
     let mut said = String::new();
     socket.read_to_string(&mut said).unwrap();
-    let ids: Vec<u64> = said
-        .lines()
-        .map(|line| serde_json::from_str::<Answer>(line).unwrap().id)
-        .collect();
+    let ids: Vec<u64> = said.lines().map(|line| serde_json::from_str::<Answer>(line).unwrap().id).collect();
     assert_eq!(ids, [0, 0, 7]);
 
     let mut endless = UnixStream::connect(running.path("ctl.sock")).unwrap();
-    endless
-        .set_read_timeout(Some(Duration::from_secs(10)))
-        .unwrap();
+    endless.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     let flood = vec![b'x'; 1 << 20];
     let _ = endless.write_all(&flood);
     let mut said = Vec::new();
@@ -403,9 +339,7 @@ fn a_peer_that_hangs_up_is_reported_while_it_waits() {
     let running = Running::start();
     let before = running.stats().state;
     let mut socket = UnixStream::connect(running.path("ctl.sock")).unwrap();
-    socket
-        .write_all(b"{\"id\":1,\"request\":\"merge_stop\"}\n")
-        .unwrap();
+    socket.write_all(b"{\"id\":1,\"request\":\"merge_stop\"}\n").unwrap();
     drop(socket);
     let deadline = Instant::now() + Duration::from_secs(10);
     while running.stats().state.len() < before.len() + 2 * "PeerId(1), ".len() {
@@ -416,23 +350,15 @@ fn a_peer_that_hangs_up_is_reported_while_it_waits() {
 
 /// Runs a client program; `None`, loudly, where it is not installed.
 fn client(program: &str, args: &[&str]) -> Option<String> {
-    let output = match Command::new("timeout")
-        .arg("60")
-        .arg(program)
-        .args(args)
-        .output()
-    {
+    let output = match Command::new("timeout").arg("60").arg(program).args(args).output() {
         Ok(output) if output.status.code() != Some(127) => output,
         _ => {
             eprintln!("SKIPPED: {program} is not installed");
             return None;
         }
     };
-    let text = format!(
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
+    let text =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{program} {args:?}: {text}");
     Some(text)
 }
@@ -446,11 +372,7 @@ fn libnbd_clients_are_content() {
     let running = Running::start();
     let uri = running.uri();
     if let Some(said) = client("nbdinfo", &["--json", &uri]) {
-        for word in [
-            "\"export-size\": 67108864",
-            "\"can_fast_zero\": true",
-            "base:allocation",
-        ] {
+        for word in ["\"export-size\": 67108864", "\"can_fast_zero\": true", "base:allocation"] {
             assert!(said.contains(word), "{word}: {said}");
         }
     }
@@ -459,16 +381,9 @@ fn libnbd_clients_are_content() {
     }
     client("nbdinfo", &["--list", &uri]);
     let source = running.path("source");
-    let bytes: Vec<u8> = (0..DISK_BYTES / 8)
-        .flat_map(|n| (n * n).to_le_bytes())
-        .collect();
+    let bytes: Vec<u8> = (0..DISK_BYTES / 8).flat_map(|n| (n * n).to_le_bytes()).collect();
     std::fs::write(&source, bytes).unwrap();
-    if client(
-        "nbdcopy",
-        &["--connections=4", source.to_str().unwrap(), &uri],
-    )
-    .is_some()
-    {
+    if client("nbdcopy", &["--connections=4", source.to_str().unwrap(), &uri]).is_some() {
         assert!(same_file(&source, &running.path("disk.raw")));
         let copy = running.path("copy");
         // Its holes are this stand-in's invention: copy them all the same.

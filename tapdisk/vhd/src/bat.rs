@@ -41,10 +41,7 @@ impl Layout {
         let blocks = footer.virtual_bytes.div_ceil(u64::from(header.block_bytes));
         let entries = u32::try_from(blocks).map_err(|_| bad("more blocks than a BAT can hold"))?;
         if header.max_entries > BAT_ENTRIES_MAX {
-            return Err(Error::TooLarge {
-                what: "a BAT",
-                bytes: u64::from(header.max_entries) * 4,
-            });
+            return Err(Error::TooLarge { what: "a BAT", bytes: u64::from(header.max_entries) * 4 });
         }
         if entries > header.max_entries {
             return Err(bad("the BAT has fewer entries than the virtual size needs"));
@@ -56,14 +53,8 @@ impl Layout {
             .table_offset
             .checked_add(table_bytes(header.max_entries))
             .ok_or_else(|| bad("the BAT lies past the end of any file"))?;
-        let locators = header
-            .locators
-            .iter()
-            .filter(|l| l.space_bytes() > 0 && l.len > 0);
-        let locators_end = locators
-            .map(|l| l.offset.saturating_add(l.space_bytes()))
-            .max()
-            .unwrap_or(0);
+        let locators = header.locators.iter().filter(|l| l.space_bytes() > 0 && l.len > 0);
+        let locators_end = locators.map(|l| l.offset.saturating_add(l.space_bytes())).max().unwrap_or(0);
         Ok(Self {
             table_offset: header.table_offset,
             max_entries: header.max_entries,
@@ -98,9 +89,7 @@ pub fn read_bat(volume: &dyn Volume, layout: &Layout) -> Result<Vec<u32>> {
     let len = volume.len()?;
     let needed = u64::from(layout.entries) * 4;
     if layout.table_offset.saturating_add(needed) > len {
-        return Err(Error::BadHeader {
-            reason: "the BAT lies past the end of the file",
-        });
+        return Err(Error::BadHeader { reason: "the BAT lies past the end of the file" });
     }
     let mut bat = Vec::with_capacity(layout.entries as usize);
     let mut buffer = vec![0; SCAN_BYTES];
@@ -112,13 +101,7 @@ pub fn read_bat(volume: &dyn Volume, layout: &Layout) -> Result<Vec<u32>> {
             break;
         };
         volume.read_at(chunk, at)?;
-        bat.extend(
-            chunk
-                .as_chunks::<4>()
-                .0
-                .iter()
-                .map(|entry| u32::from_be_bytes(*entry)),
-        );
+        bat.extend(chunk.as_chunks::<4>().0.iter().map(|entry| u32::from_be_bytes(*entry)));
         at += part;
         left -= part;
     }
@@ -146,13 +129,7 @@ fn check_places(volume: &dyn Volume, layout: &Layout, bat: &[u32], len: u64) -> 
         if sector == BAT_FREE {
             continue;
         }
-        let bad = |reason| {
-            Err(Error::BadBat {
-                block,
-                sector,
-                reason,
-            })
-        };
+        let bad = |reason| Err(Error::BadBat { block, sector, reason });
         let start = u64::from(sector) * SECTOR_BYTES;
         let end = start + block_bytes;
         if start < layout.data_start {
@@ -168,12 +145,8 @@ fn check_places(volume: &dyn Volume, layout: &Layout, bat: &[u32], len: u64) -> 
             sticks_out = true;
             let mut bytes = [0; 512];
             volume.read_at(&mut bytes, start)?;
-            let inside =
-                u32::try_from((len - start - bitmap_bytes) / SECTOR_BYTES).unwrap_or(u32::MAX);
-            if SectorBitmap::from_bytes(&bytes)
-                .present()
-                .any(|run| run.end() > inside)
-            {
+            let inside = u32::try_from((len - start - bitmap_bytes) / SECTOR_BYTES).unwrap_or(u32::MAX);
+            if SectorBitmap::from_bytes(&bytes).present().any(|run| run.end() > inside) {
                 return bad("it has sectors past the end of the file");
             }
         }
@@ -186,6 +159,5 @@ fn check_places(volume: &dyn Volume, layout: &Layout, bat: &[u32], len: u64) -> 
 pub fn data_end(bat: &[u32], layout: &Layout) -> u64 {
     let sectors = u64::from(layout.bitmap_sectors() + layout.block_sectors);
     let last = bat.iter().filter(|entry| **entry != BAT_FREE).max();
-    last.map_or(0, |entry| (u64::from(*entry) + sectors) * SECTOR_BYTES)
-        .max(layout.data_start)
+    last.map_or(0, |entry| (u64::from(*entry) + sectors) * SECTOR_BYTES).max(layout.data_start)
 }

@@ -88,9 +88,9 @@ pub fn read_batmap(volume: &dyn Volume, meta: &Meta) -> Option<Vec<u8>> {
     volume.read_at(&mut map, bits).ok()?;
     let sum = match raw.version.get() {
         // Version 1.1 summed signed bytes.
-        VERSION_1_1 => !map.iter().fold(0_u32, |sum, byte| {
-            sum.wrapping_add_signed(i32::from(byte.cast_signed()))
-        }),
+        VERSION_1_1 => {
+            !map.iter().fold(0_u32, |sum, byte| sum.wrapping_add_signed(i32::from(byte.cast_signed())))
+        }
         _ => ones_complement(&map),
     };
     if sum != raw.checksum.get() {
@@ -117,10 +117,7 @@ pub enum BatmapState {
 /// Looks at the BATmap.
 #[must_use]
 pub fn state(volume: &dyn Volume, meta: &Meta) -> BatmapState {
-    let found = meta
-        .layout
-        .as_ref()
-        .is_some_and(|layout| layout.batmap_bits.is_some());
+    let found = meta.layout.as_ref().is_some_and(|layout| layout.batmap_bits.is_some());
     match read_batmap(volume, meta) {
         Some(_) => BatmapState::Sound,
         None if found => BatmapState::Torn,
@@ -136,10 +133,7 @@ pub fn batmap_has_bits(volume: &dyn Volume, meta: &Meta) -> bool {
     };
     let mut sector = [0; 512];
     (0..u64::from(sectors)).any(|n| {
-        volume
-            .read_at(&mut sector, bits + n * SECTOR_BYTES)
-            .is_err()
-            || sector.iter().any(|byte| *byte != 0)
+        volume.read_at(&mut sector, bits + n * SECTOR_BYTES).is_err() || sector.iter().any(|byte| *byte != 0)
     }) || read_batmap(volume, meta).is_none()
 }
 
@@ -185,9 +179,7 @@ pub fn set_marker(volume: &dyn Volume, meta: &Meta, marker: u8) -> Result<()> {
     let at = meta.layout.as_ref().and_then(|layout| layout.batmap_header);
     let found = at.and_then(|at| Some((at, read_header(volume, at)?)));
     let Some((at, raw)) = found else {
-        return Err(Error::Unsupported {
-            what: "a marker in an image without a BATmap",
-        });
+        return Err(Error::Unsupported { what: "a marker in an image without a BATmap" });
     };
     volume.write_at(Raw { marker, ..raw }.as_bytes(), at)?;
     volume.flush("marker: the BATmap's header")?;

@@ -250,7 +250,11 @@ impl Chain {
         Self::walk(volumes, Some(child), parent)
     }
 
-    fn walk(volumes: &dyn Volumes, child: Option<&VolumeName>, top: Option<(VolumeName, Opened)>) -> Result<Self> {
+    fn walk(
+        volumes: &dyn Volumes,
+        child: Option<&VolumeName>,
+        top: Option<(VolumeName, Opened)>,
+    ) -> Result<Self> {
         let mut levels: Vec<Level> = Vec::new();
         let mut next = top;
         while let Some((name, (volume, meta))) = next {
@@ -331,7 +335,9 @@ impl Chain {
             Storage::Blocks if place.whole => SectorBitmap::FULL,
             Storage::Blocks => {
                 let mut bytes = [0; 512];
-                node.volume.read_at(&mut bytes, place.slot.bitmap_offset()).map_err(|e| Error::from(e).of(&node.name))?;
+                node.volume
+                    .read_at(&mut bytes, place.slot.bitmap_offset())
+                    .map_err(|e| Error::from(e).of(&node.name))?;
                 SectorBitmap::from_bytes(&bytes)
             }
         };
@@ -350,7 +356,8 @@ impl Chain {
         let mut at = offset;
         while !rest.is_empty() {
             let in_block = (BLOCK_BYTES - at % BLOCK_BYTES).min(rest.len() as u64);
-            let (part, more) = rest.split_at_mut(usize::try_from(in_block).unwrap_or(usize::MAX).min(rest.len()));
+            let (part, more) =
+                rest.split_at_mut(usize::try_from(in_block).unwrap_or(usize::MAX).min(rest.len()));
             self.read_in_block(part, at)?;
             at += in_block;
             rest = more;
@@ -391,7 +398,9 @@ pub fn clip(bitmap: &mut SectorBitmap, sectors: u32) {
 }
 
 fn is_whole(batmap: Option<&[u8]>, block: BlockNo) -> bool {
-    batmap.and_then(|bits| bits.get(block.index() / 8)).is_some_and(|byte| byte & (0x80 >> (block.0 % 8)) != 0)
+    batmap
+        .and_then(|bits| bits.get(block.index() / 8))
+        .is_some_and(|byte| byte & (0x80 >> (block.0 % 8)) != 0)
 }
 
 type Opened = (Arc<dyn Volume>, Option<Meta>);
@@ -429,14 +438,29 @@ fn parent_of(volumes: &dyn Volumes, meta: &Meta) -> Result<Option<(VolumeName, O
 }
 
 fn open_level(name: VolumeName, volume: Arc<dyn Volume>, meta: Option<&Meta>) -> Result<Level> {
-    let node = |uuid, virtual_bytes, hidden, storage, volume| Node { name, uuid, virtual_bytes, hidden, storage, volume };
+    let node = |uuid, virtual_bytes, hidden, storage, volume| Node {
+        name,
+        uuid,
+        virtual_bytes,
+        hidden,
+        storage,
+        volume,
+    };
     let Some(meta) = meta else {
         let len = volume.len()?;
-        return Ok(Level { node: node(Uuid::nil(), len, false, Storage::Flat, volume), bat: Vec::new(), whole: None });
+        return Ok(Level {
+            node: node(Uuid::nil(), len, false, Storage::Flat, volume),
+            bat: Vec::new(),
+            whole: None,
+        });
     };
     let (uuid, size, hidden) = (meta.uuid(), meta.virtual_bytes(), meta.hidden());
     if meta.disk_type() == DiskType::Fixed {
-        return Ok(Level { node: node(uuid, size, hidden, Storage::Flat, volume), bat: Vec::new(), whole: None });
+        return Ok(Level {
+            node: node(uuid, size, hidden, Storage::Flat, volume),
+            bat: Vec::new(),
+            whole: None,
+        });
     }
     let layout = meta.layout.as_ref().ok_or(Error::BadHeader { reason: "no header" })?;
     if layout.block_sectors != BLOCK_SECTORS {
@@ -465,10 +489,7 @@ mod tests {
 
     #[test]
     fn the_topmost_owner_wins_and_the_rest_is_zero() {
-        let owners = resolve(&[
-            (place(0), bits(&[(10, 10)])),
-            (place(1), bits(&[(0, 15), (100, 5)])),
-        ]);
+        let owners = resolve(&[(place(0), bits(&[(10, 10)])), (place(1), bits(&[(0, 15), (100, 5)]))]);
         let got: Vec<_> = owners
             .iter()
             .map(|o| {

@@ -67,11 +67,7 @@ pub fn create(volume: &dyn Volume, new: &NewImage) -> Result<Meta> {
         creator: CREATOR_TAP,
         creator_version: CREATOR_VERSION,
         creator_os: 0,
-        data_offset: if disk_type == DiskType::Fixed {
-            u64::MAX
-        } else {
-            HEADER_OFFSET
-        },
+        data_offset: if disk_type == DiskType::Fixed { u64::MAX } else { HEADER_OFFSET },
         original_bytes: virtual_bytes,
         virtual_bytes,
         geometry: Geometry::of(virtual_bytes),
@@ -86,11 +82,7 @@ pub fn create(volume: &dyn Volume, new: &NewImage) -> Result<Meta> {
         NewKind::Dynamic => write_headers(volume, new, &footer, None)?,
         NewKind::Child { parent } => write_headers(volume, new, &footer, Some(parent))?,
     };
-    let end = if volume.is_device() {
-        volume.len()?.saturating_sub(SECTOR_BYTES)
-    } else {
-        end
-    };
+    let end = if volume.is_device() { volume.len()?.saturating_sub(SECTOR_BYTES) } else { end };
     volume.write_at(&footer.to_bytes(), end)?;
     volume.flush("create: the new image before anything names it")?;
     Meta::read(volume)
@@ -102,12 +94,8 @@ pub fn create(volume: &dyn Volume, new: &NewImage) -> Result<Meta> {
 /// [`Error::BadSize`] for nothing or for more than 2040 GiB.
 pub fn checked_size(virtual_bytes: u64) -> Result<u64> {
     match round_up(virtual_bytes, BLOCK_BYTES) {
-        0 => Err(Error::BadSize {
-            reason: "a disk needs at least one byte",
-        }),
-        bytes if bytes > VIRTUAL_BYTES_MAX => Err(Error::BadSize {
-            reason: "more than 2040 GiB",
-        }),
+        0 => Err(Error::BadSize { reason: "a disk needs at least one byte" }),
+        bytes if bytes > VIRTUAL_BYTES_MAX => Err(Error::BadSize { reason: "more than 2040 GiB" }),
         bytes => Ok(bytes),
     }
 }
@@ -122,9 +110,7 @@ fn write_headers(
     let blocks = u32::try_from(footer.virtual_bytes / BLOCK_BYTES).unwrap_or(u32::MAX);
     let max_entries = new.bat_entries_max.unwrap_or(blocks).max(blocks);
     if max_entries > BAT_ENTRIES_MAX {
-        return Err(Error::BadSize {
-            reason: "a BAT of more entries than any image needs",
-        });
+        return Err(Error::BadSize { reason: "a BAT of more entries than any image needs" });
     }
     let batmap = TABLE_OFFSET + table_bytes(max_entries);
     let locators_at = batmap + SECTOR_BYTES + map_bytes(max_entries);
@@ -143,20 +129,11 @@ fn write_headers(
         header.parent_timestamp = parent.timestamp_s;
         parent.volume.as_str().clone_into(&mut header.parent_name);
         let path = format!("./{}", parent.volume);
-        for (slot, code) in header
-            .locators
-            .iter_mut()
-            .zip([Code::MacX, Code::W2ku, Code::W2ru])
-        {
+        for (slot, code) in header.locators.iter_mut().zip([Code::MacX, Code::W2ku, Code::W2ru]) {
             let text = encode(code, &path);
             let space = space_for(text.len());
             let small = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
-            *slot = LocatorEntry {
-                code,
-                space: small(space),
-                len: small(text.len() as u64),
-                offset: end,
-            };
+            *slot = LocatorEntry { code, space: small(space), len: small(text.len() as u64), offset: end };
             volume.write_at(&text, end)?;
             end += space;
         }

@@ -117,10 +117,7 @@ impl Error {
     pub fn of(self, image: &VolumeName) -> Self {
         match self {
             Self::Of { .. } => self,
-            source => Self::Of {
-                image: image.to_string(),
-                source: Box::new(source),
-            },
+            source => Self::Of { image: image.to_string(), source: Box::new(source) },
         }
     }
 

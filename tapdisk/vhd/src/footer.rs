@@ -161,15 +161,11 @@ impl Footer {
             3 => DiskType::Dynamic,
             4 => DiskType::Differencing,
             _ => {
-                return Err(Error::BadFooter {
-                    reason: "unknown disk type",
-                });
+                return Err(Error::BadFooter { reason: "unknown disk type" });
             }
         };
         if raw.format_version.get() >> 16 != 1 {
-            return Err(Error::BadFooter {
-                reason: "unknown format version",
-            });
+            return Err(Error::BadFooter { reason: "unknown format version" });
         }
         if raw.creator == CREATOR_TAP && raw.creator_version.get() == 1 {
             return Err(Error::BadFooter {
@@ -177,21 +173,14 @@ impl Footer {
             });
         }
         if raw.creator == CREATOR_TAP && raw.creator_version.get() > CREATOR_VERSION {
-            return Err(Error::BadFooter {
-                reason: "written by a newer version of the reference",
-            });
+            return Err(Error::BadFooter { reason: "written by a newer version of the reference" });
         }
         let virtual_bytes = raw.current_size.get();
         if virtual_bytes > VIRTUAL_BYTES_MAX {
-            return Err(Error::TooLarge {
-                what: "a virtual disk",
-                bytes: virtual_bytes,
-            });
+            return Err(Error::TooLarge { what: "a virtual disk", bytes: virtual_bytes });
         }
         if !virtual_bytes.is_multiple_of(SECTOR_BYTES) {
-            return Err(Error::BadFooter {
-                reason: "the virtual size is not a multiple of 512",
-            });
+            return Err(Error::BadFooter { reason: "the virtual size is not a multiple of 512" });
         }
         Ok(Self {
             features: raw.features.get(),
@@ -202,11 +191,7 @@ impl Footer {
             data_offset: raw.data_offset.get(),
             original_bytes: raw.original_size.get(),
             virtual_bytes,
-            geometry: Geometry {
-                cylinders: raw.cylinders.get(),
-                heads: raw.heads,
-                sectors: raw.sectors,
-            },
+            geometry: Geometry { cylinders: raw.cylinders.get(), heads: raw.heads, sectors: raw.sectors },
             disk_type,
             uuid: Uuid::from_bytes(raw.uuid),
             saved: raw.saved,
@@ -247,19 +232,11 @@ impl Footer {
 /// Ones' complement of the byte sum; `bytes` has 0 where the checksum goes.
 #[must_use]
 pub fn ones_complement(bytes: &[u8]) -> u32 {
-    !bytes
-        .iter()
-        .fold(0_u32, |sum, byte| sum.wrapping_add(u32::from(*byte)))
+    !bytes.iter().fold(0_u32, |sum, byte| sum.wrapping_add(u32::from(*byte)))
 }
 
 fn checksum(raw: &Raw) -> u32 {
-    ones_complement(
-        Raw {
-            checksum: 0.into(),
-            ..*raw
-        }
-        .as_bytes(),
-    )
+    ones_complement(Raw { checksum: 0.into(), ..*raw }.as_bytes())
 }
 
 /// Versions 0.1 and 1.1 of the reference summed with `hidden` taken as 0.

@@ -76,10 +76,7 @@ impl DynHeader {
             return Err(bad("the BAT does not begin at a sector"));
         }
         let units = raw.parent_name.map(u16::from_be_bytes);
-        let end = units
-            .iter()
-            .position(|unit| *unit == 0)
-            .unwrap_or(NAME_UNITS);
+        let end = units.iter().position(|unit| *unit == 0).unwrap_or(NAME_UNITS);
         Ok(Self {
             table_offset: raw.table_offset.get(),
             max_entries: raw.max_entries.get(),
@@ -99,9 +96,7 @@ impl DynHeader {
         let mut parent_name = [[0; 2]; NAME_UNITS];
         let units: Vec<u16> = self.parent_name.encode_utf16().collect();
         if units.len() > NAME_UNITS {
-            return Err(Error::BadHeader {
-                reason: "the parent's name is longer than 256 UTF-16 units",
-            });
+            return Err(Error::BadHeader { reason: "the parent's name is longer than 256 UTF-16 units" });
         }
         for (to, unit) in parent_name.iter_mut().zip(units) {
             *to = unit.to_be_bytes();
@@ -127,11 +122,5 @@ impl DynHeader {
 }
 
 fn checksum(raw: &Raw) -> u32 {
-    ones_complement(
-        Raw {
-            checksum: 0.into(),
-            ..*raw
-        }
-        .as_bytes(),
-    )
+    ones_complement(Raw { checksum: 0.into(), ..*raw }.as_bytes())
 }

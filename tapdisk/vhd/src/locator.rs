@@ -69,12 +69,7 @@ pub struct LocatorEntry {
 
 impl LocatorEntry {
     /// An unused entry.
-    pub const NONE: Self = Self {
-        code: Code::Other(0),
-        space: 0,
-        len: 0,
-        offset: 0,
-    };
+    pub const NONE: Self = Self { code: Code::Other(0), space: 0, len: 0, offset: 0 };
 
     pub(crate) fn from_raw(raw: &RawLocator) -> Self {
         Self {
@@ -115,14 +110,11 @@ impl LocatorEntry {
         if matches!(self.code, Code::Other(_)) {
             return Ok(None);
         }
-        if self.len == 0 || self.len > LOCATOR_BYTES_MAX || u64::from(self.len) > self.space_bytes()
-        {
+        if self.len == 0 || self.len > LOCATOR_BYTES_MAX || u64::from(self.len) > self.space_bytes() {
             return Err(bad("its length does not fit its space"));
         }
         let mut bytes = vec![0; self.len as usize];
-        volume
-            .read_at(&mut bytes, self.offset)
-            .map_err(|_| bad("it lies outside the file"))?;
+        volume.read_at(&mut bytes, self.offset).map_err(|_| bad("it lies outside the file"))?;
         decode(self.code, &bytes).map(Some)
     }
 }
@@ -132,34 +124,19 @@ fn decode(code: Code, bytes: &[u8]) -> Result<String> {
     let text = match code {
         Code::MacX => {
             let text = std::str::from_utf8(bytes).map_err(|_| bad("not UTF-8"))?;
-            text.strip_prefix("file://")
-                .ok_or_else(|| bad("no file:// before the path"))?
-                .to_owned()
+            text.strip_prefix("file://").ok_or_else(|| bad("no file:// before the path"))?.to_owned()
         }
         _ => {
             let (units, []) = bytes.as_chunks::<2>() else {
                 return Err(bad("an odd number of bytes"));
             };
-            String::from_utf16(
-                &units
-                    .iter()
-                    .map(|u| u16::from_le_bytes(*u))
-                    .collect::<Vec<_>>(),
-            )
-            .map_err(|_| bad("not UTF-16"))?
+            String::from_utf16(&units.iter().map(|u| u16::from_le_bytes(*u)).collect::<Vec<_>>())
+                .map_err(|_| bad("not UTF-16"))?
         }
     };
     let path = text.trim_end_matches('\0').replace('\\', "/");
-    let path = path
-        .strip_prefix("C:")
-        .or_else(|| path.strip_prefix("c:"))
-        .unwrap_or(&path)
-        .to_owned();
-    if path.is_empty() || path.contains('\0') {
-        Err(bad("not a path"))
-    } else {
-        Ok(path)
-    }
+    let path = path.strip_prefix("C:").or_else(|| path.strip_prefix("c:")).unwrap_or(&path).to_owned();
+    if path.is_empty() || path.contains('\0') { Err(bad("not a path")) } else { Ok(path) }
 }
 
 /// The text of a locator for a relative path like `./name`.
@@ -169,10 +146,7 @@ pub fn encode(code: Code, path: &str) -> Vec<u8> {
         return format!("file://{path}").into_bytes();
     }
     let rest = path.strip_prefix("./").unwrap_or(path).replace('/', "\\");
-    format!(".\\{rest}")
-        .encode_utf16()
-        .flat_map(u16::to_le_bytes)
-        .collect()
+    format!(".\\{rest}").encode_utf16().flat_map(u16::to_le_bytes).collect()
 }
 
 /// Room a text of this length is given: whole sectors, at least one.
@@ -187,12 +161,8 @@ pub fn space_for(len: usize) -> u64 {
 /// # Errors
 /// [`Error::ParentOutside`].
 pub fn volume_of(path: &str) -> Result<VolumeName> {
-    let mut parts = path
-        .split('/')
-        .filter(|part| !part.is_empty() && *part != ".");
-    let outside = || Error::ParentOutside {
-        path: path.to_owned(),
-    };
+    let mut parts = path.split('/').filter(|part| !part.is_empty() && *part != ".");
+    let outside = || Error::ParentOutside { path: path.to_owned() };
     if path.starts_with('/') {
         return Err(outside());
     }
@@ -218,14 +188,7 @@ mod tests {
     #[test]
     fn only_the_own_folder_is_reached() {
         assert_eq!(volume_of("././/a.vhd").unwrap().as_str(), "a.vhd");
-        for path in [
-            "../a.vhd",
-            "/a.vhd",
-            "./sub/a.vhd",
-            "./..",
-            ".",
-            "./.hidden",
-        ] {
+        for path in ["../a.vhd", "/a.vhd", "./sub/a.vhd", "./..", ".", "./.hidden"] {
             assert!(volume_of(path).is_err(), "{path}");
         }
     }

@@ -149,10 +149,7 @@ impl Window {
             source: *source,
             blocks: blocks.clone(),
         };
-        copies
-            .chain(commit)
-            .chain(self.clears.iter().map(clear))
-            .chain(self.clears.iter().map(release))
+        copies.chain(commit).chain(self.clears.iter().map(clear)).chain(self.clears.iter().map(release))
     }
 
     /// Bytes to copy, before zero blocks are dropped.
@@ -191,11 +188,7 @@ impl Merge {
     /// everything before it is durable in the parent.
     #[must_use]
     pub fn new(mode: Mode, limits: WindowLimits, from: BlockNo) -> Self {
-        Self {
-            mode,
-            limits,
-            next: from,
-        }
+        Self { mode, limits, next: from }
     }
 
     /// Where the next window begins.
@@ -206,12 +199,7 @@ impl Merge {
 
     /// The next window, in ascending order of blocks.
     pub fn next(&mut self, tables: &dyn Tables) -> Next {
-        let mut window = Window {
-            first: self.next,
-            end: self.next,
-            copies: Vec::new(),
-            clears: Vec::new(),
-        };
+        let mut window = Window { first: self.next, end: self.next, copies: Vec::new(), clears: Vec::new() };
         let mut clears = vec![Vec::new(); tables.sources()];
         let mut held = 0;
         let mut bytes = 0;
@@ -246,9 +234,7 @@ impl Merge {
         self.next = window.end;
         if self.mode == Mode::Empty {
             let oldest_first = clears.into_iter().enumerate().rev();
-            window.clears = oldest_first
-                .filter(|(_, blocks)| !blocks.is_empty())
-                .collect();
+            window.clears = oldest_first.filter(|(_, blocks)| !blocks.is_empty()).collect();
         }
         Next::Window(window)
     }
@@ -284,11 +270,7 @@ fn block_copy(tables: &dyn Tables, block: BlockNo) -> Result<Option<BlockCopy>, 
         taken.union(&present);
     }
     pieces.sort_unstable_by_key(|piece| piece.run.first);
-    Ok(held.then(|| BlockCopy {
-        block,
-        pieces,
-        below: tables.below(block),
-    }))
+    Ok(held.then(|| BlockCopy { block, pieces, below: tables.below(block) }))
 }
 
 /// What a merge will do, told from the block tables alone.

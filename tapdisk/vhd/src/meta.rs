@@ -50,9 +50,7 @@ impl ParentRef {
     /// [`Error::ParentMissing`] if there is no path at all.
     pub fn candidates(&self) -> Result<Vec<VolumeName>> {
         let mut names: Vec<VolumeName> = Vec::new();
-        let mut failure = Error::ParentMissing {
-            name: self.name.clone(),
-        };
+        let mut failure = Error::ParentMissing { name: self.name.clone() };
         for path in &self.paths {
             match volume_of(path) {
                 Ok(name) if names.contains(&name) => {}
@@ -60,11 +58,7 @@ impl ParentRef {
                 Err(outside) => failure = outside,
             }
         }
-        if names.is_empty() {
-            Err(failure)
-        } else {
-            Ok(names)
-        }
+        if names.is_empty() { Err(failure) } else { Ok(names) }
     }
 
     /// The first of [`Self::candidates`].
@@ -72,9 +66,7 @@ impl ParentRef {
     /// # Errors
     /// As there.
     pub fn parent_volume(&self) -> Result<VolumeName> {
-        let missing = || Error::ParentMissing {
-            name: self.name.clone(),
-        };
+        let missing = || Error::ParentMissing { name: self.name.clone() };
         self.candidates()?.into_iter().next().ok_or_else(missing)
     }
 }
@@ -104,11 +96,7 @@ impl Meta {
     /// reference resize left disabled (see [`Self::read_poisoned`]).
     pub fn read(volume: &dyn Volume) -> Result<Self> {
         let meta = Self::read_poisoned(volume)?;
-        if meta.footer.poisoned {
-            Err(Error::Poisoned)
-        } else {
-            Ok(meta)
-        }
+        if meta.footer.poisoned { Err(Error::Poisoned) } else { Ok(meta) }
     }
 
     /// As [`Self::read`], but lets a poisoned image pass, for checks and
@@ -121,23 +109,10 @@ impl Meta {
         let (footer, footer_state) = read_footers(volume, file_len)?;
         if footer.disk_type == DiskType::Fixed {
             // A 511-byte footer counts whole.
-            if footer.virtual_bytes
-                > file_len
-                    .next_multiple_of(SECTOR_BYTES)
-                    .saturating_sub(SECTOR_BYTES)
-            {
-                return Err(Error::BadFooter {
-                    reason: "the file is shorter than its fixed size",
-                });
+            if footer.virtual_bytes > file_len.next_multiple_of(SECTOR_BYTES).saturating_sub(SECTOR_BYTES) {
+                return Err(Error::BadFooter { reason: "the file is shorter than its fixed size" });
             }
-            return Ok(Self {
-                footer,
-                header: None,
-                parent: None,
-                layout: None,
-                footer_state,
-                file_len,
-            });
+            return Ok(Self { footer, header: None, parent: None, layout: None, footer_state, file_len });
         }
         let header = read_header(volume, &footer, file_len)?;
         let mut layout = Layout::of(&footer, &header)?;
@@ -146,14 +121,7 @@ impl Meta {
             DiskType::Differencing => Some(read_parent(volume, &header)?),
             DiskType::Fixed | DiskType::Dynamic => None,
         };
-        Ok(Self {
-            footer,
-            header: Some(header),
-            parent,
-            layout: Some(layout),
-            footer_state,
-            file_len,
-        })
+        Ok(Self { footer, header: Some(header), parent, layout: Some(layout), footer_state, file_len })
     }
 
     /// The footer's uuid.
@@ -185,10 +153,7 @@ impl Meta {
 fn read_footers(volume: &dyn Volume, file_len: u64) -> Result<(Footer, FooterState)> {
     let end = read_end(volume, file_len);
     let mut bytes = [0; 512];
-    let copy = volume
-        .read_at(&mut bytes, 0)
-        .map_err(Error::from)
-        .and_then(|()| Footer::parse(&bytes));
+    let copy = volume.read_at(&mut bytes, 0).map_err(Error::from).and_then(|()| Footer::parse(&bytes));
     match (end, copy) {
         (Ok(end), Ok(copy)) if end.disk_type == DiskType::Fixed => {
             // What a fixed image has at its front is the guest's, and looks
@@ -209,21 +174,13 @@ fn read_footers(volume: &dyn Volume, file_len: u64) -> Result<(Footer, FooterSta
                 return Err(Error::FootersDisagree { what: "type" });
             }
             if end.data_offset != copy.data_offset {
-                return Err(Error::FootersDisagree {
-                    what: "the place of the header",
-                });
+                return Err(Error::FootersDisagree { what: "the place of the header" });
             }
-            let state = if end == copy {
-                FooterState::Settled
-            } else {
-                FooterState::CopyDiffers
-            };
+            let state = if end == copy { FooterState::Settled } else { FooterState::CopyDiffers };
             Ok((end, state))
         }
         (Ok(end), Err(_)) => Ok((end, FooterState::CopyBad)),
-        (Err(_), Ok(copy)) if copy.disk_type != DiskType::Fixed => {
-            Ok((copy, FooterState::EndMissing))
-        }
+        (Err(_), Ok(copy)) if copy.disk_type != DiskType::Fixed => Ok((copy, FooterState::EndMissing)),
         (Err(end), _) => Err(end),
     }
 }
@@ -248,18 +205,10 @@ fn read_end(volume: &dyn Volume, file_len: u64) -> Result<Footer> {
 
 fn read_header(volume: &dyn Volume, footer: &Footer, file_len: u64) -> Result<DynHeader> {
     if footer.data_offset < HEADER_OFFSET || !footer.data_offset.is_multiple_of(512) {
-        return Err(Error::BadFooter {
-            reason: "the dynamic header lies inside the footer",
-        });
+        return Err(Error::BadFooter { reason: "the dynamic header lies inside the footer" });
     }
-    if footer
-        .data_offset
-        .checked_add(1024)
-        .is_none_or(|end| end > file_len)
-    {
-        return Err(Error::BadFooter {
-            reason: "the dynamic header lies past the end of the file",
-        });
+    if footer.data_offset.checked_add(1024).is_none_or(|end| end > file_len) {
+        return Err(Error::BadFooter { reason: "the dynamic header lies past the end of the file" });
     }
     let mut bytes = [0; 1024];
     volume.read_at(&mut bytes, footer.data_offset)?;
@@ -278,10 +227,6 @@ fn read_parent(volume: &dyn Volume, header: &DynHeader) -> Result<ParentRef> {
     }
     match failure {
         Some(error) if paths.is_empty() => Err(error),
-        _ => Ok(ParentRef {
-            uuid: header.parent_uuid,
-            name: header.parent_name.clone(),
-            paths,
-        }),
+        _ => Ok(ParentRef { uuid: header.parent_uuid, name: header.parent_name.clone(), paths }),
     }
 }

@@ -102,9 +102,7 @@ impl Entry {
         let block = BlockNo(u32::try_from(word >> 41 & 0xF_FFFF).ok()?);
         let low = u32::try_from(word & 0xFFFF_FFFF).ok()?;
         match word >> 62 {
-            KIND_PLACED => {
-                Some(Self::Placed { block, slot: Slot(low), whole: word >> 61 & 1 == 1 })
-            }
+            KIND_PLACED => Some(Self::Placed { block, slot: Slot(low), whole: word >> 61 & 1 == 1 }),
             KIND_PRESENT => {
                 let run = SectorRun { first: low >> 16, count: low & 0xFFFF };
                 (run.count > 0 && run.end() <= crate::units::BLOCK_SECTORS)
@@ -341,7 +339,8 @@ mod tests {
         let mut record = PendingRecord::format(Box::new(words.clone()), owner);
         let run = SectorRun { first: 4095, count: 1 };
         let old = [placed(1_044_479, 0xFFFF_FFFE), Entry::Present { block: BlockNo(7), run }];
-        let new = [Entry::Freed { block: BlockNo(7) }, Entry::Present { block: BlockNo(0), run: SectorRun::BLOCK }];
+        let new =
+            [Entry::Freed { block: BlockNo(7) }, Entry::Present { block: BlockNo(0), run: SectorRun::BLOCK }];
         old.iter().for_each(|e| record.push(*e).unwrap());
         assert!(record.capture());
         new.iter().for_each(|e| record.push(*e).unwrap());

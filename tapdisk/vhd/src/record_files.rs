@@ -76,7 +76,11 @@ struct Mapped(MmapRaw);
 impl Mapped {
     fn new(file: &File) -> io::Result<Self> {
         let map = MmapRaw::map_raw(file)?;
-        if map.len() as u64 == RECORD_BYTES { Ok(Self(map)) } else { Err(io::Error::other("a record of another size")) }
+        if map.len() as u64 == RECORD_BYTES {
+            Ok(Self(map))
+        } else {
+            Err(io::Error::other("a record of another size"))
+        }
     }
 
     fn word(&self, index: usize) -> &AtomicU64 {

@@ -51,35 +51,23 @@ pub fn repair(volume: &dyn Volume, fresh: Uuid) -> Result<Vec<Repaired>> {
     if meta.disk_type() == DiskType::Fixed {
         return repair_fixed(volume, &meta, done);
     }
-    let layout = meta.layout.clone().ok_or(Error::BadHeader {
-        reason: "no header",
-    })?;
+    let layout = meta.layout.clone().ok_or(Error::BadHeader { reason: "no header" })?;
     let bat = read_bat(volume, &layout)?;
     if let Some((block, other)) = overlap(&bat, &layout) {
         let sector = bat.get(other as usize).copied().unwrap_or(BAT_FREE);
-        return Err(Error::BadBat {
-            block: block.min(other),
-            sector,
-            reason: "it overlaps another block",
-        });
+        return Err(Error::BadBat { block: block.min(other), sector, reason: "it overlaps another block" });
     }
-    let settled = Settled {
-        batmap: rebuilt(volume, &layout, &bat)?,
-        data_end: data_end(&bat, &layout),
-    };
+    let settled = Settled { batmap: rebuilt(volume, &layout, &bat)?, data_end: data_end(&bat, &layout) };
     if layout.batmap_bits.is_some() && !same_map(volume, &meta, &settled.batmap) {
         done.push(Repaired::Batmap);
     }
     let end = settled.data_end + SECTOR_BYTES;
-    let end_bad = meta.footer_state == FooterState::EndMissing
-        || (!volume.is_device() && volume.len()? != end);
+    let end_bad =
+        meta.footer_state == FooterState::EndMissing || (!volume.is_device() && volume.len()? != end);
     if end_bad {
         done.push(Repaired::EndFooter);
     }
-    if matches!(
-        meta.footer_state,
-        FooterState::CopyBad | FooterState::CopyDiffers
-    ) {
+    if matches!(meta.footer_state, FooterState::CopyBad | FooterState::CopyDiffers) {
         done.push(Repaired::FrontFooter);
     }
     if done.is_empty() {
@@ -95,20 +83,14 @@ pub fn repair(volume: &dyn Volume, fresh: Uuid) -> Result<Vec<Repaired>> {
     Ok(done)
 }
 
-fn repair_fixed(
-    volume: &dyn Volume,
-    meta: &Meta,
-    mut done: Vec<Repaired>,
-) -> Result<Vec<Repaired>> {
+fn repair_fixed(volume: &dyn Volume, meta: &Meta, mut done: Vec<Repaired>) -> Result<Vec<Repaired>> {
     let len = volume.len()?;
     let short = !len.is_multiple_of(SECTOR_BYTES);
     if short {
         done.push(Repaired::EndFooter);
     }
     if !done.is_empty() {
-        let end = len
-            .next_multiple_of(SECTOR_BYTES)
-            .saturating_sub(SECTOR_BYTES);
+        let end = len.next_multiple_of(SECTOR_BYTES).saturating_sub(SECTOR_BYTES);
         volume.write_at(&meta.footer.to_bytes(), end)?;
         volume.flush("repair: the footer of a fixed image")?;
     }
@@ -118,15 +100,8 @@ fn repair_fixed(
 /// The BATmap the bitmaps make. Reads a sector per allocated block.
 fn rebuilt(volume: &dyn Volume, layout: &Layout, bat: &[u32]) -> Result<Vec<u8>> {
     let mut map = vec![0; bat.len().div_ceil(8)];
-    let whole = SectorRun {
-        first: 0,
-        count: layout.block_sectors,
-    };
-    for (block, &entry) in bat
-        .iter()
-        .enumerate()
-        .filter(|(_, entry)| **entry != BAT_FREE)
-    {
+    let whole = SectorRun { first: 0, count: layout.block_sectors };
+    for (block, &entry) in bat.iter().enumerate().filter(|(_, entry)| **entry != BAT_FREE) {
         let mut bytes = [0; 512];
         volume.read_at(&mut bytes, u64::from(entry) * SECTOR_BYTES)?;
         if SectorBitmap::from_bytes(&bytes).has_all(whole)
@@ -142,8 +117,6 @@ fn rebuilt(volume: &dyn Volume, layout: &Layout, bat: &[u32]) -> Result<Vec<u8>>
 /// Clear bits are always safe.
 fn same_map(volume: &dyn Volume, meta: &Meta, rebuilt: &[u8]) -> bool {
     read_batmap(volume, meta).is_some_and(|map| {
-        map.iter()
-            .enumerate()
-            .all(|(i, byte)| byte & !rebuilt.get(i).copied().unwrap_or(0) == 0)
+        map.iter().enumerate().all(|(i, byte)| byte & !rebuilt.get(i).copied().unwrap_or(0) == 0)
     })
 }

@@ -42,20 +42,14 @@ pub struct ParentLink {
 /// # Errors
 /// [`Error::Unsupported`] for a path that does not fit, or what writing said.
 pub fn set_parent(volume: &dyn Volume, meta: &mut Meta, parent: &ParentLink) -> Result<()> {
-    let Some(header) = meta
-        .header
-        .as_ref()
-        .filter(|_| meta.disk_type() == DiskType::Differencing)
-    else {
-        return Err(Error::Unsupported {
-            what: "a parent for an image that is not differencing",
-        });
+    let Some(header) = meta.header.as_ref().filter(|_| meta.disk_type() == DiskType::Differencing) else {
+        return Err(Error::Unsupported { what: "a parent for an image that is not differencing" });
     };
     let already = header.parent_uuid == parent.uuid
-        && meta.parent.as_ref().is_some_and(|own| {
-            own.candidates()
-                .is_ok_and(|names| names == [parent.volume.clone()])
-        });
+        && meta
+            .parent
+            .as_ref()
+            .is_some_and(|own| own.candidates().is_ok_and(|names| names == [parent.volume.clone()]));
     if already {
         return Ok(());
     }
@@ -77,9 +71,7 @@ pub fn set_parent(volume: &dyn Volume, meta: &mut Meta, parent: &ParentLink) -> 
         .map(|locator| Ok((*locator, fitted(locator, parent.volume.as_str())?)));
     let texts: Vec<(LocatorEntry, Vec<u8>)> = texts.collect::<Result<_>>()?;
     let Some((first, rest)) = texts.split_first().filter(|(_, rest)| !rest.is_empty()) else {
-        return Err(Error::Unsupported {
-            what: "changing the parent of an image with a single locator",
-        });
+        return Err(Error::Unsupported { what: "changing the parent of an image with a single locator" });
     };
     finish_earlier(volume, header, &first.0, rest)?;
     for (locator, text) in rest {
@@ -91,11 +83,8 @@ pub fn set_parent(volume: &dyn Volume, meta: &mut Meta, parent: &ParentLink) -> 
     volume.write_at(&first.1, first.0.offset)?;
     volume.flush("reparent: the first locator")?;
     let path = format!("./{}", parent.volume);
-    meta.parent = Some(ParentRef {
-        uuid: parent.uuid,
-        name: new.parent_name.clone(),
-        paths: vec![path; texts.len()],
-    });
+    meta.parent =
+        Some(ParentRef { uuid: parent.uuid, name: new.parent_name.clone(), paths: vec![path; texts.len()] });
     meta.header = Some(new);
     Ok(())
 }
@@ -110,8 +99,7 @@ fn finish_earlier(
 ) -> Result<()> {
     let leads = |locator: &LocatorEntry| {
         let path = locator.read(volume).ok().flatten();
-        path.and_then(|path| volume_of(&path).ok())
-            .is_some_and(|name| name.as_str() == header.parent_name)
+        path.and_then(|path| volume_of(&path).ok()).is_some_and(|name| name.as_str() == header.parent_name)
     };
     if leads(first) || !rest.iter().any(|(locator, _)| leads(locator)) {
         return Ok(());

@@ -329,7 +329,10 @@ impl RwImage {
     pub fn bat_sectors(&self, captured: &Captured) -> Vec<(u64, [u8; 512])> {
         let sectors: BTreeSet<u32> =
             captured.entries.keys().map(|block| block.0 / ENTRIES_PER_SECTOR).collect();
-        sectors.into_iter().map(|sector| (self.bat_offset(sector), self.bat_sector(sector, captured))).collect()
+        sectors
+            .into_iter()
+            .map(|sector| (self.bat_offset(sector), self.bat_sector(sector, captured)))
+            .collect()
     }
 
     fn bat_offset(&self, sector: u32) -> u64 {

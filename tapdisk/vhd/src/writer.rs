@@ -191,7 +191,12 @@ impl Settled {
 ///
 /// # Errors
 /// What writing said.
-pub fn settle_files(volume: &dyn Volume, meta: &mut Meta, settled: &Settled, hidden: Option<bool>) -> Result<()> {
+pub fn settle_files(
+    volume: &dyn Volume,
+    meta: &mut Meta,
+    settled: &Settled,
+    hidden: Option<bool>,
+) -> Result<()> {
     write_batmap(volume, meta, &settled.batmap)?;
     if let Some(hidden) = hidden {
         meta.footer.hidden = hidden;
@@ -275,7 +280,10 @@ impl Writer {
             return Ok(bitmap.clone());
         }
         let mut bytes = [0; 512];
-        self.open.volume.read_at(&mut bytes, slot.bitmap_offset()).map_err(|e| Error::from(e).of(&self.name))?;
+        self.open
+            .volume
+            .read_at(&mut bytes, slot.bitmap_offset())
+            .map_err(|e| Error::from(e).of(&self.name))?;
         let bitmap = SectorBitmap::from_bytes(&bytes);
         self.open.rw.bitmap_read(block, slot, bitmap.clone());
         Ok(bitmap)
@@ -290,7 +298,10 @@ impl Writer {
     pub fn write(&mut self, block: BlockNo, run: SectorRun, data: &[u8], below: bool) -> Result<()> {
         debug_assert_eq!(data.len() as u64, run.bytes());
         let slot = self.place(block, below)?;
-        self.open.volume.write_at(data, slot.data_offset(run.first)).map_err(|e| Error::from(e).of(&self.name))?;
+        self.open
+            .volume
+            .write_at(data, slot.data_offset(run.first))
+            .map_err(|e| Error::from(e).of(&self.name))?;
         self.landed(block, slot, run);
         Ok(())
     }
@@ -328,9 +339,9 @@ impl Writer {
         let rw = &mut self.open.rw;
         let slot = match rw.presence(block) {
             Presence::Whole(slot) | Presence::Partial(slot) => slot,
-            Presence::Absent => {
-                rw.allocate(block, !below).map_err(|full| Error::Unsupported { what: full.what() }.of(&self.name))?
-            }
+            Presence::Absent => rw
+                .allocate(block, !below)
+                .map_err(|full| Error::Unsupported { what: full.what() }.of(&self.name))?,
         };
         if let Some(len) = rw.slots().extension_for(slot) {
             if !self.open.volume.is_device() {
@@ -437,6 +448,7 @@ impl Writer {
         self.open.rw.drop_unwritten();
         let rw = &self.open.rw;
         let settled = Settled::new(rw.blocks(), rw.whole_blocks(), rw.data_end());
-        settle_files(self.open.volume.as_ref(), &mut self.open.meta, &settled, hidden).map_err(|e| e.of(&self.name))
+        settle_files(self.open.volume.as_ref(), &mut self.open.meta, &settled, hidden)
+            .map_err(|e| e.of(&self.name))
     }
 }

@@ -78,7 +78,9 @@ fn survives(
     state: &SimDisk,
     at: At,
     kind: CrashKind,
-    rng: &mut SmallRng, (n, again): (usize, usize)) -> Result<(), String> {
+    rng: &mut SmallRng,
+    (n, again): (usize, usize),
+) -> Result<(), String> {
     let world = recovered(state, n as u64)?;
     compare(ran, &world, at, kind)?;
     for _ in 0..usize::from(n.is_multiple_of(again)) * if kind == CrashKind::Kill { 4 } else { 1 } {
@@ -88,12 +90,10 @@ fn survives(
         let strategy = strategies[rng.random_range(0..strategies.len())];
         let after = state.crash(inside, second, rng, strategy);
         let worst = kind.max(second);
-        recovered(&after, n as u64 + 1)
-            .and_then(|world| compare(ran, &world, at, worst))
-            .map_err(|e| {
-                let last = state.log_text(inside.saturating_sub(6)..inside);
-                format!("and {second:?} at {inside} of its recovery, {strategy:?}: {e}\n{last}before which")
-            })?;
+        recovered(&after, n as u64 + 1).and_then(|world| compare(ran, &world, at, worst)).map_err(|e| {
+            let last = state.log_text(inside.saturating_sub(6)..inside);
+            format!("and {second:?} at {inside} of its recovery, {strategy:?}: {e}\n{last}before which")
+        })?;
     }
     if n.is_multiple_of(7) {
         collect_garbage(&world).map_err(|e| format!("collecting after recovery: {e}"))?;

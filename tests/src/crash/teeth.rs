@@ -25,8 +25,16 @@ const EITHER: &str = "a durable swap decides like a durable decision does: eithe
 const KEPT: [(Step, &str, &str); 24] = [
     (Step::Flush, "commit: bitmaps before BAT", DEVICES),
     (Step::Flush, "replay: bitmaps before BAT", DEVICES),
-    (Step::Flush, "hidden: found so", "missed by sm/tests/crashes.rs, where smd alone dies between two steps"),
-    (Step::Flush, "reparent: the first locator", "our readers take any locator; the reference looks at the first"),
+    (
+        Step::Flush,
+        "hidden: found so",
+        "missed by sm/tests/crashes.rs, where smd alone dies between two steps",
+    ),
+    (
+        Step::Flush,
+        "reparent: the first locator",
+        "our readers take any locator; the reference looks at the first",
+    ),
     (Step::SyncNames, "snapshot: swaps", EITHER),
     (Step::SyncNames, "snapshot: decision", EITHER),
     (Step::SyncNames, "snapshot: void record cleared", CLEARED),

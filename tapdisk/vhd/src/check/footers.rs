@@ -20,9 +20,7 @@ pub(super) fn check(volume: &dyn Volume, options: &Options<'_>, report: &mut Rep
         return Ok(());
     }
     match (&end, &end_footer) {
-        (Some(bytes), Some(Ok(footer))) => {
-            footer_rules(bytes, footer, Part::EndFooter, options, report)
-        }
+        (Some(bytes), Some(Ok(footer))) => footer_rules(bytes, footer, Part::EndFooter, options, report),
         _ if options.allow_bad_end => {}
         (_, Some(Err(error))) => report.invalid(Part::EndFooter, why(error, end.as_ref())),
         _ => report.invalid(Part::EndFooter, "the file is shorter than a footer"),
@@ -49,11 +47,7 @@ fn end_bytes(volume: &dyn Volume, len: u64) -> Result<Option<[u8; 512]>> {
         return Ok(None);
     };
     let whole = sector(volume, at, len)?;
-    if len % SECTOR_BYTES == 511
-        && whole
-            .as_ref()
-            .is_some_and(|bytes| Footer::parse(bytes).is_err())
-    {
+    if len % SECTOR_BYTES == 511 && whole.as_ref().is_some_and(|bytes| Footer::parse(bytes).is_err()) {
         let mut bytes = [0; 512];
         volume.read_at(&mut bytes[..511], at + 1)?;
         return Ok(Some(bytes));
@@ -71,38 +65,23 @@ fn why(error: &Error, bytes: Option<&[u8; 512]>) -> &'static str {
     }
 }
 
-fn footer_rules(
-    bytes: &[u8; 512],
-    footer: &Footer,
-    part: Part,
-    options: &Options<'_>,
-    report: &mut Report,
-) {
+fn footer_rules(bytes: &[u8; 512], footer: &Footer, part: Part, options: &Options<'_>, report: &mut Report) {
     let mut rule = |holds: bool, reason| {
         if !holds {
             report.invalid(part, reason);
         }
     };
     rule(!footer.poisoned, "invalid cookie");
-    rule(
-        footer.features & 2 != 0 && footer.features & !3 == 0,
-        "invalid features",
-    );
+    rule(footer.features & 2 != 0 && footer.features & !3 == 0, "invalid features");
     rule(bytes[12..16] == [0, 1, 0, 0], "unsupported format version");
     if footer.disk_type == DiskType::Fixed {
         rule(footer.data_offset == u64::MAX, "invalid data offset");
     }
     if let Some(now) = options.now_s {
-        rule(
-            footer.timestamp <= now.saturating_add(CLOCK_SKEW_S),
-            "creation time in the future",
-        );
+        rule(footer.timestamp <= now.saturating_add(CLOCK_SKEW_S), "creation time in the future");
     }
     if footer.creator == CREATOR_TAP {
-        rule(
-            footer.creator_version <= CREATOR_VERSION,
-            "unsupported tap creator version",
-        );
+        rule(footer.creator_version <= CREATOR_VERSION, "unsupported tap creator version");
     }
     let (have, want) = (footer.geometry, Geometry::of(footer.virtual_bytes));
     let total = |g: Geometry| u64::from(g.cylinders) * u64::from(g.heads) * u64::from(g.sectors);

@@ -28,27 +28,15 @@ pub(super) fn check(
     };
     rule(bytes[8..16] == [0xFF; 8], "invalid data offset");
     rule(bytes[24..28] == [0, 1, 0, 0], "unsupported version");
-    rule(
-        all_zero(&bytes[60..64]) && all_zero(&bytes[768..]),
-        "reserved bits not zero",
-    );
+    rule(all_zero(&bytes[60..64]) && all_zero(&bytes[768..]), "reserved bits not zero");
     if meta.disk_type() == DiskType::Differencing {
         if let Some(now) = options.now_s {
-            rule(
-                header.parent_timestamp <= now.saturating_add(1800),
-                "parent's time in the future",
-            );
+            rule(header.parent_timestamp <= now.saturating_add(1800), "parent's time in the future");
         }
         rule(!header.parent_name.is_empty(), "no parent name");
     } else {
-        rule(
-            header.parent_uuid.is_nil(),
-            "a parent uuid, but the image has no parent",
-        );
-        rule(
-            header.parent_name.is_empty(),
-            "a parent name, but the image has no parent",
-        );
+        rule(header.parent_uuid.is_nil(), "a parent uuid, but the image has no parent");
+        rule(header.parent_name.is_empty(), "a parent name, but the image has no parent");
         rule(
             header.locators.iter().all(|l| *l == LocatorEntry::NONE),
             "a locator, but the image has no parent",
@@ -113,13 +101,7 @@ fn locators(volume: &dyn Volume, meta: &Meta, header: &DynHeader, report: &mut R
 
 /// Each path ends in the header's name. A path that leaves the folder is
 /// refused by whoever follows it, but it is not malformed.
-fn text(
-    volume: &dyn Volume,
-    locator: &LocatorEntry,
-    part: Part,
-    header: &DynHeader,
-    report: &mut Report,
-) {
+fn text(volume: &dyn Volume, locator: &LocatorEntry, part: Part, header: &DynHeader, report: &mut Report) {
     match locator.read(volume) {
         Ok(None) => {}
         Ok(Some(path)) => {

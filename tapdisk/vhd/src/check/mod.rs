@@ -202,10 +202,7 @@ pub fn check_chain(
     top: &VolumeName,
     options: &Options<'_>,
 ) -> Result<Vec<(VolumeName, Report)>> {
-    let options = Options {
-        parents: Some(volumes),
-        ..*options
-    };
+    let options = Options { parents: Some(volumes), ..*options };
     let mut reports: Vec<(VolumeName, Report)> = Vec::new();
     let mut next = Some(top.clone());
     while let Some(name) = next.take() {
@@ -213,9 +210,8 @@ pub fn check_chain(
         if known || name.is_raw() || reports.len() >= crate::limits::CHAIN_NODES_MAX {
             break;
         }
-        let volume = volumes
-            .open(&name, crate::storage::Access::Read)
-            .map_err(|e| crate::Error::from(e).of(&name))?;
+        let volume =
+            volumes.open(&name, crate::storage::Access::Read).map_err(|e| crate::Error::from(e).of(&name))?;
         let report = check(volume.as_ref(), &options).map_err(|e| e.of(&name))?;
         let meta = Meta::read_poisoned(volume.as_ref()).ok();
         next = meta.and_then(|meta| parent::find(volumes, &meta).ok());
@@ -225,9 +221,7 @@ pub fn check_chain(
 }
 
 fn unreadable(report: &mut Report, error: &crate::Error) {
-    report.add(Problem::Unreadable {
-        reason: error.to_string(),
-    });
+    report.add(Problem::Unreadable { reason: error.to_string() });
 }
 
 /// Two blocks that share sectors, if any do: in n log n.
@@ -250,9 +244,7 @@ pub fn overlap(bat: &[u32], layout: &Layout) -> Option<(u32, u32)> {
 
 /// Whether a byte range lies inside a file.
 fn inside(offset: u64, len_bytes: u64, file_len: u64) -> bool {
-    offset
-        .checked_add(len_bytes)
-        .is_some_and(|end| end <= file_len)
+    offset.checked_add(len_bytes).is_some_and(|end| end <= file_len)
 }
 
 fn all_zero(bytes: &[u8]) -> bool {

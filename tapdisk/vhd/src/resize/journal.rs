@@ -132,9 +132,7 @@ fn bad(reason: &'static str) -> Error {
 impl Journal {
     fn read(journal: &dyn Volume) -> Result<Self> {
         let mut bytes = [0; size_of::<RawHeader>()];
-        journal
-            .read_at(&mut bytes, 0)
-            .map_err(|_| bad("too short"))?;
+        journal.read_at(&mut bytes, 0).map_err(|_| bad("too short"))?;
         let header = RawHeader::read_from_bytes(&bytes).map_err(|_| bad("too short"))?;
         if header.cookie != COOKIE {
             return Err(bad("no cookie"));
@@ -147,9 +145,7 @@ impl Journal {
             return Err(bad("more entries than a resize makes"));
         }
         let mut entries = read_entries(journal, header.metadata_offset.get(), metadata, false)?;
-        let after = entries
-            .last()
-            .map_or(SECTOR_BYTES, |e| e.payload_at + u64::from(e.size));
+        let after = entries.last().map_or(SECTOR_BYTES, |e| e.payload_at + u64::from(e.size));
         if data > 0 && header.data_offset.get() != after {
             return Err(bad("data does not follow the metadata"));
         }
@@ -160,11 +156,7 @@ impl Journal {
             return Err(bad("its footer is of another image than its header says"));
         }
         check_header(journal, &entries)?;
-        Ok(Self {
-            footer,
-            footer_offset,
-            entries,
-        })
+        Ok(Self { footer, footer_offset, entries })
     }
 
     /// Refuses a journal of another image. What can be read of the image is
@@ -182,13 +174,7 @@ impl Journal {
             return Err(bad("it belongs to another image"));
         }
         let ends = self.entries.iter().map(|e| e.offset + u64::from(e.size));
-        if volume.is_device()
-            && ends
-                .max()
-                .unwrap_or(0)
-                .max(self.footer_offset + SECTOR_BYTES)
-                > len
-        {
+        if volume.is_device() && ends.max().unwrap_or(0).max(self.footer_offset + SECTOR_BYTES) > len {
             return Err(bad("it reaches past the end of the device"));
         }
         Ok(())
@@ -211,9 +197,7 @@ fn read_entries(journal: &dyn Volume, from: u64, count: u32, data: bool) -> Resu
 
 fn read_entry(journal: &dyn Volume, at: u64) -> Result<Entry> {
     let mut bytes = [0; ENTRY_BYTES as usize];
-    journal
-        .read_at(&mut bytes, at)
-        .map_err(|_| bad("an entry is cut short"))?;
+    journal.read_at(&mut bytes, at).map_err(|_| bad("an entry is cut short"))?;
     let raw = RawEntry::read_from_bytes(&bytes).map_err(|_| bad("an entry is cut short"))?;
     if raw.cookie.get() != ENTRY_COOKIE {
         return Err(bad("an entry without cookie"));
@@ -239,41 +223,25 @@ fn read_entry(journal: &dyn Volume, at: u64) -> Result<Entry> {
     }
     let payload_at = at + ENTRY_BYTES;
     let mut payload = vec![0; size as usize];
-    journal
-        .read_at(&mut payload, payload_at)
-        .map_err(|_| bad("an entry is cut short"))?;
-    let head = RawEntry {
-        checksum: 0.into(),
-        ..raw
-    };
+    journal.read_at(&mut payload, payload_at).map_err(|_| bad("an entry is cut short"))?;
+    let head = RawEntry { checksum: 0.into(), ..raw };
     // The sum of two parts, each given as its complement.
     let sum = (!ones_complement(head.as_bytes())).wrapping_add(!ones_complement(&payload));
     if raw.checksum.get() != !sum {
         return Err(bad("an entry with a bad checksum"));
     }
-    Ok(Entry {
-        kind,
-        size,
-        offset,
-        payload_at,
-    })
+    Ok(Entry { kind, size, offset, payload_at })
 }
 
 fn old_footer(journal: &dyn Volume, entries: &[Entry], footer_offset: u64) -> Result<Footer> {
-    let entry = entries
-        .iter()
-        .find(|e| e.kind == Kind::EndFooter)
-        .ok_or_else(|| bad("no footer in it"))?;
+    let entry = entries.iter().find(|e| e.kind == Kind::EndFooter).ok_or_else(|| bad("no footer in it"))?;
     if entry.offset != footer_offset || entry.size != 512 {
         return Err(bad("its footer is not where it says"));
     }
     let mut bytes = [0; 512];
     journal.read_at(&mut bytes, entry.payload_at)?;
     let footer = Footer::parse(&bytes)?;
-    Ok(Footer {
-        poisoned: false,
-        ..footer
-    })
+    Ok(Footer { poisoned: false, ..footer })
 }
 
 fn check_header(journal: &dyn Volume, entries: &[Entry]) -> Result<()> {

@@ -104,9 +104,8 @@ fn blocks_of(virtual_bytes: u64) -> u32 {
 /// Whether a BAT of so many entries ends where the present one ends, and its
 /// BATmap too.
 fn fits_padding(layout: &Layout, needed: u32) -> bool {
-    let map_fits = layout
-        .batmap_bits
-        .is_none_or(|(_, sectors)| map_bytes(needed) <= u64::from(sectors) * SECTOR_BYTES);
+    let map_fits =
+        layout.batmap_bits.is_none_or(|(_, sectors)| map_bytes(needed) <= u64::from(sectors) * SECTOR_BYTES);
     table_bytes(needed) == table_bytes(layout.max_entries) && map_fits
 }
 
@@ -126,16 +125,9 @@ fn free_entries(volume: &dyn Volume, layout: &Layout, needed: u32) -> Result<()>
 
 /// Changes the place and the capacity of the BAT in the header, durably:
 /// fields of its first sector, so one write that is whole or not at all.
-fn write_header(
-    volume: &dyn Volume,
-    meta: &mut Meta,
-    table_offset: u64,
-    max_entries: u32,
-) -> Result<()> {
+fn write_header(volume: &dyn Volume, meta: &mut Meta, table_offset: u64, max_entries: u32) -> Result<()> {
     let Some(header) = &mut meta.header else {
-        return Err(Error::BadHeader {
-            reason: "no header",
-        });
+        return Err(Error::BadHeader { reason: "no header" });
     };
     header.table_offset = table_offset;
     header.max_entries = max_entries;
@@ -147,10 +139,7 @@ fn write_header(
 
 /// The copy of the footer at the front must serve while the end is not whole.
 fn front_footer(volume: &dyn Volume, meta: &mut Meta) -> Result<()> {
-    if matches!(
-        meta.footer_state,
-        FooterState::CopyBad | FooterState::CopyDiffers
-    ) {
+    if matches!(meta.footer_state, FooterState::CopyBad | FooterState::CopyDiffers) {
         volume.write_at(&meta.footer.to_bytes(), 0)?;
         volume.flush("resize: the footer's copy before the end changes")?;
         meta.footer_state = FooterState::EndMissing;
@@ -161,27 +150,16 @@ fn front_footer(volume: &dyn Volume, meta: &mut Meta) -> Result<()> {
 /// Footers and BATmap for a new size; `meta` becomes what is on the file.
 fn finish(volume: &dyn Volume, meta: &mut Meta, new_bytes: u64) -> Result<()> {
     let whole = read_batmap(volume, meta).unwrap_or_default();
-    let footer = Footer {
-        virtual_bytes: new_bytes,
-        geometry: Geometry::of(new_bytes),
-        ..meta.footer.clone()
-    };
-    let mut next = Meta {
-        footer,
-        ..Meta::read(volume)?
-    };
+    let footer =
+        Footer { virtual_bytes: new_bytes, geometry: Geometry::of(new_bytes), ..meta.footer.clone() };
+    let mut next = Meta { footer, ..Meta::read(volume)? };
     let Some(layout) = &mut next.layout else {
-        return Err(Error::BadHeader {
-            reason: "no header",
-        });
+        return Err(Error::BadHeader { reason: "no header" });
     };
     layout.entries = blocks_of(new_bytes);
     let bat = read_bat(volume, layout)?;
     let batmap = masked(whole, &bat);
-    let settled = Settled {
-        batmap,
-        data_end: data_end(&bat, layout),
-    };
+    let settled = Settled { batmap, data_end: data_end(&bat, layout) };
     guard(volume, &settled, next.footer_state)?;
     settle_files(volume, &mut next, &settled, None)?;
     *meta = Meta::read(volume)?;
@@ -204,11 +182,7 @@ fn guard(volume: &dyn Volume, settled: &Settled, state: FooterState) -> Result<(
 /// BATmap bits, of allocated blocks only.
 fn masked(mut whole: Vec<u8>, bat: &[u32]) -> Vec<u8> {
     whole.resize(bat.len().div_ceil(8), 0);
-    for (block, _) in bat
-        .iter()
-        .enumerate()
-        .filter(|(_, entry)| **entry == BAT_FREE)
-    {
+    for (block, _) in bat.iter().enumerate().filter(|(_, entry)| **entry == BAT_FREE) {
         if let Some(byte) = whole.get_mut(block / 8) {
             *byte &= !(0x80 >> (block % 8));
         }

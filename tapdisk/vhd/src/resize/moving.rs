@@ -25,10 +25,7 @@ impl Place {
     /// Room for some entries more, so that small steps do not move again.
     fn of(layout: &Layout, needed: u32) -> Self {
         let max_entries = needed.next_multiple_of(128).min(BAT_ENTRIES_MAX);
-        Self {
-            table: layout.data_start,
-            max_entries,
-        }
+        Self { table: layout.data_start, max_entries }
     }
 
     fn batmap_header(self) -> u64 {
@@ -65,11 +62,7 @@ pub fn make_room(volume: &dyn Volume, meta: &mut Meta, new_virtual_bytes: u64) -
     let place = Place::of(&layout, blocks_of(new_virtual_bytes));
     let bat = read_bat(volume, &layout)?;
     let moves = plan(&bat, &layout, place)?;
-    let Some(end) = moves
-        .iter()
-        .map(|(_, _, to)| to.data_offset(BLOCK_SECTORS))
-        .max()
-    else {
+    let Some(end) = moves.iter().map(|(_, _, to)| to.data_offset(BLOCK_SECTORS)).max() else {
         return Ok(());
     };
     front_footer(volume, meta)?;
@@ -79,10 +72,7 @@ pub fn make_room(volume: &dyn Volume, meta: &mut Meta, new_virtual_bytes: u64) -
     }
     volume.flush("resize: copies of blocks before the BAT names them")?;
     for (block, _, to) in &moves {
-        volume.write_at(
-            &to.0.to_be_bytes(),
-            layout.table_offset + u64::from(*block) * 4,
-        )?;
+        volume.write_at(&to.0.to_be_bytes(), layout.table_offset + u64::from(*block) * 4)?;
     }
     volume.flush("resize: the BAT before the old places are used")?;
     Ok(())
@@ -91,9 +81,7 @@ pub fn make_room(volume: &dyn Volume, meta: &mut Meta, new_virtual_bytes: u64) -
 /// Which blocks stand in the way, and where each goes.
 fn plan(bat: &[u32], layout: &Layout, place: Place) -> Result<Vec<(u32, Slot, Slot)>> {
     let mut moves = Vec::new();
-    let mut free = data_end(bat, layout)
-        .max(place.end())
-        .div_ceil(SECTOR_BYTES);
+    let mut free = data_end(bat, layout).max(place.end()).div_ceil(SECTOR_BYTES);
     for (block, &entry) in (0_u32..).zip(bat) {
         if entry == BAT_FREE || Slot(entry).bitmap_offset() >= place.end() {
             continue;
@@ -101,9 +89,8 @@ fn plan(bat: &[u32], layout: &Layout, place: Place) -> Result<Vec<(u32, Slot, Sl
         // Data begins on a 4 KiB boundary, the bitmap in the sector before.
         let to = round_up(free + 1, 8) - 1;
         let slot = u32::try_from(to).ok().filter(|slot| *slot != BAT_FREE);
-        let slot = slot.ok_or(Error::BadSize {
-            reason: "no room below 2 TiB to move blocks out of the way",
-        })?;
+        let slot =
+            slot.ok_or(Error::BadSize { reason: "no room below 2 TiB to move blocks out of the way" })?;
         moves.push((block, Slot(entry), Slot(slot)));
         free = to + 1 + u64::from(BLOCK_SECTORS);
     }
@@ -136,13 +123,8 @@ pub(super) fn move_table(volume: &dyn Volume, meta: &mut Meta, needed: u32) -> R
     let layout = resizable(meta)?.clone();
     let place = Place::of(&layout, needed);
     let bat = read_bat(volume, &layout)?;
-    if bat
-        .iter()
-        .any(|entry| *entry != BAT_FREE && Slot(*entry).bitmap_offset() < place.end())
-    {
-        return Err(Error::BadSize {
-            reason: "blocks still stand where the BAT goes",
-        });
+    if bat.iter().any(|entry| *entry != BAT_FREE && Slot(*entry).bitmap_offset() < place.end()) {
+        return Err(Error::BadSize { reason: "blocks still stand where the BAT goes" });
     }
     lengthen(volume, meta, place.end())?;
     let mut table = Vec::with_capacity(table_bytes(place.max_entries) as usize);
@@ -166,9 +148,7 @@ fn lengthen(volume: &dyn Volume, meta: &mut Meta, end: u64) -> Result<()> {
         return Ok(());
     }
     if volume.is_device() {
-        return Err(Error::BadSize {
-            reason: "no room on the device for a larger BAT",
-        });
+        return Err(Error::BadSize { reason: "no room on the device for a larger BAT" });
     }
     volume.set_len(needed)?;
     volume.flush("resize: the length before anything is written there")?;

@@ -36,9 +36,7 @@ pub fn shrink(volume: &dyn Volume, meta: &mut Meta, new_virtual_bytes: u64) -> R
     if meta.disk_type() == DiskType::Differencing {
         // Its end would hide what the parent has there, and growing back
         // would show it again.
-        return Err(Error::Unsupported {
-            what: "shrinking an image that has a parent",
-        });
+        return Err(Error::Unsupported { what: "shrinking an image that has a parent" });
     }
     let first = blocks_of(new_bytes);
     let bat = read_bat(volume, &layout)?;
@@ -46,9 +44,7 @@ pub fn shrink(volume: &dyn Volume, meta: &mut Meta, new_virtual_bytes: u64) -> R
     for (block, &entry) in (0_u32..).zip(&bat).skip(first as usize) {
         if entry != BAT_FREE {
             if !is_zero(volume, &layout, Slot(entry))? {
-                return Err(Error::BadSize {
-                    reason: "data past the new end would be lost",
-                });
+                return Err(Error::BadSize { reason: "data past the new end would be lost" });
             }
             past.push((block, Slot(entry)));
         }
@@ -57,10 +53,7 @@ pub fn shrink(volume: &dyn Volume, meta: &mut Meta, new_virtual_bytes: u64) -> R
     if !past.is_empty() {
         drop_batmap(volume, meta)?;
         for (block, _) in past {
-            volume.write_at(
-                &BAT_FREE.to_be_bytes(),
-                layout.table_offset + u64::from(block) * 4,
-            )?;
+            volume.write_at(&BAT_FREE.to_be_bytes(), layout.table_offset + u64::from(block) * 4)?;
         }
         volume.flush("shrink: entries past the end before the footers")?;
     }
@@ -76,10 +69,7 @@ fn is_zero(volume: &dyn Volume, layout: &Layout, slot: Slot) -> Result<bool> {
     for run in SectorBitmap::from_bytes(&bytes).present() {
         let mut at = run.first;
         while at < run.end() {
-            let part = SectorRun {
-                first: at,
-                count: (run.end() - at).min(SCAN_SECTORS),
-            };
+            let part = SectorRun { first: at, count: (run.end() - at).min(SCAN_SECTORS) };
             let Some(buffer) = data.get_mut(..part.count as usize * 512) else {
                 break;
             };

@@ -36,10 +36,7 @@ impl FileVolumes {
     /// Over the folder that is the root of `fs`. Touches nothing yet.
     #[must_use]
     pub fn new(fs: Arc<dyn Fs>) -> Self {
-        Self {
-            fs,
-            journal_made: AtomicBool::new(false),
-        }
+        Self { fs, journal_made: AtomicBool::new(false) }
     }
 
     /// The filesystem below.
@@ -87,10 +84,7 @@ impl FileVolumes {
 /// for a temporary one.
 fn record_path(name: &str) -> io::Result<String> {
     if VolumeName::new(name).is_none() || name.len() > RECORD_NAME_BYTES_MAX {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "not a record name",
-        ));
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a record name"));
     }
     Ok(format!("{JOURNAL}/{name}"))
 }
@@ -112,11 +106,7 @@ impl Volumes for FileVolumes {
     fn list(&self) -> io::Result<Vec<VolumeName>> {
         let names = self.fs.list("")?;
         let image = |name: &String| name.ends_with(".vhd") || name.ends_with(".raw");
-        Ok(names
-            .iter()
-            .filter(|name| image(name))
-            .filter_map(|n| VolumeName::new(n))
-            .collect())
+        Ok(names.iter().filter(|name| image(name)).filter_map(|n| VolumeName::new(n)).collect())
     }
 
     fn create(&self, name: &VolumeName) -> io::Result<Arc<dyn Volume>> {
@@ -161,8 +151,7 @@ impl Volumes for FileVolumes {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             names => names?,
         };
-        let (leftovers, records): (Vec<_>, Vec<_>) =
-            names.into_iter().partition(|name| is_temporary(name));
+        let (leftovers, records): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| is_temporary(name));
         self.clean(&leftovers);
         Ok(records)
     }
@@ -174,10 +163,7 @@ impl Volumes for FileVolumes {
         };
         let len = file.len()?;
         if len > RECORD_BYTES_MAX {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "record too large",
-            ));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "record too large"));
         }
         let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
         file.read_at(&mut bytes, 0)?;

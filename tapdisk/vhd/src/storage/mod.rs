@@ -177,10 +177,7 @@ impl VolumeName {
     /// The VDI uuid of `<uuid>.vhd` or `<uuid>.raw`.
     #[must_use]
     pub fn uuid(&self) -> Option<uuid::Uuid> {
-        let stem = self
-            .0
-            .strip_suffix(".vhd")
-            .or_else(|| self.0.strip_suffix(".raw"))?;
+        let stem = self.0.strip_suffix(".vhd").or_else(|| self.0.strip_suffix(".raw"))?;
         if stem.len() != 36 {
             return None;
         }

@@ -8,10 +8,7 @@ pub(super) fn parts(folder: &str) -> io::Result<Vec<&str>> {
     if folder.is_empty() {
         return Ok(Vec::new());
     }
-    folder
-        .split('/')
-        .map(|part| check(part).map(|()| part))
-        .collect()
+    folder.split('/').map(|part| check(part).map(|()| part)).collect()
 }
 
 /// The folder of a path to a file, and the last name in it.
@@ -26,11 +23,7 @@ pub(super) fn split(path: &str) -> io::Result<(&str, &str)> {
 
 fn check(part: &str) -> io::Result<()> {
     let leaves = part.is_empty() || part == "." || part == "..";
-    if leaves || part.contains(['/', '\0']) {
-        Err(outside())
-    } else {
-        Ok(())
-    }
+    if leaves || part.contains(['/', '\0']) { Err(outside()) } else { Ok(()) }
 }
 
 fn outside() -> io::Error {

@@ -33,15 +33,9 @@ fn reads_what_was_written((fs, _keep): Made) {
     let mut bytes = [1; 7];
     again.read_at(&mut bytes, 508).unwrap();
     assert_eq!(&bytes, b"\0\0Jello");
-    assert_eq!(
-        kind(again.read_at(&mut bytes, 509)),
-        Some(ErrorKind::UnexpectedEof)
-    );
+    assert_eq!(kind(again.read_at(&mut bytes, 509)), Some(ErrorKind::UnexpectedEof));
     again.read_at(&mut [], 0).unwrap();
-    assert!(
-        kind(again.write_at(b"x", 0)).is_some(),
-        "opened for reading"
-    );
+    assert!(kind(again.write_at(b"x", 0)).is_some(), "opened for reading");
 }
 
 fn cuts_and_extends_with_zeros((fs, _keep): Made) {
@@ -72,26 +66,17 @@ fn copies_at_any_alignment((fs, _keep): Made) {
     a.write_at(&source, 0).unwrap();
     a.zero(12_288, 8192).unwrap();
     let source = all(&*a);
-    for (from, to, len) in [
-        (0, 0, 40_000),
-        (4096, 8192, 16_384),
-        (100, 4196, 30_000),
-        (1, 2, 3),
-    ] {
+    for (from, to, len) in [(0, 0, 40_000), (4096, 8192, 16_384), (100, 4196, 30_000), (1, 2, 3)] {
         let b = fs.create("b").unwrap();
         b.write_at(&[9; 30_000], 0).unwrap();
-        b.copy_from(&*a, from as u64, to as u64, len as u64)
-            .unwrap();
+        b.copy_from(&*a, from as u64, to as u64, len as u64).unwrap();
         let mut want = vec![9; 30_000.max(to + len)];
         want[to..to + len].copy_from_slice(&source[from..from + len]);
         assert!(all(&*b) == want, "copy of {len} from {from} to {to}");
         fs.unlink("b").unwrap();
     }
     let b = fs.create("b").unwrap();
-    assert_eq!(
-        kind(b.copy_from(&*a, 39_999, 0, 2)),
-        Some(ErrorKind::UnexpectedEof)
-    );
+    assert_eq!(kind(b.copy_from(&*a, 39_999, 0, 2)), Some(ErrorKind::UnexpectedEof));
     b.copy_from(&*a, 0, 0, 0).unwrap();
     // A source that ends in a hole still sets the length.
     b.copy_from(&*a, 12_288, 0, 8192).unwrap();
@@ -104,22 +89,13 @@ fn copies_at_any_alignment((fs, _keep): Made) {
 fn locks_exclusively((fs, _keep): Made) {
     let a = fs.create("a").unwrap();
     fs.link("a", "b").unwrap();
-    assert_eq!(
-        kind(fs.open("b", Access::Write)),
-        Some(ErrorKind::WouldBlock)
-    );
+    assert_eq!(kind(fs.open("b", Access::Write)), Some(ErrorKind::WouldBlock));
     fs.open("b", Access::Read).unwrap();
     fs.rename("a", "c").unwrap();
-    assert_eq!(
-        kind(fs.open("c", Access::Write)),
-        Some(ErrorKind::WouldBlock)
-    );
+    assert_eq!(kind(fs.open("c", Access::Write)), Some(ErrorKind::WouldBlock));
     drop(a);
     let c = fs.open("c", Access::Write).unwrap();
-    assert_eq!(
-        kind(fs.open("b", Access::Write)),
-        Some(ErrorKind::WouldBlock)
-    );
+    assert_eq!(kind(fs.open("b", Access::Write)), Some(ErrorKind::WouldBlock));
     drop(c);
 }
 
@@ -131,10 +107,7 @@ fn changes_names((fs, _keep): Made) {
     assert_eq!(kind(fs.link("nothing", "c")), Some(ErrorKind::NotFound));
     assert_eq!(kind(fs.rename("nothing", "c")), Some(ErrorKind::NotFound));
     assert_eq!(kind(fs.unlink("nothing")), Some(ErrorKind::NotFound));
-    assert_eq!(
-        kind(fs.open("nothing", Access::Write)),
-        Some(ErrorKind::NotFound)
-    );
+    assert_eq!(kind(fs.open("nothing", Access::Write)), Some(ErrorKind::NotFound));
     fs.link("a", "c").unwrap();
     assert!(fs.same_file("a", "c").unwrap());
     assert!(!fs.same_file("a", "b").unwrap());
@@ -145,11 +118,7 @@ fn changes_names((fs, _keep): Made) {
     assert!(fs.same_file("b", "c").unwrap());
     assert_eq!(all(&*open), b"b", "an open file outlives its name");
     fs.rename("b", "c").unwrap();
-    assert_eq!(
-        fs.list("").unwrap(),
-        ["b", "c"],
-        "two names of one file stay"
-    );
+    assert_eq!(fs.list("").unwrap(), ["b", "c"], "two names of one file stay");
     fs.unlink("b").unwrap();
     fs.sync_names("", "test").unwrap();
     assert_eq!(fs.list("").unwrap(), ["c"]);
@@ -157,10 +126,7 @@ fn changes_names((fs, _keep): Made) {
 
 fn keeps_folders_apart((fs, _keep): Made) {
     assert_eq!(kind(fs.list(".coppice/journal")), Some(ErrorKind::NotFound));
-    assert_eq!(
-        kind(fs.create(".coppice/journal/r")),
-        Some(ErrorKind::NotFound)
-    );
+    assert_eq!(kind(fs.create(".coppice/journal/r")), Some(ErrorKind::NotFound));
     fs.make_folder(".coppice/journal").unwrap();
     fs.make_folder(".coppice/journal").unwrap();
     drop(fs.create(".coppice/journal/r").unwrap());
@@ -187,11 +153,7 @@ fn is_a_repository((fs, _keep): Made) {
     assert_eq!(volumes.list().unwrap(), [a.clone(), b.clone(), raw.clone()]);
     volumes.delete(&raw).unwrap();
     volumes.delete(&raw).unwrap();
-    volumes
-        .open(&b, Access::Write)
-        .unwrap()
-        .write_at(b"b", 0)
-        .unwrap();
+    volumes.open(&b, Access::Write).unwrap().write_at(b"b", 0).unwrap();
     volumes.replace(&b, &a).unwrap();
     assert_eq!(volumes.list().unwrap().len(), 1);
     assert_eq!(all(&*volumes.open(&a, Access::Read).unwrap()), b"b");
@@ -199,11 +161,7 @@ fn is_a_repository((fs, _keep): Made) {
     assert!(volumes.same(&a, &b).unwrap());
     assert_eq!(kind(volumes.link(&a, &b)), Some(ErrorKind::AlreadyExists));
     volumes.replace(&b, &a).unwrap();
-    assert_eq!(
-        volumes.list().unwrap(),
-        [a],
-        "the name that was moved is gone"
-    );
+    assert_eq!(volumes.list().unwrap(), [a], "the name that was moved is gone");
     volumes.sync("test").unwrap();
 }
 
@@ -214,9 +172,7 @@ fn keeps_records((fs, _keep): Made) {
     assert!(!volumes.rename_record("a.pending", "a.void").unwrap());
     volumes.delete_record("a.pending", "test").unwrap();
     volumes.put_record("a.pending", b"one", "test").unwrap();
-    volumes
-        .put_record("a.pending", b"two longer", "test")
-        .unwrap();
+    volumes.put_record("a.pending", b"two longer", "test").unwrap();
     volumes.put_record("b.pending", b"", "test").unwrap();
     assert_eq!(volumes.records().unwrap(), ["a.pending", "b.pending"]);
     assert_eq!(volumes.record("a.pending").unwrap().unwrap(), b"two longer");
@@ -241,10 +197,7 @@ fn cleans_half_records_but_not_live_ones((fs, _keep): Made) {
     let writing = fs.create(left).unwrap();
     writing.write_at(b"half of it, and longer", 0).unwrap();
     assert_eq!(volumes.records().unwrap(), ["a"]);
-    assert_eq!(
-        kind(volumes.put_record("b", b"2", "test")),
-        Some(ErrorKind::WouldBlock)
-    );
+    assert_eq!(kind(volumes.put_record("b", b"2", "test")), Some(ErrorKind::WouldBlock));
     drop(writing);
     // A leftover is taken over by the next writer of that record ...
     volumes.put_record("b", b"2", "test").unwrap();
@@ -296,11 +249,7 @@ mod posix_tmpfs {
 
     fn make() -> super::Made {
         let shm = std::path::Path::new("/dev/shm");
-        let folder = if shm.is_dir() {
-            tempfile::tempdir_in(shm)
-        } else {
-            tempfile::tempdir()
-        };
+        let folder = if shm.is_dir() { tempfile::tempdir_in(shm) } else { tempfile::tempdir() };
         let folder = folder.unwrap();
         let fs = super::super::PosixFs::new(folder.path().to_owned());
         (Arc::new(fs), Box::new(folder))
@@ -346,9 +295,7 @@ mod differential {
         for world in worlds {
             let (volume, other) = (&world[which], &world[1 - which]);
             match kind {
-                0 => volume
-                    .write_at(&vec![byte; usize::try_from(len).unwrap()], at)
-                    .unwrap(),
+                0 => volume.write_at(&vec![byte; usize::try_from(len).unwrap()], at).unwrap(),
                 1 => volume.zero(at, len).unwrap(),
                 2 => volume.set_len(at).unwrap(),
                 _ => {

@@ -25,11 +25,7 @@ fn contents(volume: &dyn Volume, bytes: u64) -> Vec<u8> {
     let meta = Meta::read(volume).unwrap();
     let bat = read_bat(volume, meta.layout.as_ref().unwrap()).unwrap();
     let mut disk = vec![0; bytes as usize];
-    for (block, entry) in bat
-        .iter()
-        .enumerate()
-        .filter(|(_, entry)| **entry != BAT_FREE)
-    {
+    for (block, entry) in bat.iter().enumerate().filter(|(_, entry)| **entry != BAT_FREE) {
         let at = u64::from(*entry) * 512;
         let mut bitmap = [0; 512];
         volume.read_at(&mut bitmap, at).unwrap();
@@ -37,9 +33,7 @@ fn contents(volume: &dyn Volume, bytes: u64) -> Vec<u8> {
             let from = block * (2 << 20) + run.first as usize * 512;
             let to = (from + run.bytes() as usize).min(disk.len());
             if from < to {
-                volume
-                    .read_at(&mut disk[from..to], at + 512 + u64::from(run.first) * 512)
-                    .unwrap();
+                volume.read_at(&mut disk[from..to], at + 512 + u64::from(run.first) * 512).unwrap();
             }
         }
     }
@@ -64,10 +58,7 @@ fn grown(path: &str, to: u64) -> Mem {
     each_state(&before, &volume, |n, bytes| {
         let torn = Mem::new(bytes);
         let mut meta = Meta::read(&torn).unwrap_or_else(|e| panic!("{path}, operation {n}: {e}"));
-        assert!(
-            contents(&torn, old_bytes) == old,
-            "{path}, operation {n}: other content"
-        );
+        assert!(contents(&torn, old_bytes) == old, "{path}, operation {n}: other content");
         grow(&torn, &mut meta, to).unwrap();
         repair(&torn, Uuid::nil()).unwrap();
         assert!(
@@ -82,10 +73,7 @@ fn grown(path: &str, to: u64) -> Mem {
 #[test]
 fn growing_within_spare_entries_changes_no_header() {
     let volume = grown("prealloc-fast.vhd", 4096 * MIB);
-    assert_eq!(
-        volume.bytes()[512..1536],
-        fixture::bytes("prealloc-fast.vhd")[512..1536]
-    );
+    assert_eq!(volume.bytes()[512..1536], fixture::bytes("prealloc-fast.vhd")[512..1536]);
 }
 
 #[test]
@@ -93,19 +81,13 @@ fn growing_within_the_last_sector_moves_nothing() {
     let meta = Meta::read(&Mem::new(fixture::bytes("resize-before.vhd"))).unwrap();
     assert!(!needs_moving(&meta, 256 * MIB) && needs_moving(&meta, 258 * MIB));
     let volume = grown("resize-before.vhd", 256 * MIB);
-    assert_eq!(
-        volume.len().unwrap(),
-        fixture::bytes("resize-before.vhd").len() as u64
-    );
+    assert_eq!(volume.len().unwrap(), fixture::bytes("resize-before.vhd").len() as u64);
 }
 
 #[test]
 fn growing_further_moves_blocks_out_of_the_way() {
     let volume = grown("resize-before.vhd", 600 * MIB);
-    assert_eq!(
-        Meta::read(&volume).unwrap().layout.unwrap().table_offset,
-        3072
-    );
+    assert_eq!(Meta::read(&volume).unwrap().layout.unwrap().table_offset, 3072);
     // And once more, from where the BAT lies now.
     let mut meta = Meta::read(&volume).unwrap();
     let old = contents(&volume, 16 * MIB);
@@ -142,17 +124,12 @@ fn shrinking_loses_no_data() {
     let before = fixture::bytes("dyn-data-16m.vhd");
     let volume = Mem::new(before.clone());
     let mut meta = Meta::read(&volume).unwrap();
-    assert!(matches!(
-        shrink(&volume, &mut meta, 8 * MIB),
-        Err(Error::BadSize { .. })
-    ));
+    assert!(matches!(shrink(&volume, &mut meta, 8 * MIB), Err(Error::BadSize { .. })));
     assert!(volume.ops().is_empty());
     // Sector 32767, the only one past 14 MiB, becomes zero.
     let layout = meta.layout.clone().unwrap();
     let last = read_bat(&volume, &layout).unwrap()[7];
-    volume
-        .zero((u64::from(last) + 1 + 4095) * 512, 512)
-        .unwrap();
+    volume.zero((u64::from(last) + 1 + 4095) * 512, 512).unwrap();
     let before = volume.bytes();
     let volume = Mem::new(before.clone());
     let old = contents(&volume, 8 * MIB);
@@ -188,19 +165,12 @@ fn a_torn_revert_is_finished_by_another() {
     each_state(&before, &volume, |n, bytes| {
         let torn = Mem::new(bytes);
         resize::revert(&torn, &journal).unwrap_or_else(|e| panic!("operation {n}: {e}"));
-        assert!(
-            torn.bytes() == fixture::bytes("resize-before.vhd"),
-            "operation {n}"
-        );
+        assert!(torn.bytes() == fixture::bytes("resize-before.vhd"), "operation {n}");
     });
 }
 
 fn link(name: &str, uuid: u128) -> ParentLink {
-    ParentLink {
-        uuid: Uuid::from_u128(uuid),
-        volume: VolumeName::new(name).unwrap(),
-        timestamp_s: 9,
-    }
+    ParentLink { uuid: Uuid::from_u128(uuid), volume: VolumeName::new(name).unwrap(), timestamp_s: 9 }
 }
 
 #[test]
@@ -212,27 +182,17 @@ fn at_every_write_of_a_reparenting_old_or_new_parent_is_named() {
     let new = link("chain3-new.vhd", 0xABC);
     set_parent(&volume, &mut meta, &new).unwrap();
     assert_eq!(meta, Meta::read(&volume).unwrap());
-    assert_eq!(
-        meta.parent.as_ref().unwrap().candidates().unwrap(),
-        std::slice::from_ref(&new.volume)
-    );
+    assert_eq!(meta.parent.as_ref().unwrap().candidates().unwrap(), std::slice::from_ref(&new.volume));
     let third = link("chain3-3rd.vhd", 0xDEF);
     each_state(&before, &volume, |n, bytes| {
         let torn = Mem::new(bytes.clone());
-        assert_leads(
-            &torn,
-            n,
-            &[(old, "chain3-mid.vhd"), (new.uuid, "chain3-new.vhd")],
-        );
+        assert_leads(&torn, n, &[(old, "chain3-mid.vhd"), (new.uuid, "chain3-new.vhd")]);
         // Recovery may link it elsewhere, and be cut off as well.
         let mut meta = Meta::read(&torn).unwrap();
         set_parent(&torn, &mut meta, &third).unwrap();
         each_state(&bytes, &torn, |_, bytes| {
-            let parents = [
-                (old, "chain3-mid.vhd"),
-                (new.uuid, "chain3-new.vhd"),
-                (third.uuid, "chain3-3rd.vhd"),
-            ];
+            let parents =
+                [(old, "chain3-mid.vhd"), (new.uuid, "chain3-new.vhd"), (third.uuid, "chain3-3rd.vhd")];
             assert_leads(&Mem::new(bytes), n, &parents);
         });
     });
@@ -240,24 +200,10 @@ fn at_every_write_of_a_reparenting_old_or_new_parent_is_named() {
 
 /// The image names one of the parents by its uuid, and a locator leads there.
 fn assert_leads(volume: &Mem, n: usize, parents: &[(Uuid, &str)]) {
-    let parent = Meta::read(volume)
-        .unwrap_or_else(|e| panic!("operation {n}: {e}"))
-        .parent
-        .unwrap();
-    let names: Vec<_> = parent
-        .candidates()
-        .unwrap()
-        .iter()
-        .map(ToString::to_string)
-        .collect();
-    let (_, wanted) = parents
-        .iter()
-        .find(|(uuid, _)| *uuid == parent.uuid)
-        .unwrap();
-    assert!(
-        names.iter().any(|name| name == wanted),
-        "operation {n}: {names:?}, not {wanted}"
-    );
+    let parent = Meta::read(volume).unwrap_or_else(|e| panic!("operation {n}: {e}")).parent.unwrap();
+    let names: Vec<_> = parent.candidates().unwrap().iter().map(ToString::to_string).collect();
+    let (_, wanted) = parents.iter().find(|(uuid, _)| *uuid == parent.uuid).unwrap();
+    assert!(names.iter().any(|name| name == wanted), "operation {n}: {names:?}, not {wanted}");
 }
 
 #[test]
@@ -268,10 +214,7 @@ fn a_shorter_parent_name_is_padded_and_a_longer_one_refused() {
     let parent = Meta::read(&volume).unwrap().parent.unwrap();
     assert_eq!(parent.parent_volume().unwrap().as_str(), "p.vhd");
     assert!(set_parent(&volume, &mut meta, &link("a-much-longer-name.vhd", 6)).is_err());
-    assert_eq!(
-        Meta::read(&volume).unwrap().parent.unwrap().uuid,
-        Uuid::from_u128(5)
-    );
+    assert_eq!(Meta::read(&volume).unwrap().parent.unwrap().uuid, Uuid::from_u128(5));
 }
 
 #[test]

@@ -35,10 +35,7 @@ fn torn(durable: &[u8], pending: &[Op], keep_of_4: u64, random: &mut Random) -> 
             Op::Write(offset, data) => {
                 for (n, sector) in data.chunks(512).enumerate() {
                     if random.below(4) < keep_of_4 {
-                        apply(
-                            &mut bytes,
-                            &Op::Write(offset + n as u64 * 512, sector.to_vec()),
-                        );
+                        apply(&mut bytes, &Op::Write(offset + n as u64 * 512, sector.to_vec()));
                     }
                 }
             }

@@ -39,9 +39,7 @@ pub fn header(data: &[u8]) {
     }
     // A name that is not UTF-16 does not come back; everything else does.
     if let Ok(again) = header.to_bytes() {
-        assert!(
-            DynHeader::parse(&again).is_ok_and(|again| again.max_entries == header.max_entries)
-        );
+        assert!(DynHeader::parse(&again).is_ok_and(|again| again.max_entries == header.max_entries));
     }
 }
 
@@ -60,21 +58,14 @@ pub fn open(data: &[u8]) {
     if let Ok(bat) = read_bat(&volume, layout) {
         assert_eq!(bat.len(), layout.entries as usize);
         let end = data.len() as u64;
-        assert!(
-            bat.iter()
-                .all(|entry| *entry == BAT_FREE || u64::from(*entry) * 512 < end)
-        );
+        assert!(bat.iter().all(|entry| *entry == BAT_FREE || u64::from(*entry) * 512 < end));
     }
 }
 
 /// A check writes nothing.
 pub fn check_image(data: &[u8]) {
     let volume = Mem::new(data.to_vec());
-    let options = Options {
-        now_s: Some(800_000_000),
-        read_data: true,
-        ..Options::default()
-    };
+    let options = Options { now_s: Some(800_000_000), read_data: true, ..Options::default() };
     let _ = check(&volume, &options);
     assert!(volume.ops().is_empty());
 }

@@ -30,12 +30,7 @@ pub fn manifest() -> Vec<Fixture> {
     for line in text.lines() {
         if let Some(path) = line.strip_prefix("## ") {
             let path = path.to_owned();
-            all.push(Fixture {
-                path,
-                file_sha256: String::new(),
-                logical: None,
-                check_passes: None,
-            });
+            all.push(Fixture { path, file_sha256: String::new(), logical: None, check_passes: None });
         }
         let Some(fixture) = all.last_mut() else {
             continue;
@@ -57,9 +52,7 @@ pub fn manifest() -> Vec<Fixture> {
 pub fn bytes(path: &str) -> Vec<u8> {
     let packed = std::fs::File::open(folder().join(format!("{path}.xz"))).unwrap();
     let mut bytes = Vec::new();
-    xz2::read::XzDecoder::new(packed)
-        .read_to_end(&mut bytes)
-        .unwrap();
+    xz2::read::XzDecoder::new(packed).read_to_end(&mut bytes).unwrap();
     bytes
 }
 
@@ -76,10 +69,8 @@ pub fn unpack() -> tempfile::TempDir {
 
 /// Lower-case hex of a hash.
 pub fn hex(hash: Sha256) -> String {
-    hash.finalize()
-        .iter()
-        .fold(String::new(), |mut text, byte| {
-            write!(text, "{byte:02x}").unwrap();
-            text
-        })
+    hash.finalize().iter().fold(String::new(), |mut text, byte| {
+        write!(text, "{byte:02x}").unwrap();
+        text
+    })
 }

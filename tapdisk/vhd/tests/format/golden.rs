@@ -44,9 +44,7 @@ impl Unpacked {
 }
 
 fn images() -> impl Iterator<Item = Fixture> {
-    fixture::manifest()
-        .into_iter()
-        .filter(|fixture| fixture.path.ends_with(".vhd"))
+    fixture::manifest().into_iter().filter(|fixture| fixture.path.ends_with(".vhd"))
 }
 
 fn logical_sha256(chain: &Chain) -> String {
@@ -73,16 +71,13 @@ fn the_files_are_the_recorded_ones() {
 
 #[test]
 fn every_chain_reads_as_recorded() {
-    let all = Unpacked {
-        root: fixture::unpack(),
-    };
+    let all = Unpacked { root: fixture::unpack() };
     for fixture in images().filter(|f| !REFUSED.contains(&f.path.as_str())) {
         let Some((bytes, sha256)) = &fixture.logical else {
             continue;
         };
         let (volumes, name) = all.place(&fixture.path);
-        let chain =
-            Chain::open(&volumes, &name).unwrap_or_else(|e| panic!("{}: {e}", fixture.path));
+        let chain = Chain::open(&volumes, &name).unwrap_or_else(|e| panic!("{}: {e}", fixture.path));
         assert_eq!(chain.virtual_bytes(), *bytes, "{}", fixture.path);
         assert_eq!(&logical_sha256(&chain), sha256, "{}", fixture.path);
     }
@@ -90,55 +85,29 @@ fn every_chain_reads_as_recorded() {
 
 #[test]
 fn what_must_not_be_served_is_refused_with_its_reason() {
-    let all = Unpacked {
-        root: fixture::unpack(),
-    };
+    let all = Unpacked { root: fixture::unpack() };
     let refused = |path: &str| {
         let (volumes, name) = all.place(path);
         Chain::open(&volumes, &name).map(drop).unwrap_err()
     };
-    assert!(matches!(
-        refused("sub/child.vhd").kind(),
-        Error::ParentOutside { .. }
-    ));
-    assert!(matches!(
-        refused("wrong-parent-uuid.vhd").kind(),
-        Error::ParentMismatch { .. }
-    ));
-    assert!(matches!(
-        refused("resize-crashed.vhd").kind(),
-        Error::Poisoned
-    ));
+    assert!(matches!(refused("sub/child.vhd").kind(), Error::ParentOutside { .. }));
+    assert!(matches!(refused("wrong-parent-uuid.vhd").kind(), Error::ParentMismatch { .. }));
+    assert!(matches!(refused("resize-crashed.vhd").kind(), Error::Poisoned));
 }
 
 #[test]
 fn every_image_checks_as_recorded() {
-    let all = Unpacked {
-        root: fixture::unpack(),
-    };
+    let all = Unpacked { root: fixture::unpack() };
     for fixture in images() {
-        let differs = CHECK_DIFFERS
-            .iter()
-            .find(|(path, _)| *path == fixture.path)
-            .map(|(_, passes)| *passes);
+        let differs = CHECK_DIFFERS.iter().find(|(path, _)| *path == fixture.path).map(|(_, passes)| *passes);
         let Some(passes) = differs.or(fixture.check_passes) else {
             continue;
         };
         let (volumes, name) = all.place(&fixture.path);
         let volume = volumes.open(&name, Access::Read).unwrap();
-        let options = Options {
-            parents: Some(&volumes),
-            read_data: true,
-            ..Options::default()
-        };
+        let options = Options { parents: Some(&volumes), read_data: true, ..Options::default() };
         let report = check(volume.as_ref(), &options).unwrap();
-        assert_eq!(
-            report.is_sound(),
-            passes,
-            "{}: {:?}",
-            fixture.path,
-            report.problems
-        );
+        assert_eq!(report.is_sound(), passes, "{}: {:?}", fixture.path, report.problems);
     }
 }
 
@@ -146,34 +115,17 @@ fn every_image_checks_as_recorded() {
 fn problems_are_named_as_the_reference_names_them() {
     let first = |path: &str| {
         let report = check(&Mem::new(fixture::bytes(path)), &Options::default()).unwrap();
-        report
-            .problems
-            .first()
-            .map(Problem::to_string)
-            .unwrap_or_default()
+        report.problems.first().map(Problem::to_string).unwrap_or_default()
     };
-    assert_eq!(
-        first("crashed-writer.vhd"),
-        "primary footer invalid: invalid cookie"
-    );
-    assert_eq!(
-        first("qemu-dyn-forcesize.vhd"),
-        "primary footer invalid: geometry too large"
-    );
-    assert_eq!(
-        first("overlap-bat.vhd"),
-        "block 0 (offset 0x7) clobbers block 1 (offset 0x7)"
-    );
+    assert_eq!(first("crashed-writer.vhd"), "primary footer invalid: invalid cookie");
+    assert_eq!(first("qemu-dyn-forcesize.vhd"), "primary footer invalid: geometry too large");
+    assert_eq!(first("overlap-bat.vhd"), "block 0 (offset 0x7) clobbers block 1 (offset 0x7)");
     assert_eq!(first("torn-batmap.vhd"), "batmap invalid: invalid checksum");
 }
 
 #[test]
 fn footers_are_found_wherever_one_is_left() {
-    let state = |path: &str| {
-        Meta::read(&Mem::new(fixture::bytes(path)))
-            .unwrap()
-            .footer_state
-    };
+    let state = |path: &str| Meta::read(&Mem::new(fixture::bytes(path))).unwrap().footer_state;
     assert_eq!(state("dyn-data-16m.vhd"), FooterState::Settled);
     assert_eq!(state("short-footer.vhd"), FooterState::Settled);
     assert_eq!(state("crashed-writer.vhd"), FooterState::EndMissing);
@@ -183,29 +135,14 @@ fn footers_are_found_wherever_one_is_left() {
 
 #[test]
 fn repair_makes_every_readable_image_sound() {
-    let all = Unpacked {
-        root: fixture::unpack(),
-    };
+    let all = Unpacked { root: fixture::unpack() };
     let fresh = uuid::Uuid::from_u128(7);
-    for path in [
-        "crashed-writer.vhd",
-        "crashed-after-resume.vhd",
-        "torn-batmap.vhd",
-        "short-footer.vhd",
-    ] {
+    for path in ["crashed-writer.vhd", "crashed-after-resume.vhd", "torn-batmap.vhd", "short-footer.vhd"] {
         let (volumes, name) = all.place(path);
         let volume = volumes.open(&name, Access::Write).unwrap();
-        assert!(
-            !repair(volume.as_ref(), fresh).unwrap().is_empty(),
-            "{path}"
-        );
+        assert!(!repair(volume.as_ref(), fresh).unwrap().is_empty(), "{path}");
         assert_eq!(repair(volume.as_ref(), fresh).unwrap(), [], "{path}");
-        assert!(
-            check(volume.as_ref(), &Options::default())
-                .unwrap()
-                .is_sound(),
-            "{path}"
-        );
+        assert!(check(volume.as_ref(), &Options::default()).unwrap().is_sound(), "{path}");
         let chain = Chain::open(&volumes, &name).unwrap();
         let fixture = images().find(|f| f.path == path).unwrap();
         assert_eq!(logical_sha256(&chain), fixture.logical.unwrap().1, "{path}");
@@ -215,20 +152,14 @@ fn repair_makes_every_readable_image_sound() {
 #[test]
 fn a_torn_batmap_is_rebuilt_as_it_was() {
     let volume = Mem::new(fixture::bytes("torn-batmap.vhd"));
-    assert_eq!(
-        repair(&volume, uuid::Uuid::nil()).unwrap(),
-        [Repaired::Batmap]
-    );
+    assert_eq!(repair(&volume, uuid::Uuid::nil()).unwrap(), [Repaired::Batmap]);
     assert_eq!(volume.bytes(), fixture::bytes("dyn-data-16m.vhd"));
 }
 
 #[test]
 fn overlapping_blocks_are_not_repaired() {
     let volume = Mem::new(fixture::bytes("overlap-bat.vhd"));
-    assert!(matches!(
-        repair(&volume, uuid::Uuid::nil()),
-        Err(Error::BadBat { .. })
-    ));
+    assert!(matches!(repair(&volume, uuid::Uuid::nil()), Err(Error::BadBat { .. })));
     assert!(volume.ops().is_empty());
 }
 
@@ -239,10 +170,7 @@ fn revert_gives_back_the_image_before_the_resize() {
     resize::revert(&volume, &journal).unwrap();
     assert_eq!(volume.bytes(), fixture::bytes("resize-before.vhd"));
     let other = Mem::new(fixture::bytes("dyn-data-16m.vhd"));
-    assert!(matches!(
-        resize::revert(&other, &journal),
-        Err(Error::BadJournal { .. })
-    ));
+    assert!(matches!(resize::revert(&other, &journal), Err(Error::BadJournal { .. })));
     assert!(other.ops().is_empty());
 }
 
@@ -264,15 +192,9 @@ fn made_again(path: &str, kind: NewKind, hidden: bool) -> Vec<u8> {
 
 #[test]
 fn new_images_are_the_reference_s_byte_for_byte() {
-    assert_eq!(
-        made_again("dyn-empty-64m.vhd", NewKind::Dynamic, false),
-        fixture::bytes("dyn-empty-64m.vhd")
-    );
+    assert_eq!(made_again("dyn-empty-64m.vhd", NewKind::Dynamic, false), fixture::bytes("dyn-empty-64m.vhd"));
     let child = fixture::bytes("chain3-leaf.vhd");
-    let header = Meta::read(&Mem::new(child.clone()))
-        .unwrap()
-        .header
-        .unwrap();
+    let header = Meta::read(&Mem::new(child.clone())).unwrap().header.unwrap();
     let parent = ParentLink {
         uuid: header.parent_uuid,
         volume: VolumeName::new("chain3-mid.vhd").unwrap(),
@@ -318,13 +240,7 @@ fn a_footer_forged_in_the_last_sector_of_a_block_is_refused() {
     let volume = Mem::new(bytes);
     let meta = Meta::read(&volume).unwrap();
     let refused = vhd::bat::read_bat(&volume, &meta.layout.unwrap()).unwrap_err();
-    assert!(matches!(
-        refused,
-        Error::BadBat {
-            reason: "it covers the footer",
-            ..
-        }
-    ));
+    assert!(matches!(refused, Error::BadBat { reason: "it covers the footer", .. }));
 }
 
 #[test]

@@ -31,19 +31,13 @@ pub struct Mem {
 impl Mem {
     /// A file with this content.
     pub fn new(bytes: Vec<u8>) -> Self {
-        Self {
-            inner: Mutex::new((bytes, Vec::new())),
-            device: false,
-        }
+        Self { inner: Mutex::new((bytes, Vec::new())), device: false }
     }
 
     /// A device with this content.
     #[allow(dead_code, reason = "the fuzz targets share this file")]
     pub fn device(bytes: Vec<u8>) -> Self {
-        Self {
-            device: true,
-            ..Self::new(bytes)
-        }
+        Self { device: true, ..Self::new(bytes) }
     }
 
     /// Content as it is now.
@@ -84,17 +78,13 @@ impl Volume for Mem {
         let inner = self.lock();
         let from = usize::try_from(offset).ok();
         let range = from.and_then(|from| Some(from..from.checked_add(buf.len())?));
-        let data = range
-            .and_then(|range| inner.0.get(range))
-            .ok_or(ErrorKind::UnexpectedEof)?;
+        let data = range.and_then(|range| inner.0.get(range)).ok_or(ErrorKind::UnexpectedEof)?;
         buf.copy_from_slice(data);
         Ok(())
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        let end = offset
-            .checked_add(buf.len() as u64)
-            .ok_or(ErrorKind::FileTooLarge)?;
+        let end = offset.checked_add(buf.len() as u64).ok_or(ErrorKind::FileTooLarge)?;
         let mut inner = self.lock();
         if end > BYTES_MAX || (self.device && end > inner.0.len() as u64) {
             return Err(ErrorKind::FileTooLarge.into());
@@ -137,13 +127,7 @@ impl Volume for Mem {
         }
     }
 
-    fn copy_from(
-        &self,
-        source: &dyn Volume,
-        from: u64,
-        offset: u64,
-        len_bytes: u64,
-    ) -> Result<CopyKind> {
+    fn copy_from(&self, source: &dyn Volume, from: u64, offset: u64, len_bytes: u64) -> Result<CopyKind> {
         let bytes = usize::try_from(len_bytes).map_err(Error::other)?;
         let mut data = vec![0; bytes];
         source.read_at(&mut data, from)?;

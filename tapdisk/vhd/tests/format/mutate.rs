@@ -62,11 +62,7 @@ fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
 /// Makes the checksums right again, to get past them.
 fn seal(bytes: &mut [u8]) {
     let len = bytes.len();
-    for (from, size, field) in [
-        (0, 512, 64),
-        (512, 1024, 36),
-        (len.saturating_sub(512), 512, 64),
-    ] {
+    for (from, size, field) in [(0, 512, 64), (512, 1024, 36), (len.saturating_sub(512), 512, 64)] {
         let Some(part) = bytes.get_mut(from..from + size) else {
             continue;
         };
@@ -99,9 +95,7 @@ fn mutated_images_harm_nobody() {
     let mut rounds = 0;
     while began.elapsed() < TIME_MAX {
         // Small images more often: they run faster.
-        let which = random
-            .below(seeds.len() as u64)
-            .min(random.below(seeds.len() as u64));
+        let which = random.below(seeds.len() as u64).min(random.below(seeds.len() as u64));
         let mut bytes = seeds[which as usize].clone();
         mutate(&mut bytes, &mut random);
         entry::footer(&bytes);

@@ -68,13 +68,7 @@ pub(super) fn copy(
 }
 
 /// Shares extents; `false` if this filesystem does not do that here.
-fn clone(
-    to: &PosixVolume,
-    from: &PosixVolume,
-    from_at: u64,
-    to_at: u64,
-    len_bytes: u64,
-) -> io::Result<bool> {
+fn clone(to: &PosixVolume, from: &PosixVolume, from_at: u64, to_at: u64, len_bytes: u64) -> io::Result<bool> {
     if to.is_device() || from.is_device() || to.clone_refused.load(Ordering::Relaxed) {
         return Ok(false);
     }
@@ -122,11 +116,7 @@ fn copy_sparse(
 /// Makes sure the file reaches to `end`, by a zero in the last byte of our
 /// own range: setting the length could cut what somebody else just appended.
 fn grow_to(to: &PosixVolume, end: u64) -> io::Result<()> {
-    if to.len()? < end {
-        to.file.write_all_at(&[0], end - 1)
-    } else {
-        Ok(())
-    }
+    if to.len()? < end { to.file.write_all_at(&[0], end - 1) } else { Ok(()) }
 }
 
 /// First byte of data at or after `at`; beyond everything if there is none.
@@ -168,13 +158,7 @@ fn copy_data(
     let mut left = len_bytes;
     while left > 0 {
         let run = usize_of(left.min(COPY_CALL_BYTES));
-        match copy_file_range(
-            &from.file,
-            Some(&mut from_pos),
-            &to.file,
-            Some(&mut to_pos),
-            run,
-        ) {
+        match copy_file_range(&from.file, Some(&mut from_pos), &to.file, Some(&mut to_pos), run) {
             Ok(0) => return copy_rest(to, from, from_pos, to_pos, left),
             Ok(moved) => left -= moved as u64,
             Err(Errno::EINTR) => {}

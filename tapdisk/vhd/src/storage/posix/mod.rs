@@ -111,10 +111,7 @@ fn check_type(stat: &FileStat) -> io::Result<()> {
     match SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) {
         SFlag::S_IFREG | SFlag::S_IFBLK => Ok(()),
         SFlag::S_IFLNK => Err(Errno::ELOOP.into()),
-        _ => Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "neither a file nor a block device",
-        )),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "neither a file nor a block device")),
     }
 }
 
@@ -150,9 +147,7 @@ impl Fs for PosixFs {
     // would then be on the new inode and ours on a file nobody can reach.
     fn open(&self, path: &str, access: Access) -> io::Result<Arc<dyn Volume>> {
         if access == Access::Read {
-            return Ok(Arc::new(PosixVolume::from_file(
-                self.open_once(path, access)?,
-            )?));
+            return Ok(Arc::new(PosixVolume::from_file(self.open_once(path, access)?)?));
         }
         for _ in 0..LOCK_TRIES_MAX {
             let file = self.open_once(path, access)?;
@@ -170,12 +165,7 @@ impl Fs for PosixFs {
         let (folder, name) = self.place(path)?;
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
         for _ in 0..LOCK_TRIES_MAX {
-            let file = File::from(openat(
-                &folder,
-                name,
-                flags,
-                Mode::from_bits_truncate(0o600),
-            )?);
+            let file = File::from(openat(&folder, name, flags, Mode::from_bits_truncate(0o600))?);
             lock(&file)?;
             if self.leads_to(path, &file)? {
                 return Ok(Arc::new(PosixVolume::from_file(file)?));
@@ -187,13 +177,7 @@ impl Fs for PosixFs {
     fn link(&self, from: &str, to: &str) -> io::Result<()> {
         let (from_folder, from_name) = self.place(from)?;
         let (to_folder, to_name) = self.place(to)?;
-        Ok(linkat(
-            &from_folder,
-            from_name,
-            &to_folder,
-            to_name,
-            AtFlags::empty(),
-        )?)
+        Ok(linkat(&from_folder, from_name, &to_folder, to_name, AtFlags::empty())?)
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {

@@ -21,11 +21,7 @@ fn no_symbolic_link_is_followed_below_the_root() {
     let (folder, fs) = folder();
     let outside = tempfile::tempdir().unwrap();
     fs::write(outside.path().join("secret.vhd"), b"secret").unwrap();
-    symlink(
-        outside.path().join("secret.vhd"),
-        folder.path().join("a.vhd"),
-    )
-    .unwrap();
+    symlink(outside.path().join("secret.vhd"), folder.path().join("a.vhd")).unwrap();
     symlink(outside.path(), folder.path().join("sub")).unwrap();
     for access in [Access::Read, Access::Write] {
         let error = fs.open("a.vhd", access).unwrap_err();
@@ -123,12 +119,7 @@ fn holes_of_the_source_stay_holes() {
     let copied = &bytes[512..];
     let data = (1 << 20)..(1 << 20) + 4096;
     let want = |at: usize| if data.contains(&at) { 7 } else { 0 };
-    assert!(
-        copied
-            .iter()
-            .enumerate()
-            .all(|(at, byte)| *byte == want(at))
-    );
+    assert!(copied.iter().enumerate().all(|(at, byte)| *byte == want(at)));
     assert!(b.allocated().unwrap() < 4 << 20);
 }
 
@@ -142,9 +133,7 @@ fn a_clone_with_ragged_edges_reads_as_a_copy_and_stays_apart() {
     a.write_at(&source, 0).unwrap();
     let b = fs.create("b").unwrap();
     let (from, to, len) = (1536, 4096 * 5 + 1536, 2 << 20);
-    let kind = b
-        .copy_from(&*a, from as u64, to as u64, len as u64)
-        .unwrap();
+    let kind = b.copy_from(&*a, from as u64, to as u64, len as u64).unwrap();
     println!("{kind:?}");
     a.write_at(&vec![0xff; 3 << 20], 0).unwrap();
     let mut bytes = vec![0; len];
@@ -172,11 +161,7 @@ struct Loop(String);
 
 impl Loop {
     fn over(file: &std::path::Path) -> Self {
-        let made = Command::new("losetup")
-            .args(["--find", "--show"])
-            .arg(file)
-            .output()
-            .unwrap();
+        let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output().unwrap();
         assert!(made.status.success(), "{made:?}");
         Self(String::from_utf8(made.stdout).unwrap().trim().to_owned())
     }
@@ -202,10 +187,7 @@ fn a_block_device_is_a_volume_of_fixed_length() {
     assert!(volume.is_device());
     assert_eq!(volume.len().unwrap(), 1 << 20);
     assert_eq!(volume.allocated().unwrap(), 1 << 20);
-    assert_eq!(
-        volume.set_len(0).unwrap_err().kind(),
-        ErrorKind::Unsupported
-    );
+    assert_eq!(volume.set_len(0).unwrap_err().kind(), ErrorKind::Unsupported);
     assert!(volume.write_at(&[1; 1024], (1 << 20) - 512).is_err());
     volume.zero(4096, 8192).unwrap();
     volume.zero(512 * 100, 512).unwrap();

@@ -35,11 +35,7 @@ impl PosixVolume {
             let message = "neither a file nor a block device";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
         }
-        Ok(Self {
-            file,
-            device: kind.is_block_device(),
-            clone_refused: AtomicBool::new(false),
-        })
+        Ok(Self { file, device: kind.is_block_device(), clone_refused: AtomicBool::new(false) })
     }
 
     /// Opens a block device by path (`/dev/<vg>/<lv>`, a symbolic link that
@@ -49,20 +45,13 @@ impl PosixVolume {
     pub fn open_device(path: &Path, access: Access) -> io::Result<Self> {
         let write = access == Access::Write;
         let flags = nix::libc::O_CLOEXEC;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(write)
-            .custom_flags(flags)
-            .open(path)?;
+        let file = OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)?;
         if write {
             super::lock(&file)?;
         }
         let volume = Self::from_file(file)?;
         if !volume.device {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "not a block device",
-            ));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a block device"));
         }
         Ok(volume)
     }
@@ -146,9 +135,7 @@ impl Volume for PosixVolume {
                 Ok(()) => Ok(()),
                 Err(Errno::EINTR) => continue,
                 // EINVAL: a device and a range off its blocks.
-                Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => {
-                    self.write_zeros(offset, len_bytes)
-                }
+                Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => self.write_zeros(offset, len_bytes),
                 Err(errno) => Err(errno.into()),
             };
         }

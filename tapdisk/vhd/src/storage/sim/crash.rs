@@ -94,9 +94,7 @@ fn units(state: &State, kind: CrashKind) -> Vec<Unit> {
         CrashKind::Kill => &[][..],
         CrashKind::PowerCut => &state.pending[..],
     };
-    let pending = pending.iter().map(|pending| Unit {
-        effect: pending.effect.clone(),
-    });
+    let pending = pending.iter().map(|pending| Unit { effect: pending.effect.clone() });
     pending.chain(flying(state)).collect()
 }
 
@@ -182,10 +180,7 @@ fn decide(units: &[Unit], strategy: Strategy, rng: &mut SmallRng) -> Vec<bool> {
     let mut kept = choose(units, strategy, rng);
     if strategy == Strategy::RandomPerSector {
         for (unit, kept) in units.iter().zip(&mut kept) {
-            *kept |= matches!(
-                &unit.effect,
-                Effect::Bytes(_, Change::Data(_) | Change::Zero { .. })
-            );
+            *kept |= matches!(&unit.effect, Effect::Bytes(_, Change::Data(_) | Change::Zero { .. }));
         }
     }
     kept
@@ -220,13 +215,7 @@ fn power_cut(state: &State, strategy: Strategy, rng: &mut SmallRng) -> State {
             None if inodes.contains_key(ino) => continue,
             None => durable(state, *ino),
         };
-        inodes.insert(
-            *ino,
-            Inode {
-                durable: content.clone(),
-                volatile: content,
-            },
-        );
+        inodes.insert(*ino, Inode { durable: content.clone(), volatile: content });
     }
     let last = names.values().map(|ino| ino.0).max().unwrap_or(0);
     State {
@@ -242,11 +231,7 @@ fn power_cut(state: &State, strategy: Strategy, rng: &mut SmallRng) -> State {
 }
 
 fn durable(state: &State, ino: Ino) -> Arc<Content> {
-    state
-        .inodes
-        .get(&ino)
-        .map(|inode| inode.durable.clone())
-        .unwrap_or_default()
+    state.inodes.get(&ino).map(|inode| inode.durable.clone()).unwrap_or_default()
 }
 
 impl SimDisk {
@@ -254,13 +239,7 @@ impl SimDisk {
     /// events could leave, with an empty log and no locks. Going through
     /// prefixes in order is cheapest.
     #[must_use]
-    pub fn crash(
-        &self,
-        prefix: usize,
-        kind: CrashKind,
-        rng: &mut SmallRng,
-        strategy: Strategy,
-    ) -> Self {
+    pub fn crash(&self, prefix: usize, kind: CrashKind, rng: &mut SmallRng, strategy: Strategy) -> Self {
         self.at(prefix, |state, family| {
             let after = match kind {
                 CrashKind::Kill => kill(state, strategy, rng),

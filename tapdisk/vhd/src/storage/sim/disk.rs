@@ -47,10 +47,7 @@ impl SimDisk {
     }
 
     pub(super) fn over(base: State, family: Arc<Family>) -> Self {
-        Self {
-            live: Arc::new(Mutex::new(Live::new(base, family))),
-            process: 0,
-        }
+        Self { live: Arc::new(Mutex::new(Live::new(base, family))), process: 0 }
     }
 
     pub(super) fn with<T>(&self, act: impl FnOnce(&mut Live) -> T) -> T {
@@ -77,10 +74,7 @@ impl SimDisk {
             live.lives.push(Life(None));
             live.lives.len() - 1
         });
-        Self {
-            live: self.live.clone(),
-            process,
-        }
+        Self { live: self.live.clone(), process }
     }
 
     /// Kills the process of this handle: its locks are gone, whatever it does
@@ -199,11 +193,7 @@ impl SimDisk {
         split(path)?;
         self.with(|live| {
             let (path, ino) = (path.into(), Ino(live.state.next_ino));
-            let what = What::MakeDevice {
-                path,
-                ino,
-                len: len_bytes,
-            };
+            let what = What::MakeDevice { path, ino, len: len_bytes };
             live.run(self.process, what, "make device")
         })
     }
@@ -213,10 +203,7 @@ impl SimDisk {
     pub fn resize_device(&self, path: &str, len_bytes: u64) -> io::Result<()> {
         self.with(|live| {
             let ino = *live.state.names.get(path).ok_or(io::ErrorKind::NotFound)?;
-            let what = What::ResizeDevice {
-                ino,
-                len: len_bytes,
-            };
+            let what = What::ResizeDevice { ino, len: len_bytes };
             live.run(self.process, what, "resize device")
         })
     }
@@ -232,11 +219,7 @@ impl SimDisk {
             Access::Write => Some(live.lock(ino, self.process)?),
         };
         *live.open.entry(ino).or_default() += 1;
-        Ok(Arc::new(SimVolume {
-            disk: self.clone(),
-            ino,
-            token,
-        }))
+        Ok(Arc::new(SimVolume { disk: self.clone(), ino, token }))
     }
 }
 
@@ -254,27 +237,14 @@ impl Fs for SimDisk {
         split(path)?;
         self.with(|live| {
             let ino = Ino(live.state.next_ino);
-            live.run(
-                self.process,
-                What::Create {
-                    path: path.into(),
-                    ino,
-                },
-                "create",
-            )?;
+            live.run(self.process, What::Create { path: path.into(), ino }, "create")?;
             self.handle(live, ino, Access::Write)
         })
     }
 
     fn link(&self, from: &str, to: &str) -> io::Result<()> {
         split(to)?;
-        self.change(
-            What::Link {
-                from: from.into(),
-                to: to.into(),
-            },
-            "link",
-        )
+        self.change(What::Link { from: from.into(), to: to.into() }, "link")
     }
 
     // As rename(2): nothing happens if both names lead to one file.
@@ -283,13 +253,7 @@ impl Fs for SimDisk {
         if self.same_file(from, to)? {
             return Ok(());
         }
-        self.change(
-            What::Rename {
-                from: from.into(),
-                to: to.into(),
-            },
-            "rename",
-        )
+        self.change(What::Rename { from: from.into(), to: to.into() }, "rename")
     }
 
     fn unlink(&self, path: &str) -> io::Result<()> {
@@ -300,11 +264,7 @@ impl Fs for SimDisk {
         self.with(|live| {
             live.alive(self.process)?;
             live.folder_exists(folder)?;
-            let inside = live
-                .state
-                .names
-                .keys()
-                .filter(|path| folder_of(path) == folder);
+            let inside = live.state.names.keys().filter(|path| folder_of(path) == folder);
             let base = |path: &Arc<str>| path.rsplit('/').next().unwrap_or("").to_owned();
             let mut names: Vec<String> = inside.map(base).collect();
             names.sort_unstable();
@@ -315,30 +275,17 @@ impl Fs for SimDisk {
     // Durable when it returns, as the real one syncs the parent itself.
     fn make_folder(&self, folder: &str) -> io::Result<()> {
         parts(folder)?;
-        let ends = folder
-            .match_indices('/')
-            .map(|(at, _)| at)
-            .chain([folder.len()]);
+        let ends = folder.match_indices('/').map(|(at, _)| at).chain([folder.len()]);
         for part in ends.map(|end| &folder[..end]) {
             if self.with(|live| live.folder_exists(part)).is_err() {
-                self.change(
-                    What::MakeFolder {
-                        folder: part.into(),
-                    },
-                    "make folder",
-                )?;
+                self.change(What::MakeFolder { folder: part.into() }, "make folder")?;
             }
         }
         Ok(())
     }
 
     fn sync_names(&self, folder: &str, why: Why) -> io::Result<()> {
-        self.change(
-            What::SyncNames {
-                folder: folder.into(),
-            },
-            why,
-        )
+        self.change(What::SyncNames { folder: folder.into() }, why)
     }
 
     fn same_file(&self, a: &str, b: &str) -> io::Result<bool> {
@@ -353,10 +300,7 @@ impl Fs for SimDisk {
         self.with(|live| {
             live.alive(self.process)?;
             let free = live.capacity.saturating_sub(live.used());
-            Ok(Space {
-                total: live.capacity * SECTOR,
-                free: free * SECTOR,
-            })
+            Ok(Space { total: live.capacity * SECTOR, free: free * SECTOR })
         })
     }
 }

@@ -16,17 +16,9 @@ pub(super) type Names = BTreeMap<Arc<str>, Ino>;
 #[derive(Debug, Clone)]
 pub(super) enum NameOp {
     /// `to` leads to the file from now on (create, link).
-    Add {
-        to: Arc<str>,
-        ino: Ino,
-        from: Option<Arc<str>>,
-    },
+    Add { to: Arc<str>, ino: Ino, from: Option<Arc<str>> },
     /// `to` leads to the file, `from` nowhere.
-    Rename {
-        from: Arc<str>,
-        to: Arc<str>,
-        ino: Ino,
-    },
+    Rename { from: Arc<str>, to: Arc<str>, ino: Ino },
     /// The name leads nowhere.
     Remove { name: Arc<str> },
 }

@@ -37,19 +37,9 @@ pub struct Effort {
 
 impl Effort {
     /// Every instant, a few random states.
-    pub const FULL: Self = Self {
-        singles_max: 16,
-        randoms: 4,
-        seed: 1,
-        stride: 1,
-    };
+    pub const FULL: Self = Self { singles_max: 16, randoms: 4, seed: 1, stride: 1 };
     /// For crashes inside recoveries, of which there are many.
-    pub const LIGHT: Self = Self {
-        singles_max: 4,
-        randoms: 1,
-        seed: 1,
-        stride: 1,
-    };
+    pub const LIGHT: Self = Self { singles_max: 4, randoms: 1, seed: 1, stride: 1 };
 }
 
 /// One state a crash left.
@@ -118,13 +108,7 @@ impl SimDisk {
                         continue;
                     }
                     tally.judged += 1;
-                    let crashed = Crashed {
-                        disk,
-                        prefix,
-                        kind,
-                        strategy,
-                        marks: marks.clone(),
-                    };
+                    let crashed = Crashed { disk, prefix, kind, strategy, marks: marks.clone() };
                     judge(&crashed).map_err(|complaint| self.tell(&crashed, &complaint))?;
                 }
             }
@@ -133,12 +117,7 @@ impl SimDisk {
     }
 
     fn tell(&self, crashed: &Crashed, complaint: &str) -> String {
-        let Crashed {
-            prefix,
-            kind,
-            strategy,
-            ..
-        } = crashed;
+        let Crashed { prefix, kind, strategy, .. } = crashed;
         let log = self.log_text(prefix.saturating_sub(LOG_LINES)..*prefix);
         format!("{complaint}\n... after {kind:?} {strategy:?} at {prefix}, the log being\n{log}")
     }

@@ -22,10 +22,7 @@ impl SimFile {
     /// The file behind an open volume; `None` if it is not a simulated one.
     #[must_use]
     pub fn of(volume: &dyn Volume) -> Option<Self> {
-        volume
-            .as_any()
-            .downcast_ref::<SimVolume>()
-            .map(|volume| Self(volume.ino))
+        volume.as_any().downcast_ref::<SimVolume>().map(|volume| Self(volume.ino))
     }
 }
 
@@ -153,71 +150,26 @@ impl SimDisk {
     pub fn begin(&self, request: SimRequest, why: Why) -> io::Result<SimOp> {
         let mut done = SimDone::Done;
         let what = match request {
-            SimRequest::Read {
-                file: SimFile(file),
-                offset,
-                len,
-            } => {
+            SimRequest::Read { file: SimFile(file), offset, len } => {
                 self.with(|live| live.alive(self.process))?;
-                return Ok(SimOp {
-                    kind: Kind::Read { file, offset, len },
-                    early: false,
-                });
+                return Ok(SimOp { kind: Kind::Read { file, offset, len }, early: false });
             }
-            SimRequest::Write {
-                file,
-                offset,
-                bytes,
-            } => What::Write {
-                ino: file.0,
-                offset,
-                bytes,
-            },
-            SimRequest::Zero {
-                file,
-                offset,
-                len,
-                keep,
-            } => What::Zero {
-                ino: file.0,
-                offset,
-                len,
-                keep,
-            },
+            SimRequest::Write { file, offset, bytes } => What::Write { ino: file.0, offset, bytes },
+            SimRequest::Zero { file, offset, len, keep } => What::Zero { ino: file.0, offset, len, keep },
             SimRequest::SetLen { file, len } => What::SetLen { ino: file.0, len },
-            SimRequest::Copy {
-                from,
-                from_offset,
-                to,
-                to_offset,
-                len,
-            } => {
+            SimRequest::Copy { from, from_offset, to, to_offset, len } => {
                 done = SimDone::Copied(copy_kind(from_offset, to_offset, len));
                 let (from_at, to_at) = (from_offset, to_offset);
-                What::Copy {
-                    from: from.0,
-                    from_at,
-                    to: to.0,
-                    to_at,
-                    len,
-                }
+                What::Copy { from: from.0, from_at, to: to.0, to_at, len }
             }
             SimRequest::Flush { file } => What::Flush { ino: file.0 },
-            SimRequest::Rename { from, over } => What::Rename {
-                from: from.into(),
-                to: over.into(),
-            },
-            SimRequest::SyncNames { folder } => What::SyncNames {
-                folder: folder.into(),
-            },
+            SimRequest::Rename { from, over } => What::Rename { from: from.into(), to: over.into() },
+            SimRequest::SyncNames { folder } => What::SyncNames { folder: folder.into() },
         };
         self.with(|live| {
             let early = live.family.meets(Step::Wait, why);
             let no = live.begin(self.process, what, why)?;
-            Ok(SimOp {
-                kind: Kind::Change { no, done },
-                early,
-            })
+            Ok(SimOp { kind: Kind::Change { no, done }, early })
         })
     }
 

@@ -25,9 +25,7 @@ impl Family {
     /// Notes a labelled step; says whether it is sabotaged this way.
     pub(super) fn meets(&self, step: Step, why: Why) -> bool {
         super::locked(&self.whys).insert((step, why));
-        super::locked(&self.sabotage)
-            .iter()
-            .any(|sabotage| sabotage.hits(step, why))
+        super::locked(&self.sabotage).iter().any(|sabotage| sabotage.hits(step, why))
     }
 }
 
@@ -162,14 +160,8 @@ impl Live {
             return Err(io::Error::other("operation completed twice"));
         };
         let op = flight.op.clone();
-        let checked = self
-            .fault(OpClass::of(&op.what))
-            .and_then(|()| self.possible(&op.what));
-        let outcome = if checked.is_ok() {
-            Outcome::Done
-        } else {
-            Outcome::Failed
-        };
+        let checked = self.fault(OpClass::of(&op.what)).and_then(|()| self.possible(&op.what));
+        let outcome = if checked.is_ok() { Outcome::Done } else { Outcome::Failed };
         self.push(Event::End(no, outcome));
         checked
     }
@@ -202,13 +194,7 @@ impl Live {
         };
         match what {
             What::Write { ino, offset, bytes } => self.room(*ino, *offset, bytes.len() as u64),
-            What::Copy {
-                from,
-                from_at,
-                to,
-                to_at,
-                len,
-            } => {
+            What::Copy { from, from_at, to, to_at, len } => {
                 if *len > 0 && from_at.saturating_add(*len) > self.state.content(*from).len {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
@@ -216,9 +202,7 @@ impl Live {
             }
             What::Create { path, .. } | What::MakeDevice { path, .. } => free(path),
             What::Link { from, to } => found(from).and_then(|()| free(to)),
-            What::Rename { from, to } => {
-                found(from).and_then(|()| self.folder_exists(folder_of(to)))
-            }
+            What::Rename { from, to } => found(from).and_then(|()| self.folder_exists(folder_of(to))),
             What::Unlink { path } => found(path),
             What::SyncNames { folder } => self.folder_exists(folder),
             What::SetLen { ino, .. } if self.state.devices.contains(ino) => {
@@ -258,8 +242,6 @@ impl Live {
     pub(super) fn used(&self) -> u64 {
         let mut held: BTreeSet<Ino> = self.state.names.values().copied().collect();
         held.extend(self.open.keys().copied());
-        held.iter()
-            .map(|ino| self.state.content(*ino).allocated())
-            .sum()
+        held.iter().map(|ino| self.state.content(*ino).allocated()).sum()
     }
 }

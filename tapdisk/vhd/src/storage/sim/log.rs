@@ -41,61 +41,19 @@ pub(super) struct Op {
 }
 
 pub(super) enum What {
-    Write {
-        ino: Ino,
-        offset: u64,
-        bytes: Arc<[u8]>,
-    },
-    Zero {
-        ino: Ino,
-        offset: u64,
-        len: u64,
-        keep: bool,
-    },
-    SetLen {
-        ino: Ino,
-        len: u64,
-    },
-    Copy {
-        from: Ino,
-        from_at: u64,
-        to: Ino,
-        to_at: u64,
-        len: u64,
-    },
-    Flush {
-        ino: Ino,
-    },
-    Create {
-        path: Arc<str>,
-        ino: Ino,
-    },
-    Link {
-        from: Arc<str>,
-        to: Arc<str>,
-    },
-    Rename {
-        from: Arc<str>,
-        to: Arc<str>,
-    },
-    Unlink {
-        path: Arc<str>,
-    },
-    SyncNames {
-        folder: Arc<str>,
-    },
-    MakeFolder {
-        folder: Arc<str>,
-    },
-    MakeDevice {
-        path: Arc<str>,
-        ino: Ino,
-        len: u64,
-    },
-    ResizeDevice {
-        ino: Ino,
-        len: u64,
-    },
+    Write { ino: Ino, offset: u64, bytes: Arc<[u8]> },
+    Zero { ino: Ino, offset: u64, len: u64, keep: bool },
+    SetLen { ino: Ino, len: u64 },
+    Copy { from: Ino, from_at: u64, to: Ino, to_at: u64, len: u64 },
+    Flush { ino: Ino },
+    Create { path: Arc<str>, ino: Ino },
+    Link { from: Arc<str>, to: Arc<str> },
+    Rename { from: Arc<str>, to: Arc<str> },
+    Unlink { path: Arc<str> },
+    SyncNames { folder: Arc<str> },
+    MakeFolder { folder: Arc<str> },
+    MakeDevice { path: Arc<str>, ino: Ino, len: u64 },
+    ResizeDevice { ino: Ino, len: u64 },
 }
 
 impl fmt::Debug for What {
@@ -104,27 +62,11 @@ impl fmt::Debug for What {
             Self::Write { ino, offset, bytes } => {
                 write!(f, "write #{} {offset}+{}", ino.0, bytes.len())
             }
-            Self::Zero {
-                ino,
-                offset,
-                len,
-                keep,
-            } => {
-                write!(
-                    f,
-                    "zero #{} {offset}+{len}{}",
-                    ino.0,
-                    if *keep { " keep" } else { "" }
-                )
+            Self::Zero { ino, offset, len, keep } => {
+                write!(f, "zero #{} {offset}+{len}{}", ino.0, if *keep { " keep" } else { "" })
             }
             Self::SetLen { ino, len } => write!(f, "set length #{} {len}", ino.0),
-            Self::Copy {
-                from,
-                from_at,
-                to,
-                to_at,
-                len,
-            } => {
+            Self::Copy { from, from_at, to, to_at, len } => {
                 write!(f, "copy #{} {from_at}+{len} to #{} {to_at}", from.0, to.0)
             }
             Self::Flush { ino } => write!(f, "flush #{}", ino.0),
@@ -174,11 +116,7 @@ pub(super) struct Cursor {
 impl Cursor {
     pub(super) fn new(base: State) -> Self {
         let checkpoints = vec![(0, base.clone())];
-        Self {
-            at: 0,
-            state: base,
-            checkpoints,
-        }
+        Self { at: 0, state: base, checkpoints }
     }
 
     /// The state after the first `prefix` events.

@@ -47,11 +47,7 @@ struct Words {
 impl Words {
     fn new(len: usize) -> Self {
         let pages = vec![None; len.div_ceil(PAGE)];
-        Self {
-            len,
-            pages,
-            hash: 0,
-        }
+        Self { len, pages, hash: 0 }
     }
 
     fn load(&self, index: usize) -> u64 {
@@ -147,36 +143,21 @@ impl SimRun {
     pub fn buffer(&self, name: &str, len_bytes: usize) -> io::Result<SimBuffer> {
         self.disk.with(|live| {
             if let Some(id) = live.state.run.buffers.get(name) {
-                return Ok(SimBuffer {
-                    disk: self.disk.clone(),
-                    id: *id,
-                });
+                return Ok(SimBuffer { disk: self.disk.clone(), id: *id });
             }
             live.step(self.disk.process)?;
             let id = live.state.run.next_id;
             let words = len_bytes.div_ceil(8);
-            live.push(Event::Run(RunEvent::Create {
-                name: name.into(),
-                id,
-                words,
-            }));
-            Ok(SimBuffer {
-                disk: self.disk.clone(),
-                id,
-            })
+            live.push(Event::Run(RunEvent::Create { name: name.into(), id, words }));
+            Ok(SimBuffer { disk: self.disk.clone(), id })
         })
     }
 
     /// The buffer of this name, if there is one.
     #[must_use]
     pub fn existing(&self, name: &str) -> Option<SimBuffer> {
-        let id = self
-            .disk
-            .with(|live| live.state.run.buffers.get(name).copied())?;
-        Some(SimBuffer {
-            disk: self.disk.clone(),
-            id,
-        })
+        let id = self.disk.with(|live| live.state.run.buffers.get(name).copied())?;
+        Some(SimBuffer { disk: self.disk.clone(), id })
     }
 
     /// Whether there is a buffer or file of this name.
@@ -209,8 +190,7 @@ impl SimRun {
     /// The bytes of a small file.
     #[must_use]
     pub fn read_file(&self, name: &str) -> Option<Vec<u8>> {
-        self.disk
-            .with(|live| live.state.run.files.get(name).map(|bytes| bytes.to_vec()))
+        self.disk.with(|live| live.state.run.files.get(name).map(|bytes| bytes.to_vec()))
     }
 
     /// Names of all buffers and files, sorted.
@@ -218,12 +198,8 @@ impl SimRun {
     pub fn list(&self) -> Vec<String> {
         self.disk.with(|live| {
             let run = &live.state.run;
-            let mut names: Vec<String> = run
-                .buffers
-                .keys()
-                .chain(run.files.keys())
-                .map(ToString::to_string)
-                .collect();
+            let mut names: Vec<String> =
+                run.buffers.keys().chain(run.files.keys()).map(ToString::to_string).collect();
             names.sort_unstable();
             names
         })
@@ -241,13 +217,7 @@ impl SimBuffer {
     /// Words of 8 bytes.
     #[must_use]
     pub fn words(&self) -> usize {
-        self.disk.with(|live| {
-            live.state
-                .run
-                .words
-                .get(&self.id)
-                .map_or(0, |words| words.len)
-        })
+        self.disk.with(|live| live.state.run.words.get(&self.id).map_or(0, |words| words.len))
     }
 
     /// Stores a word: an instant of its own in the log. Ignored past the end,

@@ -121,10 +121,7 @@ pub(super) struct SimVolumes {
 
 impl SimVolumes {
     pub(super) fn new(disk: SimDisk) -> Self {
-        Self {
-            files: FileVolumes::new(Arc::new(disk.clone())),
-            disk,
-        }
+        Self { files: FileVolumes::new(Arc::new(disk.clone())), disk }
     }
 
     fn left_out(&self, why: Why) -> bool {

@@ -43,10 +43,7 @@ impl Sector {
         if bytes.iter().all(|byte| *byte == 0) {
             return Self::zero();
         }
-        Self(Arc::new(Data {
-            hash: hash_bytes(&bytes) | 1,
-            bytes,
-        }))
+        Self(Arc::new(Data { hash: hash_bytes(&bytes) | 1, bytes }))
     }
 
     /// What a device's unused space holds: the worst of it looks like the
@@ -119,11 +116,7 @@ struct Chunk {
 }
 
 impl Chunk {
-    const EMPTY: Self = Self {
-        slots: [const { None }; CHUNK as usize],
-        hash: 0,
-        allocated: 0,
-    };
+    const EMPTY: Self = Self { slots: [const { None }; CHUNK as usize], hash: 0, allocated: 0 };
 }
 
 /// The bytes of a file and its length.
@@ -158,10 +151,7 @@ impl Content {
         if slot.is_none() && !self.chunks.contains_key(&key) {
             return;
         }
-        let chunk = self
-            .chunks
-            .entry(key)
-            .or_insert_with(|| Arc::new(Chunk::EMPTY));
+        let chunk = self.chunks.entry(key).or_insert_with(|| Arc::new(Chunk::EMPTY));
         let chunk = Arc::make_mut(chunk);
         let old = &mut chunk.slots[index(sector_no)];
         let delta = share(sector_no, &slot).wrapping_sub(share(sector_no, old));
@@ -191,11 +181,7 @@ impl Content {
             return found;
         }
         for (key, chunk) in self.chunks.range(first / CHUNK..=(end - 1) / CHUNK) {
-            let set = chunk
-                .slots
-                .iter()
-                .enumerate()
-                .filter(|(_, slot)| slot.is_some());
+            let set = chunk.slots.iter().enumerate().filter(|(_, slot)| slot.is_some());
             let set = set.map(|(at, _)| key * CHUNK + at as u64);
             found.extend(set.filter(|sector_no| (first..end).contains(sector_no)));
         }

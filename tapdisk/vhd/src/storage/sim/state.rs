@@ -128,11 +128,7 @@ impl State {
         }
         let seq = self.next_seq;
         self.next_seq += 1;
-        self.pending.push(Pending {
-            seq,
-            effect,
-            dead: false,
-        });
+        self.pending.push(Pending { seq, effect, dead: false });
     }
 
     /// What an operation does if it completes now. Length and bytes of a
@@ -140,34 +136,19 @@ impl State {
     pub(super) fn effects(&self, what: &What) -> Vec<Effect> {
         match what {
             What::Write { ino, offset, bytes } => self.write(*ino, bytes, *offset),
-            What::Zero {
-                ino,
-                offset,
-                len,
-                keep,
-            } => self.zero(*ino, *offset, *len, *keep),
+            What::Zero { ino, offset, len, keep } => self.zero(*ino, *offset, *len, *keep),
             What::SetLen { ino, len } => vec![Effect::Bytes(*ino, Change::Len(*len))],
-            What::Copy {
-                from,
-                from_at,
-                to,
-                to_at,
-                len,
-            } => self.copy(*from, *from_at, *to, *to_at, *len),
+            What::Copy { from, from_at, to, to_at, len } => self.copy(*from, *from_at, *to, *to_at, *len),
             What::Create { path, ino } => {
                 let (to, ino, from) = (path.clone(), *ino, None);
                 vec![Effect::Name(NameOp::Add { to, ino, from })]
             }
-            What::Link { from, to } => self.name_op(from, |ino| NameOp::Add {
-                to: to.clone(),
-                ino,
-                from: Some(from.clone()),
-            }),
-            What::Rename { from, to } => self.name_op(from, |ino| NameOp::Rename {
-                from: from.clone(),
-                to: to.clone(),
-                ino,
-            }),
+            What::Link { from, to } => {
+                self.name_op(from, |ino| NameOp::Add { to: to.clone(), ino, from: Some(from.clone()) })
+            }
+            What::Rename { from, to } => {
+                self.name_op(from, |ino| NameOp::Rename { from: from.clone(), to: to.clone(), ino })
+            }
             What::Unlink { path } => self.name_op(path, |_| NameOp::Remove { name: path.clone() }),
             What::Flush { .. } | What::SyncNames { .. } | What::MakeFolder { .. } => Vec::new(),
             What::MakeDevice { .. } | What::ResizeDevice { .. } => Vec::new(),
@@ -180,10 +161,7 @@ impl State {
     }
 
     pub(super) fn content(&self, ino: Ino) -> Arc<Content> {
-        self.inodes
-            .get(&ino)
-            .map(|inode| inode.volatile.clone())
-            .unwrap_or_default()
+        self.inodes.get(&ino).map(|inode| inode.volatile.clone()).unwrap_or_default()
     }
 
     fn write(&self, ino: Ino, bytes: &[u8], offset: u64) -> Vec<Effect> {
@@ -191,11 +169,7 @@ impl State {
             return Vec::new();
         }
         let content = self.content(ino);
-        self.put(
-            ino,
-            content.written(bytes, offset),
-            offset + bytes.len() as u64,
-        )
+        self.put(ino, content.written(bytes, offset), offset + bytes.len() as u64)
     }
 
     /// Sector values, and the new length if they reach past the end.
@@ -229,14 +203,7 @@ impl State {
             effects.push(zeros(offset, first * SECTOR));
         }
         if first < last {
-            effects.push(Effect::Bytes(
-                ino,
-                Change::Zero {
-                    first,
-                    end: last,
-                    keep,
-                },
-            ));
+            effects.push(Effect::Bytes(ino, Change::Zero { first, end: last, keep }));
         }
         if last * SECTOR < end {
             effects.push(zeros(last * SECTOR, end));
@@ -250,10 +217,7 @@ impl State {
             return Vec::new();
         }
         let source = self.content(from);
-        if [from_at, to_at, len]
-            .iter()
-            .all(|n| n.is_multiple_of(SECTOR))
-        {
+        if [from_at, to_at, len].iter().all(|n| n.is_multiple_of(SECTOR)) {
             let (first, to_first) = (from_at / SECTOR, to_at / SECTOR);
             let values = (0..len / SECTOR).map(|i| (to_first + i, source.slot(first + i)));
             return self.put(to, values.collect(), to_at + len);
@@ -293,9 +257,7 @@ impl State {
         let mut synced = BTreeSet::new();
         for pending in self.pending.iter().rev().filter(|p| p.seq < begun_at) {
             if let Effect::Name(op) = &pending.effect
-                && op
-                    .touches()
-                    .any(|name| folder_of(name) == folder || needed.contains(name))
+                && op.touches().any(|name| folder_of(name) == folder || needed.contains(name))
             {
                 needed.extend(op.touches().cloned());
                 synced.insert(pending.seq);
@@ -317,16 +279,10 @@ impl State {
     fn forget_unreachable(&mut self) {
         let mut reachable: BTreeSet<Ino> = self.names.values().copied().collect();
         reachable.extend(self.durable_names.values().copied());
-        reachable.extend(
-            self.pending
-                .iter()
-                .filter_map(|pending| match &pending.effect {
-                    Effect::Name(NameOp::Add { ino, .. } | NameOp::Rename { ino, .. }) => {
-                        Some(*ino)
-                    }
-                    _ => None,
-                }),
-        );
+        reachable.extend(self.pending.iter().filter_map(|pending| match &pending.effect {
+            Effect::Name(NameOp::Add { ino, .. } | NameOp::Rename { ino, .. }) => Some(*ino),
+            _ => None,
+        }));
         self.pending.retain(|pending| match &pending.effect {
             Effect::Bytes(ino, _) => reachable.contains(ino),
             Effect::Name(_) => true,
@@ -358,19 +314,12 @@ impl State {
     /// apart by number here, so states that differ in numbers alone count
     /// twice.
     pub(super) fn full_hash(&self) -> u128 {
-        let durable = |ino| {
-            self.inodes
-                .get(&ino)
-                .map_or(0, |inode| inode.durable.hash())
-        };
+        let durable = |ino| self.inodes.get(&ino).map_or(0, |inode| inode.durable.hash());
         let mut hash = mix(self.hash(), hash_names(&self.durable_names, durable));
         for pending in &self.pending {
             hash = mix(hash, pending.effect.hash() ^ u128::from(pending.dead));
         }
-        let flying = self
-            .in_flight
-            .values()
-            .flat_map(|flight| self.effects(&flight.op.what));
+        let flying = self.in_flight.values().flat_map(|flight| self.effects(&flight.op.what));
         flying.fold(hash, |hash, effect| mix(hash, effect.hash()))
     }
 }

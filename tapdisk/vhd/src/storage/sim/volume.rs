@@ -67,14 +67,7 @@ impl Volume for SimVolume {
         if buf.is_empty() {
             return Ok(());
         }
-        self.change(
-            What::Write {
-                ino: self.ino,
-                offset,
-                bytes: buf.into(),
-            },
-            "write",
-        )
+        self.change(What::Write { ino: self.ino, offset, bytes: buf.into() }, "write")
     }
 
     // Unlike the other changes a flush needs no write access, as fdatasync.
@@ -90,22 +83,11 @@ impl Volume for SimVolume {
     }
 
     fn set_len(&self, len_bytes: u64) -> io::Result<()> {
-        self.change(
-            What::SetLen {
-                ino: self.ino,
-                len: len_bytes,
-            },
-            "set length",
-        )
+        self.change(What::SetLen { ino: self.ino, len: len_bytes }, "set length")
     }
 
     fn zero(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
-        let what = What::Zero {
-            ino: self.ino,
-            offset,
-            len: len_bytes,
-            keep: false,
-        };
+        let what = What::Zero { ino: self.ino, offset, len: len_bytes, keep: false };
         self.change(what, "zero")
     }
 
@@ -124,16 +106,7 @@ impl Volume for SimVolume {
         };
         let (from, from_at) = (source.ino, source_offset);
         let (to, to_at, len) = (self.ino, offset, len_bytes);
-        self.change(
-            What::Copy {
-                from,
-                from_at,
-                to,
-                to_at,
-                len,
-            },
-            "copy",
-        )?;
+        self.change(What::Copy { from, from_at, to, to_at, len }, "copy")?;
         Ok(copy_kind(from_at, to_at, len))
     }
 
@@ -145,8 +118,7 @@ impl Volume for SimVolume {
     }
 
     fn is_device(&self) -> bool {
-        self.disk
-            .with(|live| live.state.devices.contains(&self.ino))
+        self.disk.with(|live| live.state.devices.contains(&self.ino))
     }
 
     fn fd(&self) -> Option<BorrowedFd<'_>> {

@@ -23,11 +23,7 @@ fn a_kill_followed_by_a_power_cut_can_lose_what_the_kill_kept() {
     assert_eq!(sectors(&killed, "a"), [2]);
     assert_eq!(sectors(&crash(&killed, PowerCut, AllLost), "a"), [1]);
     // And a recovery's flush makes it certain.
-    killed
-        .open("a", Access::Write)
-        .unwrap()
-        .flush("recovery")
-        .unwrap();
+    killed.open("a", Access::Write).unwrap().flush("recovery").unwrap();
     assert_eq!(sectors(&crash(&killed, PowerCut, AllLost), "a"), [2]);
 }
 
@@ -52,10 +48,7 @@ fn a_write_in_flight_is_torn_by_a_kill_and_seen_by_nobody_before() {
     assert_eq!(sectors(&crash(&disk, Kill, AllLost), "a"), [1, 1]);
     assert_eq!(outcomes(&disk, Kill, RandomPerSector).len(), 4);
     assert_eq!(disk.complete(op).unwrap(), SimDone::Done);
-    assert_eq!(
-        outcomes(&disk, Kill, RandomPerSector),
-        BTreeSet::from([vec![2, 2]])
-    );
+    assert_eq!(outcomes(&disk, Kill, RandomPerSector), BTreeSet::from([vec![2, 2]]));
 }
 
 #[test]
@@ -98,11 +91,7 @@ fn lengths_and_bytes_are_lost_independently() {
     assert_eq!(sectors(&crash(&disk, PowerCut, OnlyKept(1)), "a"), [1]);
     // Bytes that were kept past a lost length are not there after growing.
     let after = crash(&disk, PowerCut, OnlyKept(1));
-    after
-        .open("a", Access::Write)
-        .unwrap()
-        .set_len(1024)
-        .unwrap();
+    after.open("a", Access::Write).unwrap().set_len(1024).unwrap();
     assert_eq!(sectors(&after, "a"), [1, 0]);
 }
 
@@ -115,10 +104,7 @@ fn a_lost_cut_takes_later_growth_with_it() {
     assert_eq!(sectors(&disk, "a"), [1, 0, 0]);
     assert_eq!(sectors(&crash(&disk, PowerCut, OnlyLost(0)), "a"), [1, 1]);
     assert_eq!(sectors(&crash(&disk, PowerCut, OnlyLost(1)), "a"), [1]);
-    assert_eq!(
-        sectors(&crash(&disk, PowerCut, OnlyKept(1)), "a"),
-        [1, 0, 0]
-    );
+    assert_eq!(sectors(&crash(&disk, PowerCut, OnlyKept(1)), "a"), [1, 0, 0]);
 }
 
 #[test]
@@ -128,14 +114,8 @@ fn a_zeroed_range_is_lost_apart_from_the_write_after_it() {
     a.zero(0, 1536).unwrap();
     a.write_at(&[2; 512], 512).unwrap();
     assert_eq!(sectors(&disk, "a"), [0, 2, 0]);
-    assert_eq!(
-        sectors(&crash(&disk, PowerCut, OnlyLost(0)), "a"),
-        [1, 2, 1]
-    );
-    assert_eq!(
-        sectors(&crash(&disk, PowerCut, OnlyLost(1)), "a"),
-        [0, 0, 0]
-    );
+    assert_eq!(sectors(&crash(&disk, PowerCut, OnlyLost(0)), "a"), [1, 2, 1]);
+    assert_eq!(sectors(&crash(&disk, PowerCut, OnlyLost(1)), "a"), [0, 0, 0]);
     assert!(outcomes(&disk, PowerCut, RandomPerSector).contains(&vec![0, 1, 1]));
 }
 

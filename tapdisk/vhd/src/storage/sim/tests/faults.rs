@@ -22,11 +22,9 @@ fn a_skipped_flush_or_sync_makes_nothing_durable_and_is_listed() {
     a.flush("seen in a recovery").unwrap();
     assert_eq!(sectors(&crash(&after, PowerCut, AllLost), "a"), [3]);
     let whys = disk.whys();
-    for step in [
-        (Step::Flush, "left out"),
-        (Step::SyncNames, "left out too"),
-        (Step::Flush, "seen in a recovery"),
-    ] {
+    for step in
+        [(Step::Flush, "left out"), (Step::SyncNames, "left out too"), (Step::Flush, "seen in a recovery")]
+    {
         assert!(whys.contains(&step), "{step:?}");
     }
 }
@@ -84,18 +82,10 @@ fn the_nth_operation_fails_as_set_up() {
     let disk = SimDisk::new();
     let a = file(&disk, "a", 1, 1);
     let errno = nix::libc::EIO;
-    disk.inject(Fault {
-        class: Some(OpClass::Write),
-        after: 1,
-        times: 1,
-        errno,
-    });
+    disk.inject(Fault { class: Some(OpClass::Write), after: 1, times: 1, errno });
     a.write_at(&[2; 512], 0).unwrap();
     a.flush("not a write").unwrap();
-    assert_eq!(
-        a.write_at(&[3; 512], 0).unwrap_err().raw_os_error(),
-        Some(errno)
-    );
+    assert_eq!(a.write_at(&[3; 512], 0).unwrap_err().raw_os_error(), Some(errno));
     a.write_at(&[4; 512], 0).unwrap();
     assert_eq!(sectors(&disk, "a"), [4]);
 }
@@ -106,12 +96,7 @@ fn a_failed_flush_loses_what_it_should_have_covered_for_good() {
     let a = file(&disk, "a", 2, 1);
     a.write_at(&[2; 512], 0).unwrap();
     let errno = nix::libc::EIO;
-    disk.inject(Fault {
-        class: Some(OpClass::Flush),
-        after: 0,
-        times: 1,
-        errno,
-    });
+    disk.inject(Fault { class: Some(OpClass::Flush), after: 0, times: 1, errno });
     a.flush("fails").unwrap_err();
     a.write_at(&[2; 512], 512).unwrap();
     a.flush("works").unwrap();

@@ -33,10 +33,7 @@ fn equal_states_hash_equal_and_others_do_not() {
     // A hole and written zeros read the same; a length does not.
     let a = two.open("a", Access::Write).unwrap();
     a.write_at(&[0; 512], 512).unwrap();
-    one.open("a", Access::Write)
-        .unwrap()
-        .zero(512, 512)
-        .unwrap();
+    one.open("a", Access::Write).unwrap().zero(512, 512).unwrap();
     assert_eq!(one.state_hash(), two.state_hash());
     a.set_len(1537).unwrap();
     assert_ne!(one.state_hash(), two.state_hash());
@@ -70,21 +67,12 @@ fn the_run_folder_survives_a_kill_with_exactly_its_stores_and_no_power_cut() {
     buffer.store(1, 6);
     run.write_file("lease", b"held").unwrap();
     let load = |disk: &SimDisk| disk.run().existing("rec").map(|b| (b.load(0), b.load(1)));
-    assert_eq!(
-        load(&disk.crash(between, Kill, &mut rng(), AllLost)),
-        Some((5, 0))
-    );
+    assert_eq!(load(&disk.crash(between, Kill, &mut rng(), AllLost)), Some((5, 0)));
     let killed = crash(&disk, Kill, AllLost);
     assert_eq!(load(&killed), Some((5, 6)));
-    assert_eq!(
-        killed.run().read_file("lease").as_deref(),
-        Some(&b"held"[..])
-    );
+    assert_eq!(killed.run().read_file("lease").as_deref(), Some(&b"held"[..]));
     assert_eq!(killed.run().list(), ["lease", "rec"]);
-    assert_ne!(
-        killed.state_hash(),
-        crash(&disk, PowerCut, AllKept).state_hash()
-    );
+    assert_ne!(killed.state_hash(), crash(&disk, PowerCut, AllKept).state_hash());
     assert_eq!(load(&crash(&disk, PowerCut, AllKept)), None);
     assert!(!crash(&killed, PowerCut, AllKept).run().exists("lease"));
     // Whoever has a removed buffer goes on using it unseen.
@@ -111,11 +99,7 @@ fn locks_are_exclusive_and_die_with_handle_process_and_crash() {
     other.kill_process();
     let mine = disk.open("b", Access::Write).unwrap();
     drop(held);
-    assert_eq!(
-        busy(&disk),
-        Some(ErrorKind::WouldBlock),
-        "a dead process freed our lock"
-    );
+    assert_eq!(busy(&disk), Some(ErrorKind::WouldBlock), "a dead process freed our lock");
     drop(mine);
 }
 
@@ -127,14 +111,8 @@ fn a_process_dies_alone_after_so_many_changes() {
     other.kill_process_after(2);
     a.write_at(&[1; 512], 0).unwrap();
     a.write_at(&[2; 512], 512).unwrap();
-    assert_eq!(
-        a.write_at(&[3; 512], 0).unwrap_err().kind(),
-        ErrorKind::ConnectionAborted
-    );
-    assert_eq!(
-        other.list("").unwrap_err().kind(),
-        ErrorKind::ConnectionAborted
-    );
+    assert_eq!(a.write_at(&[3; 512], 0).unwrap_err().kind(), ErrorKind::ConnectionAborted);
+    assert_eq!(other.list("").unwrap_err().kind(), ErrorKind::ConnectionAborted);
     assert!(!other.is_alive() && disk.is_alive());
     assert_eq!(sectors(&disk, "a"), [1, 2]);
     assert!(disk.open("a", Access::Write).is_ok());

@@ -45,19 +45,14 @@ fn bytes(disk: &SimDisk, name: &str) -> Vec<u8> {
 
 /// The first byte of each sector.
 fn sectors(disk: &SimDisk, name: &str) -> Vec<u8> {
-    bytes(disk, name)
-        .chunks(512)
-        .map(|sector| sector[0])
-        .collect()
+    bytes(disk, name).chunks(512).map(|sector| sector[0]).collect()
 }
 
 /// All outcomes that many random crashes leave of a file.
 fn outcomes(disk: &SimDisk, kind: CrashKind, strategy: Strategy) -> BTreeSet<Vec<u8>> {
     let mut rng = rng();
     let end = disk.log_len();
-    (0..400)
-        .map(|_| sectors(&disk.crash(end, kind, &mut rng, strategy), "a"))
-        .collect()
+    (0..400).map(|_| sectors(&disk.crash(end, kind, &mut rng, strategy), "a")).collect()
 }
 
 fn write(disk: &SimDisk, file: &dyn Volume, at: u64, byte: u8, count: usize) -> SimOp {
@@ -70,11 +65,5 @@ fn write(disk: &SimDisk, file: &dyn Volume, at: u64, byte: u8, count: usize) -> 
 }
 
 fn flush(disk: &SimDisk, file: &dyn Volume) -> SimOp {
-    disk.begin(
-        SimRequest::Flush {
-            file: SimFile::of(file).unwrap(),
-        },
-        "guest flush",
-    )
-    .unwrap()
+    disk.begin(SimRequest::Flush { file: SimFile::of(file).unwrap() }, "guest flush").unwrap()
 }

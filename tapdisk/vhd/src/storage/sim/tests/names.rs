@@ -14,10 +14,7 @@ fn names_need_their_own_sync_and_bytes_theirs() {
     disk.sync_names("", "names").unwrap();
     let after = crash(&disk, PowerCut, AllLost);
     assert_eq!(after.list("").unwrap(), ["b", "c"]);
-    assert_eq!(
-        (sectors(&after, "b"), sectors(&after, "c")),
-        (vec![2], vec![])
-    );
+    assert_eq!((sectors(&after, "b"), sectors(&after, "c")), (vec![2], vec![]));
 }
 
 #[test]
@@ -64,29 +61,16 @@ fn syncing_one_folder_leaves_another_uncertain() {
     let after = crash(&disk, PowerCut, AllLost);
     assert_eq!(after.list("x/y").unwrap(), ["r"]);
     assert!(after.list("").unwrap().is_empty());
-    assert_eq!(
-        disk.list("nowhere").unwrap_err().kind(),
-        ErrorKind::NotFound
-    );
+    assert_eq!(disk.list("nowhere").unwrap_err().kind(), ErrorKind::NotFound);
 }
 
 #[test]
 fn a_name_sync_in_flight_covers_earlier_completions_only() {
     let disk = SimDisk::new();
     drop(disk.create("a").unwrap());
-    let sync = disk
-        .begin(
-            SimRequest::SyncNames {
-                folder: String::new(),
-            },
-            "sync",
-        )
-        .unwrap();
+    let sync = disk.begin(SimRequest::SyncNames { folder: String::new() }, "sync").unwrap();
     drop(disk.create("b").unwrap());
-    let rename = SimRequest::Rename {
-        from: "a".into(),
-        over: "c".into(),
-    };
+    let rename = SimRequest::Rename { from: "a".into(), over: "c".into() };
     let rename = disk.begin(rename, "swap").unwrap();
     disk.complete(sync).unwrap();
     assert_eq!(crash(&disk, PowerCut, AllLost).list("").unwrap(), ["a"]);
@@ -102,8 +86,5 @@ fn a_create_in_flight_that_happened_takes_its_number() {
     let killed = disk.crash(1, Kill, &mut rng(), AllKept);
     assert_eq!(killed.list("").unwrap(), ["a"]);
     killed.create("b").unwrap().write_at(&[1], 0).unwrap();
-    assert_eq!(
-        (bytes(&killed, "a"), bytes(&killed, "b")),
-        (vec![], vec![1])
-    );
+    assert_eq!((bytes(&killed, "a"), bytes(&killed, "b")), (vec![], vec![1]));
 }

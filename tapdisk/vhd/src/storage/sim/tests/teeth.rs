@@ -60,9 +60,7 @@ fn volume(name: &str) -> VolumeName {
 fn recover(disk: &SimDisk) -> std::io::Result<()> {
     let volumes = disk.volumes();
     volumes.sync_records("recover: record")?;
-    let decided = volumes
-        .record("swap")?
-        .is_some_and(|bytes| bytes == b"decided");
+    let decided = volumes.record("swap")?.is_some_and(|bytes| bytes == b"decided");
     for (temporary, name) in PAIRS.map(|(t, n)| (volume(t), volume(n))) {
         if !decided {
             volumes.delete(&temporary)?;
@@ -92,11 +90,7 @@ fn judge(disk: &SimDisk, acknowledged: bool) -> Result<(), String> {
 
 /// Every crash of a run, and of each recovery from one.
 fn all_crashes(disk: &SimDisk) -> Result<Tally, String> {
-    let start = disk
-        .marks()
-        .iter()
-        .find(|(_, mark)| *mark == START)
-        .map_or(0, |(at, _)| *at);
+    let start = disk.marks().iter().find(|(_, mark)| *mark == START).map_or(0, |(at, _)| *at);
     let (mut seen, mut seen_inside) = (Seen::default(), Seen::default());
     let mut inside = Tally::default();
     let mut outside = disk.explore(start, Effort::FULL, &mut seen, &mut |crashed| {
@@ -160,16 +154,10 @@ fn a_crash_state_costs_little() {
     let mut rng = rng();
     for prefix in 4..=disk.log_len() {
         for strategy in [AllLost, RandomPerOp, RandomPerSector] {
-            seen.insert(
-                disk.crash(prefix, PowerCut, &mut rng, strategy)
-                    .state_hash(),
-            );
+            seen.insert(disk.crash(prefix, PowerCut, &mut rng, strategy).state_hash());
         }
     }
     let each = begun.elapsed() / u32::try_from(3 * disk.log_len()).unwrap();
-    println!(
-        "{each:?} for each of the states, {} of them distinct",
-        seen.len()
-    );
+    println!("{each:?} for each of the states, {} of them distinct", seen.len());
     assert!(each.as_millis() < 5, "{each:?} for each");
 }
