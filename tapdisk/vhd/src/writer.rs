@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::bat::{BAT_FREE, Layout, read_bat};
 use crate::batmap::{batmap_has_bits, read_batmap, write_batmap};
 use crate::bitmap::SectorBitmap;
+use crate::check::overlap;
 use crate::error::{Error, Result};
 use crate::footer::DiskType;
 use crate::meta::{FooterState, Meta};
@@ -89,6 +90,11 @@ fn prepare(volume: &dyn Volume, meta: &Meta) -> Result<RwImage> {
     let layout = layout(meta)?;
     volume.flush("open: footer copy and BAT as found before space is given away")?;
     let bat = read_bat(volume, layout)?;
+    if let Some((block, other)) = overlap(&bat, layout) {
+        let block = block.max(other);
+        let sector = bat.get(block as usize).copied().unwrap_or(BAT_FREE);
+        return Err(Error::BadBat { block, sector, reason: "it overlaps another block" });
+    }
     let (slots, gaps) = Slots::survey(&bat, layout.data_start);
     if !volume.is_device() {
         volume.set_len(slots.end_bytes())?;

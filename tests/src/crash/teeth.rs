@@ -21,8 +21,10 @@ const CLEARED: &str = "a record that comes back after a power cut finds everythi
 const SPACE: &str = "without it the merge starts anew: that costs time and space, never a byte";
 const EITHER: &str = "a durable swap decides like a durable decision does: either sync of the two would do";
 
+const FORGED: &str = "it keeps a footer that a guest forged from being found, and these guests forge none";
+
 /// Steps that no state of these scenarios misses, and why they stay.
-const KEPT: [(Step, &str, &str); 24] = [
+const KEPT: [(Step, &str, &str); 27] = [
     (Step::Flush, "commit: bitmaps before BAT", DEVICES),
     (Step::Flush, "replay: bitmaps before BAT", DEVICES),
     (
@@ -54,6 +56,13 @@ const KEPT: [(Step, &str, &str); 24] = [
     (Step::Record, "inner: record delete", SPACE),
     (Step::SyncNames, "recover: records that were found", SPACE),
     (Step::SyncNames, "snapshot: found swapped", EITHER),
+    (Step::Flush, "resize: a zero sector behind the last block before the file is cut there", FORGED),
+    (Step::Flush, "resize: the length before anything is written there", FORGED),
+    (
+        Step::Flush,
+        "resize: new BAT entries before anything reaches them",
+        "the header's flush covers them too; an image whose header need not change has only this one",
+    ),
     (Step::Flush, "scenario: damage", "not a step of ours: it sets the scene"),
 ];
 
