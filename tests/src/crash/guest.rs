@@ -9,7 +9,7 @@ use tapdisk::driver::sim::{Finished, SimTap};
 use tapdisk::engine::{RequestId, RequestKind};
 use vhd::storage::sim::SimDisk;
 
-use super::oracle::{At, Oracle, Value, stamp, tracked, unstamp};
+use super::oracle::{At, Instant, Oracle, Value, stamp, tracked, unstamp};
 
 /// Most requests in flight.
 const DEPTH_MAX: usize = 6;
@@ -30,6 +30,8 @@ pub struct Guest {
     next_value: Value,
     /// Requests it may still start.
     pub budget: u32,
+    /// It only reads, and what it reads is the oracle's disk at this instant.
+    pub snapshot: Option<Instant>,
     rng: SmallRng,
     /// What it read and should not have.
     pub failures: Vec<String>,
@@ -41,7 +43,18 @@ impl Guest {
         let pending = BTreeMap::new();
         // Values of guests that follow each other on one disk differ.
         let next_value = (seed + 1) << 20;
-        Self { tap, oracle, disk, blocks, pending, next_value, budget: 0, rng, failures: Vec::new() }
+        Self {
+            tap,
+            oracle,
+            disk,
+            blocks,
+            pending,
+            next_value,
+            budget: 0,
+            snapshot: None,
+            rng,
+            failures: Vec::new(),
+        }
     }
 
     /// Maybe starts a request, and lets the tapdisk do one thing.
@@ -92,6 +105,9 @@ impl Guest {
     }
 
     fn start(&mut self) {
+        if self.snapshot.is_some() {
+            return self.read();
+        }
         match self.rng.random_range(0..100) {
             0..55 => self.write(false),
             55..65 => self.write(true),
@@ -172,7 +188,10 @@ impl Guest {
             Pending::Flush { began } => self.oracle.flushed(began, now),
             Pending::Read { first, began } => {
                 for (sector, bytes) in (first..).zip(finished.buffer.chunks(512)) {
-                    let allowed = self.oracle.readable(sector, began, now);
+                    let allowed = match self.snapshot {
+                        Some(instant) => self.oracle.in_snapshot(sector, instant),
+                        None => self.oracle.readable(sector, began, now),
+                    };
                     match unstamp(bytes, sector) {
                         Ok(value) if allowed.contains(&value) => {}
                         Ok(value) => {

@@ -299,7 +299,7 @@ fn begin_leaf_merge(play: &mut Play) {
     }
 }
 
-/// Hidden nodes merged below an attached leaf and a snapshot.
+/// Hidden nodes merged below an attached leaf and an attached snapshot.
 fn inner_merge(play: &mut Play) {
     play.attach();
     play.traffic(15);
@@ -307,13 +307,22 @@ fn inner_merge(play: &mut Play) {
     play.traffic(15);
     let second = play.snapshot();
     play.traffic(15);
-    play.snapshot();
+    let third = play.snapshot();
     play.traffic(10);
+    let of = play.guest.as_ref().map(|guest| locked(guest).oracle.clone()).unwrap_or_default();
+    let read = &play.snapshots[third];
+    let reader = play.world.attach_reader(read.vdi, of, read.instant);
+    locked(&reader).budget = 200;
     play.delete(first);
     play.delete(second);
     play.meanwhile(40);
     play.collect();
     play.traffic(5);
+    locked(&reader).run(60);
+    play.failures.append(&mut locked(&reader).failures);
+    if let Err(error) = ops::detach(&play.world.repo, play.snapshots[third].vdi, true) {
+        play.failures.push(format!("detach the reader: {error}"));
+    }
 }
 
 /// The blocking writer on a disk nobody serves, over a parent: whole and

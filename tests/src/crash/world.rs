@@ -22,7 +22,7 @@ use vhd::storage::VolumeName;
 use vhd::storage::sim::SimDisk;
 
 use super::guest::Guest;
-use super::oracle::Oracle;
+use super::oracle::{Instant, Oracle};
 
 /// Blocks of every disk in these tests.
 pub const BLOCKS: u64 = 3;
@@ -66,6 +66,16 @@ impl World {
         locked(&self.host.inner).oracles.insert(vdi, oracle);
         sm::ops::attach(&self.repo, vdi, false).expect("attach");
         Arc::clone(&locked(&self.host.inner).guests[&vdi])
+    }
+
+    /// Attaches a snapshot for reading: a reader that holds its map and reads
+    /// all through whatever happens.
+    pub fn attach_reader(&self, vdi: Uuid, of: Oracle, instant: Instant) -> SharedGuest {
+        locked(&self.host.inner).oracles.insert(vdi, of);
+        sm::ops::attach(&self.repo, vdi, true).expect("attach for reading");
+        let guest = Arc::clone(&locked(&self.host.inner).guests[&vdi]);
+        locked(&guest).snapshot = Some(instant);
+        guest
     }
 
     /// The tapdisk of a VDI dies; what it had in flight never lands.
