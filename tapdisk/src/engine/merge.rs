@@ -504,7 +504,10 @@ impl Engine {
                 self.fail_parked(wait, errno);
             }
         }
-        if !clearing {
+        // With the leaf empty nothing is left to move: a commit goes on, and
+        // the write-back is tried again by itself.
+        let moving = matches!(self.merge.phase, Phase::Starting | Phase::Moving(_));
+        if moving && !clearing {
             self.merge_failed(format!(
                 "writing metadata of {} failed: errno {errno}",
                 self.stack[index].name

@@ -97,6 +97,18 @@ impl Guest {
         self.drain();
     }
 
+    /// Trims a block and writes into it; then starts a flush, answered or not.
+    pub fn replace_block_then_flush(&mut self) {
+        self.drain();
+        self.submit(RequestKind::Trim { fua: false }, 0, 4096, 0, false, Vec::new());
+        self.drain();
+        self.next_value += 1;
+        let bytes = stamp(self.next_value, 0).to_vec();
+        self.submit(RequestKind::Write { fua: false }, 0, 1, self.next_value, false, bytes);
+        self.drain();
+        self.submit_flush();
+    }
+
     fn submit_flush(&mut self) {
         let began = self.disk.log_len();
         let id = self.tap.submit(RequestKind::Flush, 0, 0, Vec::new());

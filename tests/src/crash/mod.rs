@@ -20,8 +20,10 @@
 //! | `scenarios` | what happens before the crash |
 //! | `campaign` | crashing, recovering, comparing, counting |
 //! | `teeth` | leaving steps out |
+//! | `faults` | operations that fail while others are under way |
 
 mod campaign;
+mod faults;
 mod guest;
 pub(crate) mod oracle;
 pub(crate) mod scenarios;

@@ -9,8 +9,9 @@ use gc::job::Job;
 use gc::{garbage, survey};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use sm::journal::SiblingKind;
+use sm::journal::{LeafMergeIntent, SiblingKind};
 use sm::ops::{self, Wanted};
+use tapdisk_control::{MergePhase, Reply, Request};
 use uuid::Uuid;
 use vhd::meta::Meta;
 use vhd::resize::grow;
@@ -68,21 +69,7 @@ pub const ALL: [Scenario; 8] = [
 impl Scenario {
     /// Plays it, perhaps with a step left out.
     pub fn play(&self, seed: u64, sabotage: Option<Sabotage>) -> Ran {
-        let disk = SimDisk::new();
-        if let Some(sabotage) = sabotage {
-            disk.sabotage(sabotage);
-        }
-        let world = World::over(disk.clone(), seed);
-        let vdi = ops::create(&world.repo, "disk", BLOCKS << 21).expect("create");
-        let mut play = Play {
-            from: disk.log_len(),
-            world,
-            vdi,
-            guest: None,
-            oracle: Oracle::default(),
-            snapshots: Vec::new(),
-            failures: Vec::new(),
-        };
+        let mut play = Play::new(seed, sabotage);
         (self.go)(&mut play);
         play.end()
     }
@@ -105,6 +92,25 @@ struct Play {
 }
 
 impl Play {
+    /// A machine with one disk on it, not attached.
+    fn new(seed: u64, sabotage: Option<Sabotage>) -> Self {
+        let disk = SimDisk::new();
+        if let Some(sabotage) = sabotage {
+            disk.sabotage(sabotage);
+        }
+        let world = World::over(disk.clone(), seed);
+        let vdi = ops::create(&world.repo, "disk", BLOCKS << 21).expect("create");
+        Play {
+            from: disk.log_len(),
+            world,
+            vdi,
+            guest: None,
+            oracle: Oracle::default(),
+            snapshots: Vec::new(),
+            failures: Vec::new(),
+        }
+    }
+
     fn attach(&mut self) {
         let oracle = std::mem::take(&mut self.oracle);
         self.guest = Some(self.world.attach(self.vdi, oracle));
@@ -268,35 +274,54 @@ fn merge_stopped(play: &mut Play) {
     play.traffic(20);
     play.delete(snapshot);
     play.meanwhile(40);
-    begin_leaf_merge(play);
+    let _ = begin_leaf_merge(play);
     play.snapshot();
     play.traffic(10);
 }
 
 /// Starts a leaf merge and leaves it running, as if the collector died.
-fn begin_leaf_merge(play: &mut Play) {
+fn begin_leaf_merge(play: &mut Play) -> Option<LeafMergeIntent> {
     let repo = play.world.repo.clone();
     let forest = survey::glance(&repo).expect("survey");
     let Some((merge, _)) = candidates(&forest).into_iter().find(|(_, against)| against.is_none()) else {
-        return play.failures.push("no leaf to merge".to_owned());
+        play.failures.push("no leaf to merge".to_owned());
+        return None;
     };
     let begun = Job::begin(&repo, &play.world, &merge);
     let Ok((_, sm::journal::Intent::LeafMerge(intent))) = begun else {
-        return play.failures.push("the leaf merge did not begin".to_owned());
+        play.failures.push("the leaf merge did not begin".to_owned());
+        return None;
     };
     let mut tap = repo.host.tap(intent.vdi).expect("tap").expect("a live tapdisk");
-    let order = tapdisk_control::Request::MergeStart {
-        leaf: intent.leaf,
-        parent: intent.parent,
-        rate_bytes_per_s: 0,
-    };
-    if let Err(error) = tap.call(order) {
+    let (leaf, parent) = (intent.leaf.clone(), intent.parent.clone());
+    if let Err(error) = tap.call(Request::MergeStart { leaf, parent, rate_bytes_per_s: 0 }) {
         play.failures.push(format!("merge start: {error}"));
     }
     let guest = play.guest.as_ref().map(Arc::clone);
     for _ in 0..30 {
         guest.iter().for_each(|guest| locked(guest).pump());
     }
+    Some(intent)
+}
+
+/// A leaf merge whose leaf is empty, ready to be committed.
+pub fn emptied_leaf(seed: u64) -> (World, SharedGuest, LeafMergeIntent) {
+    let mut play = Play::new(seed, None);
+    play.attach();
+    play.traffic(20);
+    let snapshot = play.snapshot();
+    play.traffic(20);
+    play.delete(snapshot);
+    let intent = begin_leaf_merge(&mut play).expect("a leaf merge");
+    let guest = play.guest.take().expect("a guest");
+    let mut tap = play.world.repo.host.tap(intent.vdi).expect("tap").expect("a live tapdisk");
+    for _ in 0..10_000 {
+        match tap.call(Request::MergeStatus) {
+            Ok(Reply::Merge(status)) if status.phase == MergePhase::Empty => break,
+            _ => locked(&guest).pump(),
+        }
+    }
+    (play.world, guest, intent)
 }
 
 /// Hidden nodes merged below an attached leaf and an attached snapshot.

@@ -1,0 +1,41 @@
+//! Operations that fail while something else is under way: whoever waits is
+//! answered all the same.
+
+use tapdisk::driver::PeerId;
+use tapdisk_control::{ImageRef, Request};
+use vhd::storage::sim::{Fault, OpClass};
+
+use super::scenarios::emptied_leaf;
+use super::world::locked;
+
+/// The caller of a commit, for its answer.
+const CALLER: PeerId = PeerId(1 << 40);
+/// ENOSPC.
+const NO_SPACE: i32 = 28;
+
+/// Whether a commit is answered when the nth write from its start on fails,
+/// be it its own or one of the parent's write-back.
+fn commit_is_answered(seed: u64, nth: u64) -> bool {
+    let (world, guest, intent) = emptied_leaf(seed);
+    let mut guest = locked(&guest);
+    // A block that is freed and placed anew: bitmap and BAT for the parent to
+    // write back meanwhile.
+    guest.replace_block_then_flush();
+    let image = |image: &ImageRef| image.clone();
+    let commit = Request::MergeCommit { leaf: image(&intent.leaf), parent: image(&intent.parent) };
+    guest.tap.call(CALLER, 1, commit);
+    world.disk.inject(Fault { class: Some(OpClass::Write), after: nth, times: 1, errno: NO_SPACE });
+    (0..5_000).any(|_| {
+        guest.tap.step();
+        guest.tap.take_answer(CALLER).is_some()
+    })
+}
+
+#[test]
+fn a_commit_is_answered_whatever_write_fails_meanwhile() {
+    for seed in 0..4 {
+        for nth in 0..8 {
+            assert!(commit_is_answered(seed, nth), "seed {seed}, write {nth}: no answer");
+        }
+    }
+}
