@@ -22,6 +22,7 @@
 
 mod api;
 mod command;
+mod commit;
 mod image;
 mod lower;
 mod merge;

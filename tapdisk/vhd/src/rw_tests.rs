@@ -1,0 +1,70 @@
+use super::*;
+
+fn image(blocks: u32) -> RwImage {
+    let layout = Layout {
+        table_offset: 1536,
+        max_entries: blocks,
+        entries: blocks,
+        batmap_header: None,
+        batmap_bits: None,
+        data_start: 3072,
+        block_sectors: 4096,
+    };
+    let bat = vec![BAT_FREE; blocks as usize];
+    let (slots, _) = Slots::survey(&bat, layout.data_start);
+    RwImage::new(layout, bat, |_| false, slots)
+}
+
+fn entry_on_file(image: &RwImage, captured: &Captured, block: u32) -> u32 {
+    let (_, sector) = image.bat_sectors(captured)[0];
+    u32::from_be_bytes(sector.as_chunks::<4>().0[block as usize])
+}
+
+const RUN: SectorRun = SectorRun { first: 3, count: 2 };
+
+#[test]
+fn a_neighbour_without_data_is_never_carried_along() {
+    let mut image = image(4);
+    let first = image.allocate(BlockNo(0), true).unwrap();
+    image.allocate(BlockNo(1), true).unwrap();
+    image.written(BlockNo(0), first, RUN);
+    let captured = image.capture();
+    assert_eq!(entry_on_file(&image, &captured, 0), first.0);
+    assert_eq!(entry_on_file(&image, &captured, 1), BAT_FREE);
+}
+
+#[test]
+fn a_freed_block_with_a_new_empty_slot_is_written_as_free() {
+    let mut image = image(4);
+    let block = BlockNo(2);
+    let old = image.allocate(block, true).unwrap();
+    image.written(block, old, RUN);
+    let captured = image.capture();
+    image.bat_written(&captured);
+    assert!(image.durable(captured).is_empty());
+
+    image.free(block);
+    let new = image.allocate(block, true).unwrap();
+    assert_ne!(old, new, "the old slot is not free before the entry is durably clear");
+    let captured = image.capture();
+    assert_eq!(entry_on_file(&image, &captured, 2), BAT_FREE);
+    image.bat_written(&captured);
+    assert_eq!(image.durable(captured), [old]);
+
+    image.written(block, new, RUN);
+    let captured = image.capture();
+    assert_eq!(entry_on_file(&image, &captured, 2), new.0);
+}
+
+#[test]
+fn a_write_that_was_overtaken_by_a_free_adds_nothing() {
+    let mut image = image(4);
+    let block = BlockNo(0);
+    let old = image.allocate(block, false).unwrap();
+    image.free(block);
+    let new = image.allocate(block, false).unwrap();
+    assert!(image.entries_for(block, old, RUN).is_empty());
+    image.written(block, old, RUN);
+    assert!(!image.bitmap(block).unwrap().has_any(SectorRun::BLOCK));
+    assert_eq!(image.entries_for(block, new, RUN).len(), 2);
+}
