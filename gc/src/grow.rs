@@ -51,7 +51,7 @@ impl Job<'_> {
             chain.any(|link| images.iter().any(|image| image.footer == link.footer))
         };
         for reader in readers.iter().filter(on) {
-            let told = self.ask_to_refresh(reader.vdi);
+            let told = self.ask_to_refresh(reader);
             let why = match told {
                 Ok(true) => continue,
                 Ok(false) => "cannot be told to".to_owned(),

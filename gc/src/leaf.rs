@@ -102,7 +102,7 @@ impl Job<'_> {
 }
 
 fn survey_has(job: &Job<'_>, vdi: Uuid) -> Result<bool> {
-    Ok(crate::survey::leases(job.repo)?.iter().any(|lease| lease.vdi == vdi))
+    Ok(crate::survey::leases(job.repo)?.iter().any(|lease| lease.serves(vdi)))
 }
 
 /// The leaf's tapdisk does it; we watch.

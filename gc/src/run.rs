@@ -246,7 +246,7 @@ impl Job<'_> {
             let Some(reader) = readers.iter().find(on) else {
                 break;
             };
-            if let Err(stop) = self.ask_to_refresh(reader.vdi)
+            if let Err(stop) = self.ask_to_refresh(reader)
                 && self.watch.now().saturating_sub(begun) >= limits::LEAVE_WAIT_MAX
             {
                 return Err(stop);
@@ -262,7 +262,11 @@ impl Job<'_> {
 
     /// Has a reader drop its map for a new one. False if it is just starting,
     /// or is no tapdisk.
-    pub(crate) fn ask_to_refresh(&self, vdi: Uuid) -> Result<bool> {
+    pub(crate) fn ask_to_refresh(&self, reader: &sm::lease::Lease) -> Result<bool> {
+        let vdi = reader.vdi;
+        if !reader.serves(vdi) {
+            return Ok(false);
+        }
         let Some(tap) = io("reach a tapdisk", self.repo.host.tap(vdi))? else {
             return Ok(false);
         };

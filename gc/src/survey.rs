@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use sm::journal::{Intent, Stored};
-use sm::lease::Lease as Reader;
+use sm::lease::{Lease as Reader, Reader as Reads};
 use sm::tree::{Broken, Image, NodeState, VdiTree};
 use sm::{Repo, scan};
 use tapdisk_control::ImageRef;
@@ -153,6 +153,10 @@ fn lease(forest: &Forest, reader: &Reader) -> Lease {
     Lease {
         vdi: reader.vdi,
         chain: chain.collect(),
-        usage: if reader.read_only { Use::Reads } else { Use::Writes },
+        usage: match reader.reader {
+            Reads::Copy => Use::Copies,
+            Reads::Tapdisk if reader.read_only => Use::Reads,
+            Reads::Tapdisk => Use::Writes,
+        },
     }
 }

@@ -56,7 +56,16 @@ pub trait Host: Send + Sync + Debug {
     /// I/O errors; then there is no lease.
     fn make_lease(&self, lease: &Lease) -> io::Result<Box<dyn LeaseHold>>;
 
-    /// Rewrites the chain of a live lease, after its reader has refreshed
+    /// Makes a lease of this process's own, for reading a chain with the map
+    /// it has, to the end. It ends when dropped, or with the process. The
+    /// caller holds the SR lock.
+    ///
+    /// # Errors
+    /// `WouldBlock` above a stated number of readers, I/O errors; then there
+    /// is no lease.
+    fn make_reader(&self, lease: &Lease) -> io::Result<Guard>;
+
+    /// Rewrites the chain of a tapdisk's live lease, after it has refreshed
     /// its map. The caller holds the SR lock.
     ///
     /// # Errors

@@ -8,9 +8,10 @@
 //! | [`tree`], [`scan`], [`chain`] | which image stands on which (the first is pure) |
 //! | [`ops`] | create, snapshot, clone, delete, attach, detach, one file each |
 //! | [`recover`] | finishing or undoing what a dead process left |
+//! | [`reading`] | a whole chain, read under a lease by this process |
 //! | [`image`] | single images: where the format crate is called |
 //! | [`catalog`] | labels and history |
-//! | [`owner`], [`run_folder`], [`spawn`] | the real host: locks, leases, processes |
+//! | [`owner`], [`run_folder`], [`readers`], [`spawn`] | the real host: locks, leases, processes |
 //! | [`manager`], [`api`], [`views`] | smd: SRs, requests, what is shown |
 //!
 //! Absent on purpose: the data path (reached only through its control
@@ -32,6 +33,8 @@ pub mod manager;
 pub mod nudge;
 pub mod ops;
 pub mod owner;
+pub mod readers;
+pub mod reading;
 pub mod recover;
 pub mod repo;
 pub mod run_folder;

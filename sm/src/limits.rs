@@ -38,6 +38,8 @@ pub const BUSY_RETRY_MS_MAX: u64 = 5_000;
 pub const BODY_BYTES_MAX: usize = 1 << 20;
 /// Requests the API works on at once; more wait.
 pub const REQUESTS_AT_ONCE_MAX: usize = 64;
+/// Copies, exports and comparisons of one SR at a time: each holds a lease.
+pub const READERS_MAX: usize = 256;
 /// Rows kept in the operation history of an SR.
 pub const HISTORY_ROWS_MAX: u32 = 10_000;
 /// Bytes of the leases, owner files and other small files of the run folder.

@@ -6,6 +6,7 @@
 //!   <run>/records/<sr>/<footer>    pending records
 //!   <run>/tap/<vdi>/lease          locked by the tapdisk for its whole life
 //!                   ctl.sock  nbd.sock  log
+//!   <run>/readers/<sr>/…           leases of copies and exports, see readers.rs
 //! ```
 //!
 //! The folder is on tmpfs and outlives us: leases are how a restarted smd
@@ -28,6 +29,7 @@ use crate::host::{Endpoint, Guard, Host, LeaseHold, Tap};
 use crate::lease::Lease;
 use crate::limits::{SMALL_FILE_BYTES_MAX, SR_LOCK_WAIT_MS_MAX, TAP_ANSWER_MS_MAX, TAP_STOP_MS_MAX};
 use crate::owner::{HostId, Owner};
+use crate::readers::Readers;
 use crate::spawn::{self, TapOrder, TapProgram};
 
 /// How often a lock or a lease that is waited for is looked at.
@@ -41,6 +43,7 @@ pub struct RunFolder {
     sr_folder: PathBuf,
     boot: Uuid,
     records: Arc<TmpfsRecords>,
+    readers: Readers,
     owner: Arc<Owner>,
     /// `None` for a process that attaches nothing (gcd).
     program: Option<TapProgram>,
@@ -73,7 +76,8 @@ impl RunFolder {
         }
         let records = Arc::new(TmpfsRecords::new(records, id.boot, owner.epoch));
         let (run, sr_folder) = (run.to_owned(), sr_folder.to_owned());
-        Ok(Self { run, sr, sr_folder, boot: id.boot, records, owner, program })
+        let readers = Readers::open(&run, sr)?;
+        Ok(Self { run, sr, sr_folder, boot: id.boot, records, readers, owner, program })
     }
 
     fn tap_folder(&self, vdi: Uuid) -> PathBuf {
@@ -182,6 +186,7 @@ impl Host for RunFolder {
         for vdi in self.known_vdis()? {
             leases.extend(self.live_lease(vdi, true)?);
         }
+        leases.extend(self.readers.live()?);
         Ok(leases)
     }
 
@@ -204,6 +209,10 @@ impl Host for RunFolder {
         write_lease(&file, lease)?;
         fs::rename(folder.join("lease.new"), folder.join("lease"))?;
         Ok(Box::new(Held { host: self.clone(), lease: lease.clone(), file }))
+    }
+
+    fn make_reader(&self, lease: &Lease) -> io::Result<Guard> {
+        self.readers.make(lease)
     }
 
     fn update_lease(&self, vdi: Uuid, chain: &[ImageRef]) -> io::Result<()> {

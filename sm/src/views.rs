@@ -194,7 +194,7 @@ impl<'a> Look<'a> {
 
     fn vdi(&self, node: &Node) -> VdiView {
         let label = self.labels.get(&node.uuid).cloned().unwrap_or_default();
-        let lease = self.leases.iter().find(|lease| lease.vdi == node.uuid && lease.pid != 0);
+        let lease = self.leases.iter().find(|lease| lease.serves(node.uuid) && lease.pid != 0);
         let snapshot = label.snapshot_of.is_some() || label.read_only;
         let kind = match (node.is_hidden(), snapshot) {
             (true, _) => Kind::Hidden,

@@ -11,6 +11,7 @@ use sm::journal::{
     self, ImageRef, InnerIntent, Intent, JobState, LeafMergeIntent, LeafMergeState, SiblingKind,
 };
 use sm::ops::{self, Deleted, Wanted};
+use sm::reading::Reading;
 use sm::recover::{self, Scope};
 use sm::tree::NodeState;
 use sm::{Repo, image, scan};
@@ -299,4 +300,40 @@ fn a_record_nobody_understands_stops_every_change() {
     sr.repo.volumes.put_record("something.else", b"{}", "test").unwrap();
     assert_eq!(ops::attach(&sr.repo, vdi, false).unwrap_err().code(), "BAD_JOURNAL");
     assert_eq!(one(&sr.repo, SiblingKind::Clone, vdi).unwrap_err().code(), "BAD_JOURNAL");
+}
+
+#[test]
+fn what_is_being_copied_is_not_written_and_not_deleted() {
+    let sr = sr();
+    let vdi = disk(&sr);
+    fill(&sr.repo, vdi, 0, 0x11);
+    let reading = Reading::open(&sr.repo, vdi, false).unwrap();
+    let read = |reading: &Reading| {
+        let mut bytes = [0; 512];
+        reading.chain.read_at(&mut bytes, 0).unwrap();
+        bytes[0]
+    };
+    assert_eq!(ops::attach(&sr.repo, vdi, false).unwrap_err().code(), "IN_USE");
+    assert_eq!(ops::delete(&sr.repo, vdi).unwrap(), Deleted::Hidden);
+    assert_eq!(read(&reading), 0x11);
+    assert_eq!(Reading::open(&sr.repo, vdi, false).unwrap_err().code(), "NOT_FOUND");
+    assert_eq!(read(&Reading::open(&sr.repo, vdi, true).unwrap()), 0x11);
+    drop(reading);
+    assert_eq!(*sr.host.leases.lock().unwrap(), []);
+}
+
+#[test]
+fn a_snapshot_of_what_is_being_copied_changes_nothing_for_the_reader() {
+    let sr = sr();
+    let vdi = disk(&sr);
+    fill(&sr.repo, vdi, 0, 0x11);
+    let reading = Reading::open(&sr.repo, vdi, false).unwrap();
+    let snapshot = one(&sr.repo, SiblingKind::Snapshot, vdi).unwrap();
+    // Its leaf is a new image, which nobody copies.
+    ops::attach(&sr.repo, vdi, false).unwrap();
+    assert_eq!(Reading::open(&sr.repo, vdi, false).unwrap_err().code(), "IN_USE");
+    let mut bytes = [0; 512];
+    reading.chain.read_at(&mut bytes, 0).unwrap();
+    assert_eq!(bytes[0], 0x11);
+    assert!(Reading::open(&sr.repo, snapshot, false).is_ok());
 }

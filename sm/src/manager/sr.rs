@@ -169,7 +169,7 @@ impl Manager {
             let _sr = repo.host.lock_sr().during(|| format!("lock of SR {}", repo.name))?;
             let leases = repo.host.leases().during(|| "leases".into())?;
             if !leases.is_empty() {
-                let reason = format!("{} VDIs are attached", leases.len());
+                let reason = format!("{} VDIs are attached or being copied", leases.len());
                 return Err(Error::InUse { what: format!("SR {}", repo.name), reason });
             }
             nobody_works(repo).inspect_err(|_| self.make_way(sr, None))?;

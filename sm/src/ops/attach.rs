@@ -10,7 +10,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::host::{Endpoint, LeaseHold};
 use crate::image;
 use crate::journal::{Intent, JobState, volume_of};
-use crate::lease::Lease;
+use crate::lease::{Lease, Reader};
 use crate::repo::Repo;
 
 /// Where an attached VDI is served.
@@ -88,6 +88,9 @@ fn lease(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Leased> {
     }
     let mut links = super::visible_chain(repo, vdi)?;
     locked.no_snapshot_of(&links[0])?;
+    if !read_only {
+        locked.nobody_copies(vdi, &links[0])?;
+    }
     // One that nobody alive works on was ended by the recovery above.
     if locked.leaf_merge(&links[0]).is_some() {
         return Err(Error::Busy { reason: format!("the collector merges VDI {vdi}") });
@@ -101,7 +104,7 @@ fn lease(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Leased> {
         image::settle(repo, &links[0].volume)?;
     }
     let chain = links.iter().map(Link::image_ref).collect();
-    let lease = Lease { vdi, sr: repo.uuid, pid: 0, read_only, chain };
+    let lease = Lease { vdi, sr: repo.uuid, pid: 0, read_only, reader: Reader::Tapdisk, chain };
     let hold = repo.host.make_lease(&lease).during(|| format!("lease of VDI {vdi}"))?;
     Ok(Leased::Fresh(hold))
 }
@@ -109,7 +112,7 @@ fn lease(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Leased> {
 /// Writes the new parent of an image of this chain that a merge has recorded
 /// and not written yet: a reader that starts now must not learn of the node
 /// that goes away. Returns whether anything changed.
-fn relink(repo: &Repo, links: &[Link], intents: &[crate::journal::Stored]) -> Result<bool> {
+pub(crate) fn relink(repo: &Repo, links: &[Link], intents: &[crate::journal::Stored]) -> Result<bool> {
     let mut changed = false;
     for stored in intents {
         let Intent::Inner(inner) = &stored.intent else {

@@ -13,6 +13,7 @@ mod snapshot;
 mod snapshot_steps;
 mod stat;
 
+pub(crate) use attach::relink;
 pub use attach::{Attached, attach, detach, settle_all};
 pub use create::{VIRTUAL_BYTES_MIN, create};
 pub use delete::{Deleted, delete};
@@ -27,7 +28,7 @@ use crate::chain::{self, Link};
 use crate::error::{Error, IoContext, Result};
 use crate::host::Guard;
 use crate::journal::{self, Intent, LeafMergeIntent, Stored};
-use crate::lease::Lease;
+use crate::lease::{Lease, Reader};
 use crate::limits::LABEL_BYTES_MAX;
 use crate::recover;
 use crate::repo::Repo;
@@ -43,9 +44,25 @@ pub(crate) struct Locked {
 }
 
 impl Locked {
-    /// The lease of a VDI.
+    /// The lease of the tapdisk that serves a VDI.
     pub fn lease(&self, vdi: Uuid) -> Option<&Lease> {
-        self.leases.iter().find(|lease| lease.vdi == vdi)
+        self.leases.iter().find(|lease| lease.serves(vdi))
+    }
+
+    /// Refuses with [`Error::InUse`] while the VDI's leaf is being copied: it
+    /// must not change then.
+    pub fn nobody_copies(&self, vdi: Uuid, leaf: &Link) -> Result<()> {
+        let copies = |lease: &&Lease| {
+            let top = lease.chain.first();
+            lease.reader == Reader::Copy && top.is_some_and(|top| top.footer == leaf.head.footer)
+        };
+        match self.leases.iter().find(copies) {
+            Some(lease) => {
+                let reason = format!("it is being copied or exported, process {}", lease.pid);
+                Err(Error::InUse { what: format!("VDI {vdi}"), reason })
+            }
+            None => Ok(()),
+        }
     }
 
     /// Refuses with [`Error::Busy`] when a snapshot that names the VDI's leaf

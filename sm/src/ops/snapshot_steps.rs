@@ -169,7 +169,7 @@ fn refresh_lease(repo: &Repo, member: &Member) -> Result<()> {
         return Ok(());
     }
     let leases = repo.host.leases().during(|| "leases".into())?;
-    if !leases.iter().any(|lease| lease.vdi == member.vdi) {
+    if !leases.iter().any(|lease| lease.serves(member.vdi)) {
         return Ok(());
     }
     let links = chain::read(repo, member.vdi)?;

@@ -119,14 +119,18 @@ impl Host for FakeHost {
     fn make_lease(&self, lease: &Lease) -> io::Result<Box<dyn LeaseHold>> {
         Ok(Box::new(FakeHold { host: self.clone(), lease: lease.clone() }))
     }
+    fn make_reader(&self, lease: &Lease) -> io::Result<Guard> {
+        self.leases.lock().unwrap().push(lease.clone());
+        Ok(Box::new(FakeReader { host: self.clone(), lease: lease.clone() }))
+    }
     fn update_lease(&self, vdi: Uuid, chain: &[ImageRef]) -> io::Result<()> {
-        for lease in self.leases.lock().unwrap().iter_mut().filter(|lease| lease.vdi == vdi) {
+        for lease in self.leases.lock().unwrap().iter_mut().filter(|lease| lease.serves(vdi)) {
             lease.chain = chain.to_vec();
         }
         Ok(())
     }
     fn tap(&self, vdi: Uuid) -> io::Result<Option<Box<dyn Tap>>> {
-        let lease = self.leases.lock().unwrap().iter().find(|lease| lease.vdi == vdi).cloned();
+        let lease = self.leases.lock().unwrap().iter().find(|lease| lease.serves(vdi)).cloned();
         Ok(lease.map(|lease| {
             Box::new(FakeTap { host: self.clone(), lease, child: None, paused: None }) as Box<dyn Tap>
         }))
@@ -140,6 +144,19 @@ impl Host for FakeHost {
     }
     fn records(&self) -> &dyn RecordStore {
         &self.records
+    }
+}
+
+struct FakeReader {
+    host: FakeHost,
+    lease: Lease,
+}
+
+impl Drop for FakeReader {
+    fn drop(&mut self) {
+        let mut leases = self.host.leases.lock().unwrap();
+        let at = leases.iter().position(|lease| *lease == self.lease);
+        at.map(|at| leases.remove(at));
     }
 }
 

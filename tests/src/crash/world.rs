@@ -47,7 +47,7 @@ impl World {
             records: SimRecords::new(&disk),
             disk: disk.clone(),
             seed,
-            inner: Mutex::default(),
+            inner: Arc::default(),
         });
         let repo = Repo {
             uuid: Uuid::from_u128(0x5E),
@@ -119,6 +119,7 @@ impl Watch for World {
 struct Inner {
     guests: BTreeMap<Uuid, SharedGuest>,
     leases: BTreeMap<Uuid, Lease>,
+    readers: BTreeMap<u64, Lease>,
     oracles: BTreeMap<Uuid, Oracle>,
     peers: u64,
 }
@@ -128,7 +129,19 @@ pub struct SimHost {
     disk: SimDisk,
     records: SimRecords,
     seed: u64,
-    inner: Mutex<Inner>,
+    inner: Arc<Mutex<Inner>>,
+}
+
+/// A lease of the operation's own.
+struct Reading {
+    inner: Arc<Mutex<Inner>>,
+    id: u64,
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        locked(&self.inner).readers.remove(&self.id);
+    }
 }
 
 impl std::fmt::Debug for SimHost {
@@ -151,7 +164,8 @@ impl Host for SimHost {
     }
 
     fn leases(&self) -> io::Result<Vec<Lease>> {
-        Ok(locked(&self.inner).leases.values().cloned().collect())
+        let inner = locked(&self.inner);
+        Ok(inner.leases.values().chain(inner.readers.values()).cloned().collect())
     }
 
     fn make_lease(&self, lease: &Lease) -> io::Result<Box<dyn LeaseHold>> {
@@ -165,6 +179,14 @@ impl Host for SimHost {
         let guest = Guest::new(tap, disk, BLOCKS, oracle, seed);
         locked(&self.inner).guests.insert(vdi, Arc::new(Mutex::new(guest)));
         Ok(Box::new(Started(self.endpoint(lease))))
+    }
+
+    fn make_reader(&self, lease: &Lease) -> io::Result<Guard> {
+        let mut inner = locked(&self.inner);
+        inner.peers += 1;
+        let id = inner.peers;
+        inner.readers.insert(id, lease.clone());
+        Ok(Box::new(Reading { inner: Arc::clone(&self.inner), id }))
     }
 
     fn update_lease(&self, vdi: Uuid, chain: &[ImageRef]) -> io::Result<()> {

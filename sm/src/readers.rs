@@ -1,0 +1,146 @@
+//! Leases of this process's own on the real host: who copies, exports or
+//! compares a chain reads it with the map it has, to the end.
+//!
+//! ```text
+//!   <run>/readers/<sr>/<uuid>     locked while somebody reads; JSON, a Lease
+//! ```
+//!
+//! A file that nobody locks is of a process that died, and goes.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
+
+use crate::host::Guard;
+use crate::lease::Lease;
+use crate::limits::{READERS_MAX, SMALL_FILE_BYTES_MAX};
+use crate::run_folder::make_folder;
+
+/// The readers of one SR.
+#[derive(Debug, Clone)]
+pub struct Readers {
+    folder: PathBuf,
+}
+
+impl Readers {
+    /// Opens the folder of an SR's readers.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn open(run: &Path, sr: Uuid) -> io::Result<Self> {
+        let folder = run.join("readers").join(sr.to_string());
+        make_folder(&folder)?;
+        Ok(Self { folder })
+    }
+
+    /// Makes a lease. The caller holds the SR lock, under which they are also
+    /// read and reaped, so it is never seen unlocked.
+    ///
+    /// # Errors
+    /// `WouldBlock` when there are as many readers as there may be, I/O
+    /// errors.
+    pub fn make(&self, lease: &Lease) -> io::Result<Guard> {
+        if self.live()?.len() >= READERS_MAX {
+            let text = format!("{READERS_MAX} copies and exports are running");
+            return Err(io::Error::new(io::ErrorKind::WouldBlock, text));
+        }
+        let path = self.folder.join(Uuid::new_v4().to_string());
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
+        let held = Held { file, path };
+        held.file.try_lock().map_err(io::Error::from)?;
+        held.file.write_all_at(&serde_json::to_vec(lease)?, 0)?;
+        Ok(Box::new(held))
+    }
+
+    /// All live ones; dead ones are removed. The caller holds the SR lock.
+    ///
+    /// # Errors
+    /// I/O errors, and a live lease that cannot be read.
+    pub fn live(&self) -> io::Result<Vec<Lease>> {
+        let mut live = Vec::new();
+        for entry in fs::read_dir(&self.folder)? {
+            let path = entry?.path();
+            // One that ends meanwhile removes its file without the lock.
+            let file = match File::open(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                file => file?,
+            };
+            match file.try_lock_shared() {
+                Ok(()) => remove(&path)?,
+                Err(TryLockError::WouldBlock) => live.push(read(&file)?),
+                Err(TryLockError::Error(error)) => return Err(error),
+            }
+        }
+        Ok(live)
+    }
+}
+
+fn read(file: &File) -> io::Result<Lease> {
+    let len = file.metadata()?.len();
+    if len > SMALL_FILE_BYTES_MAX {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "a lease too long"));
+    }
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+    file.read_exact_at(&mut bytes, 0)?;
+    serde_json::from_slice(&bytes).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+struct Held {
+    file: File,
+    path: PathBuf,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // A file that stays is only litter: what counts is its lock.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lease::Reader;
+
+    fn lease(vdi: u128) -> Lease {
+        let (vdi, sr) = (Uuid::from_u128(vdi), Uuid::from_u128(99));
+        Lease { vdi, sr, pid: 1, read_only: true, reader: Reader::Copy, chain: Vec::new() }
+    }
+
+    #[test]
+    fn a_reader_is_seen_for_as_long_as_its_guard_lives() {
+        let run = tempfile::tempdir().unwrap();
+        let readers = Readers::open(run.path(), Uuid::from_u128(99)).unwrap();
+        let (one, two) = (readers.make(&lease(1)).unwrap(), readers.make(&lease(1)).unwrap());
+        assert_eq!(readers.live().unwrap(), [lease(1), lease(1)]);
+        drop(one);
+        assert_eq!(readers.live().unwrap().len(), 1);
+        assert_eq!(Readers::open(run.path(), Uuid::from_u128(5)).unwrap().live().unwrap(), []);
+        drop(two);
+        // What a dead process left is unlocked, and goes.
+        fs::write(readers.folder.join("left"), "{").unwrap();
+        assert_eq!(readers.live().unwrap(), []);
+        assert!(!readers.folder.join("left").exists());
+    }
+
+    #[test]
+    fn there_is_a_limit() {
+        let run = tempfile::tempdir().unwrap();
+        let readers = Readers::open(run.path(), Uuid::from_u128(99)).unwrap();
+        let held: Vec<Guard> = (0..READERS_MAX).map(|_| readers.make(&lease(1)).unwrap()).collect();
+        let error = readers.make(&lease(1)).err().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        drop(held);
+        assert!(readers.make(&lease(1)).is_ok());
+    }
+}
