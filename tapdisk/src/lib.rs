@@ -3,6 +3,7 @@
 //! | where | what |
 //! |---|---|
 //! | [`nbd`] | the NBD protocol as a state machine without I/O |
+//! | [`unaligned`] | requests that begin or end within a sector |
 //! | [`engine`] | guest requests and completions in, operations and answers out; no I/O |
 //! | [`disk`] | from names of volumes to what the engine works on |
 //! | [`service`] | control calls become orders to the engine and background jobs |
@@ -27,5 +28,6 @@ pub mod limits;
 pub mod nbd;
 pub mod server;
 pub mod service;
+pub mod unaligned;
 
 pub use cli::run;

@@ -21,17 +21,23 @@ pub const CLIENTS_MAX: usize = 16;
 /// Requests of one connection that wait for the disk or for the client to
 /// take their reply. At the limit nothing more is read from that client.
 pub const CLIENT_REQUESTS_MAX: usize = 128;
-/// Bytes of data in those requests. At least [`BUFFER_BYTES_MAX`], or the
-/// largest request could never run.
-pub const CLIENT_BYTES_MAX: usize = BUFFER_BYTES_MAX;
+/// Bytes of data in those requests: the largest one, and the rest of the
+/// sectors it begins and ends in, must fit.
+pub const CLIENT_BYTES_MAX: usize = REQUEST_BYTES_MAX + 1024;
 /// Data of the largest request: the export's maximum block size.
-pub const BUFFER_BYTES_MAX: usize = 32 << 20;
+pub const REQUEST_BYTES_MAX: usize = 32 << 20;
+/// Largest buffer: the power of two that holds the largest request wherever
+/// in a sector it begins.
+pub const BUFFER_BYTES_MAX: usize = 2 * REQUEST_BYTES_MAX;
+/// Buffers for the sectors that unaligned writes change in part: two for each
+/// request that all clients together may have.
+pub const EDGE_BYTES_MAX: usize = 2 * CLIENTS_MAX * CLIENT_REQUESTS_MAX * crate::buffer::BUFFER_ALIGN;
 /// A refused write's data is read and dropped up to this many bytes, to stay
 /// in step; a client that announces more is disconnected.
 pub const DISCARD_BYTES_MAX: u32 = 128 << 20;
 /// Guest memory of the whole process in use: what all clients together may
 /// have, and as much again because buffers are rounded up to powers of two.
-pub const POOL_BYTES_MAX: usize = 2 * CLIENTS_MAX * CLIENT_BYTES_MAX;
+pub const POOL_BYTES_MAX: usize = 2 * CLIENTS_MAX * CLIENT_BYTES_MAX + EDGE_BYTES_MAX;
 /// Guest memory kept for reuse.
 pub const POOL_IDLE_BYTES_MAX: usize = 16 << 20;
 

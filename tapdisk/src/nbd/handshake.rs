@@ -15,10 +15,10 @@
 use zerocopy::IntoBytes;
 
 use super::proto::{self, InfoBlockSize, InfoExport, OptionReply, info, option, option_reply};
-use crate::limits::{BUFFER_BYTES_MAX, CONTEXT_QUERIES_MAX};
+use crate::limits::{CONTEXT_QUERIES_MAX, REQUEST_BYTES_MAX};
 
-/// Smallest unit of a request and its alignment, in bytes: a sector.
-pub const BLOCK_BYTES_MIN: u32 = 512;
+/// Smallest unit of a request and its alignment, in bytes: any will do.
+const BLOCK_BYTES_MIN: u32 = 1;
 /// Best unit of a request, in bytes.
 const BLOCK_BYTES_PREFERRED: u32 = 4096;
 
@@ -194,7 +194,7 @@ impl Handshake {
             kind: info::BLOCK_SIZE.into(),
             min: BLOCK_BYTES_MIN.into(),
             preferred: BLOCK_BYTES_PREFERRED.into(),
-            max: (BUFFER_BYTES_MAX as u32).into(),
+            max: (REQUEST_BYTES_MAX as u32).into(),
         };
         replies.push(option_reply::INFO, blocks.as_bytes());
         for (kind, text) in [(info::NAME, &export.name), (info::DESCRIPTION, &export.description)] {

@@ -43,7 +43,7 @@ use transmission::{Asked, Expects};
 const STAGING_BYTES: usize = 16 << 10;
 const _: () = assert!(STAGING_BYTES >= OPTION_BYTES_MAX as usize + size_of::<OptionHeader>());
 // Otherwise the largest request could never have room.
-const _: () = assert!(CLIENT_BYTES_MAX >= crate::limits::BUFFER_BYTES_MAX);
+const _: () = assert!(CLIENT_BYTES_MAX >= crate::limits::REQUEST_BYTES_MAX + 2 * 511);
 
 /// Names a request of a connection until it is finished.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +60,8 @@ pub struct GuestRequest {
     pub offset: u64,
     /// Bytes.
     pub len: u32,
-    /// The data of a write, or where that of a read goes.
+    /// The data of a write, or where that of a read goes, within all the
+    /// sectors it touches: [`crate::unaligned::Cut`].
     pub buffer: Option<Buffer>,
 }
 
@@ -227,7 +228,7 @@ impl Connection {
         let mut data = None;
         let mut result = result.map_err(NbdError::from_errno);
         if result.is_ok() && asked.expects == Expects::Data {
-            data = request.buffer.as_ref().and_then(|buffer| buffer.lend(0, asked.len as usize));
+            data = request.buffer.as_ref().and_then(|buffer| buffer.lend(asked.skip(), asked.len as usize));
             if data.is_none() {
                 // Still on loan to a writer: somebody answered too early.
                 debug_assert!(false, "a read was answered before it was over");

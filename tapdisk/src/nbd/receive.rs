@@ -134,8 +134,7 @@ impl Connection {
             },
         };
         // Every answer takes a slot, refusals too: output stays bounded.
-        if !matches!(decision, Decision::OutOfStep | Decision::Disconnect)
-            && !self.has_room(decision, asked.len)
+        if !matches!(decision, Decision::OutOfStep | Decision::Disconnect) && !self.has_room(decision, &asked)
         {
             self.phase = Phase::Request(agreed);
             return Step::Wait;
@@ -163,7 +162,7 @@ impl Connection {
         let writes = matches!(kind, RequestKind::Write { .. });
         let mut buffer = None;
         if carries_data(kind) {
-            buffer = self.pool.take(asked.len as usize);
+            buffer = self.pool.take(asked.cut().len() as usize);
             if buffer.is_none() {
                 let left = if writes { asked.len } else { 0 };
                 let error = NbdError::NoMem;
@@ -176,7 +175,7 @@ impl Connection {
             return Step::Wait;
         };
         if let Some(data) = data {
-            let Some(into) = data.lend_mut(0, data.len()) else {
+            let Some(into) = data.lend_mut(asked.skip(), asked.len as usize) else {
                 return Step::Wait;
             };
             self.phase = Phase::Payload { agreed, slot, kind, into, filled: 0 };
@@ -226,9 +225,9 @@ impl Connection {
         self.output.push_back(Piece { head, data: None, slot });
     }
 
-    fn has_room(&self, decision: Decision, len: u32) -> bool {
+    fn has_room(&self, decision: Decision, asked: &Asked) -> bool {
         let bytes = match decision {
-            Decision::Submit(kind) if carries_data(kind) => len as usize,
+            Decision::Submit(kind) if carries_data(kind) => asked.cut().len() as usize,
             _ => 0,
         };
         !self.free_slots.is_empty() && self.held_bytes + bytes <= CLIENT_BYTES_MAX

@@ -6,7 +6,7 @@ use rand::{Rng, RngCore, SeedableRng};
 
 use super::proto::{ChunkHeader, OptionReply, SimpleReply, chunk, command, option};
 use super::*;
-use crate::limits::{BUFFER_BYTES_MAX, OPTIONS_MAX};
+use crate::limits::{OPTIONS_MAX, REQUEST_BYTES_MAX};
 use zerocopy::FromBytes;
 
 fn connection() -> Connection {
@@ -151,9 +151,9 @@ fn writes_and_reads_in_any_chunking() {
 #[test]
 fn a_refused_write_leaves_the_stream_in_step() {
     let mut connection = ready();
-    let huge = BUFFER_BYTES_MAX as u32 + 512;
+    let huge = REQUEST_BYTES_MAX as u32 + 512;
     let bytes = [
-        asked(command::WRITE, 1, 1, 1000, &[1; 1000]),
+        asked(command::WRITE, 1, (1 << 30) - 999, 1000, &[1; 1000]),
         asked(command::WRITE, 2, 1 << 30, 512, &[1; 512]),
         asked(command::WRITE, 3, 0, huge, &vec![1; huge as usize]),
         asked(command::READ, 4, 0, 512, &[]),
@@ -164,7 +164,7 @@ fn a_refused_write_leaves_the_stream_in_step() {
     assert_eq!(requests[0].kind, RequestKind::Read);
     let said = drain(&mut connection);
     let errors: Vec<_> = said.chunks_exact(26).map(|chunk| (chunk[15], chunk[23])).collect();
-    assert_eq!(errors, [(1, 22), (2, 28), (3, 22)]);
+    assert_eq!(errors, [(1, 28), (2, 28), (3, 22)]);
 }
 
 #[test]

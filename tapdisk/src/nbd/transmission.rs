@@ -6,12 +6,13 @@
 
 use zerocopy::IntoBytes;
 
-use super::handshake::{Agreed, BLOCK_BYTES_MIN, Context, Export};
+use super::handshake::{Agreed, Context, Export};
 use super::proto::{
     self, ChunkHeader, NbdError, RequestHeader, SimpleReply, allocation, chunk, command, command_flag,
 };
 use crate::engine::{Extent, RequestKind};
-use crate::limits::{BUFFER_BYTES_MAX, DISCARD_BYTES_MAX, REPLY_EXTENTS_MAX};
+use crate::limits::{DISCARD_BYTES_MAX, REPLY_EXTENTS_MAX, REQUEST_BYTES_MAX};
+use crate::unaligned::Cut;
 
 /// What to do with a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,13 +67,13 @@ fn check(header: &RequestHeader, agreed: Agreed, export: &Export) -> Result<Opti
         command::FLUSH => return Err(NbdError::Invalid),
         command::READ => {
             let df = if agreed.structured { command_flag::DF } else { 0 };
-            if len as usize > BUFFER_BYTES_MAX {
+            if len as usize > REQUEST_BYTES_MAX {
                 let df = flags & df != 0;
                 return Err(if df { NbdError::Overflow } else { NbdError::Invalid });
             }
             (Some(RequestKind::Read), df)
         }
-        command::WRITE if len as usize > BUFFER_BYTES_MAX => return Err(NbdError::Invalid),
+        command::WRITE if len as usize > REQUEST_BYTES_MAX => return Err(NbdError::Invalid),
         command::WRITE => (Some(RequestKind::Write { fua }), 0),
         command::TRIM => (Some(RequestKind::Trim { fua }), 0),
         command::WRITE_ZEROES => {
@@ -106,8 +107,7 @@ fn check_range(header: &RequestHeader, export: &Export, kind: Option<RequestKind
         return Err(NbdError::Perm);
     }
     let (offset, len) = (header.offset.get(), header.len.get());
-    let unit = u64::from(BLOCK_BYTES_MIN);
-    if len == 0 || !offset.is_multiple_of(unit) || !u64::from(len).is_multiple_of(unit) {
+    if len == 0 {
         return Err(NbdError::Invalid);
     }
     let inside = offset.checked_add(u64::from(len)).is_some_and(|end| end <= export.virtual_bytes);
@@ -129,6 +129,20 @@ pub struct Asked {
     pub len: u32,
     /// Which reply the client expects.
     pub expects: Expects,
+}
+
+impl Asked {
+    /// How it lies on the sectors. A buffer for it holds all of them.
+    #[must_use]
+    pub fn cut(&self) -> Cut {
+        Cut::new(self.offset, self.len.into())
+    }
+
+    /// Where in that buffer its first byte is.
+    #[must_use]
+    pub fn skip(&self) -> usize {
+        (self.offset - self.cut().start) as usize
+    }
 }
 
 /// Which reply a client expects.
@@ -220,8 +234,12 @@ fn runs(asked: &Asked, context: Context, one: bool, extents: &[Extent]) -> Vec<(
     let mut runs: Vec<(u32, u32)> = Vec::new();
     let runs_max = if one { 1 } else { REPLY_EXTENTS_MAX };
     let mut left = asked.len;
+    // The engine's answer begins with the sector that the request begins in.
+    let mut skip = asked.skip() as u64;
     for extent in extents {
-        let len = u32::try_from(extent.len).unwrap_or(u32::MAX).min(left);
+        let len = extent.len.saturating_sub(skip);
+        skip = skip.saturating_sub(extent.len);
+        let len = u32::try_from(len).unwrap_or(u32::MAX).min(left);
         let word = match context {
             Context::Depth => extent.depth,
             Context::Allocation if extent.depth == 0 => allocation::HOLE | allocation::ZERO,
@@ -293,6 +311,7 @@ mod tests {
             assert_eq!(asked(command, flags, end, 512), Decision::Submit(kind));
         }
         assert_eq!(asked(command::FLUSH, 0, 0, 0), Decision::Submit(Kind::Flush));
+        assert_eq!(asked(command::READ, 0, 1, 1), Decision::Submit(Kind::Read));
         assert_eq!(asked(command::CACHE, 0, 0, 4096), Decision::Answer);
         assert_eq!(asked(command::DISC, 0, 0, 0), Decision::Disconnect);
         let long = Kind::Trim { fua: false };
@@ -303,10 +322,10 @@ mod tests {
 
     #[test]
     fn bad_requests_are_refused_with_the_right_error() {
-        let too_long = BUFFER_BYTES_MAX as u32 + 512;
+        let too_long = REQUEST_BYTES_MAX as u32 + 512;
         for (command, flags, offset, len, error) in [
-            (command::READ, 0, 1, 512, NbdError::Invalid),
-            (command::READ, 0, 0, 513, NbdError::Invalid),
+            (command::READ, 0, 1, (1 << 30) as u32, NbdError::Invalid),
+            (command::READ, 0, (1 << 30) - 512, 513, NbdError::Invalid),
             (command::READ, 0, 0, 0, NbdError::Invalid),
             (command::READ, 0, 1 << 30, 512, NbdError::Invalid),
             (command::READ, 0, u64::MAX - 511, 1024, NbdError::Invalid),
@@ -365,6 +384,11 @@ mod tests {
         assert_eq!(depths, [(1024, 1), (1024, 2), (1024, 0), (1024, 3)]);
         assert_eq!(runs(&asked, Context::Allocation, true, &extents), [(2048, 0)]);
         assert_eq!(runs(&asked, Context::Depth, false, &[]), [(4096, 1)]);
+        let asked = Asked { offset: 700, len: 1000, ..asked };
+        let within = runs(&asked, Context::Depth, false, &extents);
+        assert_eq!(within, [(836, 1), (164, 2)]);
+        let short = [Extent { len: 100, depth: 1 }, Extent { len: 1000, depth: 0 }];
+        assert_eq!(runs(&asked, Context::Depth, false, &short), [(912, 0)]);
     }
 
     #[test]

@@ -44,9 +44,9 @@ pub struct Clients {
 }
 
 impl Clients {
-    /// No clients yet.
-    pub fn new(export: Arc<Export>) -> Self {
-        Self { export, pool: Pool::default(), all: BTreeMap::new(), next_id: 0, stirred: BTreeSet::new() }
+    /// No clients yet; their data goes into buffers of `pool`.
+    pub fn new(export: Arc<Export>, pool: Pool) -> Self {
+        Self { export, pool, all: BTreeMap::new(), next_id: 0, stirred: BTreeSet::new() }
     }
 
     /// How many are past their handshake and connected.

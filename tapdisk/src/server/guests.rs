@@ -1,54 +1,95 @@
 //! The guest requests that the core has.
+//!
+//! Most go straight to the core and back. Those that begin or end within a
+//! sector, and what collides with them, go through [`Unaligned`].
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use tapdisk_control::Stats;
 
 use super::clients::ClientId;
 use super::counters::Counters;
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, Pool};
 use crate::driver::Core;
 use crate::engine::{BufferRange, Extent, Request, RequestId, RequestKind};
 use crate::nbd::{GuestRequest, Slot};
+use crate::unaligned::{Cut, Step, Unaligned, changes};
 
 /// A guest request that the core has.
 #[derive(Debug)]
-pub struct Guest {
-    /// Whose it is.
-    pub client: ClientId,
-    /// Its name there.
-    pub slot: Slot,
-    /// The answer to a block-status request.
-    pub extents: Vec<Extent>,
+struct Guest {
+    client: ClientId,
+    slot: Slot,
+    extents: Vec<Extent>,
     buffer: Option<Buffer>,
     kind: RequestKind,
+    offset: u64,
     len: u32,
     arrived_us: u64,
 }
 
+/// A guest request that was carried out.
+#[derive(Debug)]
+pub struct Answered {
+    /// Whose it is.
+    pub client: ClientId,
+    /// Its name there.
+    pub slot: Slot,
+    /// How it went; the error is an errno.
+    pub result: Result<(), i32>,
+    /// The answer to a block-status request.
+    pub extents: Vec<Extent>,
+}
+
 /// All of them. Their number is bounded by what the connections let in.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Guests {
     all: HashMap<RequestId, Guest>,
     next_id: u64,
+    unaligned: Unaligned,
+    answered: VecDeque<Answered>,
     counters: Counters,
 }
 
 impl Guests {
-    /// Gives a client's request to the core.
+    /// None yet; what must be read to write a part of a sector goes into
+    /// buffers of `pool`.
+    pub fn new(pool: Pool) -> Self {
+        Self {
+            all: HashMap::new(),
+            next_id: 0,
+            unaligned: Unaligned::new(pool),
+            answered: VecDeque::new(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// Gives a client's request to the core, at once or when its turn has come.
     pub fn submit<C: Core>(&mut self, core: &mut C, now_us: u64, client: ClientId, request: GuestRequest) {
         let id = RequestId(self.next_id);
         self.next_id += 1;
         let GuestRequest { slot, kind, offset, len, buffer } = request;
+        let cut = Cut::new(offset, len.into());
+        let alone = cut.is_whole() && self.unaligned.is_idle();
+        let direct = alone || changes(kind, offset, len).is_none();
+        let data = buffer.clone().filter(|_| !direct);
         let extents = Vec::new();
-        let guest = Guest { client, slot, extents, buffer, kind, len, arrived_us: now_us };
+        let guest = Guest { client, slot, extents, buffer, kind, offset, len, arrived_us: now_us };
         self.all.insert(id, guest);
-        core.submit(now_us, Request { id, kind, offset, len });
+        if direct {
+            // For what changes nothing: all sectors touched.
+            let len = u32::try_from(cut.len()).unwrap_or(u32::MAX - 511);
+            return core.submit(now_us, Request { id, kind, offset: cut.start, len });
+        }
+        let all = &self.all;
+        self.unaligned.submit(Request { id, kind, offset, len }, data, || in_flight(all));
+        self.follow(core, now_us);
     }
 
     /// The buffer that a piece belongs to.
     pub fn buffer_of(&self, range: BufferRange) -> Option<&Buffer> {
-        self.all.get(&range.request)?.buffer.as_ref()
+        let guest = self.all.get(&range.request);
+        guest.map_or_else(|| self.unaligned.buffer_of(range.request), |guest| guest.buffer.as_ref())
     }
 
     /// Notes the answer to a block-status request.
@@ -58,16 +99,49 @@ impl Guests {
         }
     }
 
-    /// The core answered a request: it is counted and handed out.
-    pub fn done(&mut self, now_us: u64, id: RequestId, failed: bool) -> Option<Guest> {
-        let guest = self.all.remove(&id)?;
+    /// The core answered a request. The error is an errno.
+    pub fn done<C: Core>(&mut self, core: &mut C, now_us: u64, id: RequestId, result: Result<(), i32>) {
+        if !self.unaligned.part_done(id, result) {
+            self.finished(now_us, id, result);
+        }
+        self.follow(core, now_us);
+    }
+
+    /// Does what the unaligned requests need next.
+    fn follow<C: Core>(&mut self, core: &mut C, now_us: u64) {
+        while let Some(step) = self.unaligned.next_step() {
+            match step {
+                Step::Start(request) => core.submit(now_us, request),
+                Step::Done(id, result) => self.finished(now_us, id, result),
+            }
+        }
+    }
+
+    /// A request is over: it is counted and answered.
+    fn finished(&mut self, now_us: u64, id: RequestId, result: Result<(), i32>) {
+        let Some(guest) = self.all.remove(&id) else { return };
         let took_us = now_us.saturating_sub(guest.arrived_us);
-        self.counters.answered(guest.kind, guest.len, took_us, failed);
-        Some(guest)
+        self.counters.answered(guest.kind, guest.len, took_us, result.is_err());
+        let Guest { client, slot, extents, .. } = guest;
+        self.answered.push_back(Answered { client, slot, result, extents });
+        if !self.unaligned.is_idle() {
+            let all = &self.all;
+            self.unaligned.finished(id, || in_flight(all));
+        }
+    }
+
+    /// The next request to answer, until there is none.
+    pub fn next_answered(&mut self) -> Option<Answered> {
+        self.answered.pop_front()
     }
 
     /// The statistics as far as the server knows them.
     pub fn stats(&self, clients: u64) -> Stats {
         self.counters.stats(clients, self.all.len() as u64)
     }
+}
+
+/// What the requests in flight change.
+fn in_flight(all: &HashMap<RequestId, Guest>) -> impl Iterator<Item = (RequestId, Cut)> {
+    all.iter().filter_map(|(id, guest)| Some((*id, changes(guest.kind, guest.offset, guest.len)?)))
 }

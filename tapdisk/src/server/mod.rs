@@ -30,6 +30,7 @@ mod counters;
 mod guests;
 mod peers;
 
+use crate::buffer::Pool;
 use crate::disk::Files;
 use crate::driver::cached::CachedReads;
 use crate::driver::exec::{Failure, Tables, prepare};
@@ -39,7 +40,7 @@ use crate::engine::{BufferRange, Completion, Op, OpId, Output};
 use crate::limits::{COMPLETIONS_PER_TURN, FAILURE_LOG_PAUSE, FAREWELL_TIME_MAX, STOP_RETRY, STOP_TIME_MAX};
 use crate::nbd::Export;
 use clients::{ClientId, Clients};
-use guests::Guests;
+use guests::{Answered, Guests};
 use peers::Peers;
 
 /// What a server is made from.
@@ -125,6 +126,7 @@ impl<C: Core> Server<C> {
     pub fn new(core: C, parts: Parts) -> io::Result<Self> {
         parts.nbd.set_nonblocking(true)?;
         parts.control.set_nonblocking(true)?;
+        let pool = Pool::default();
         Ok(Self {
             core,
             started: Instant::now(),
@@ -134,9 +136,9 @@ impl<C: Core> Server<C> {
             nbd: parts.nbd,
             control: parts.control,
             signals: parts.signals,
-            clients: Clients::new(Arc::new(parts.export)),
+            clients: Clients::new(Arc::new(parts.export), pool.clone()),
             peers: Peers::default(),
-            guests: Guests::default(),
+            guests: Guests::new(pool),
             cached: CachedReads::default(),
             failures: FailureLog::default(),
             stopping: None,
@@ -274,6 +276,10 @@ impl<C: Core> Server<C> {
             while let Some(effect) = self.core.next_effect() {
                 self.carry_out(effect);
             }
+            while let Some(answered) = self.guests.next_answered() {
+                let Answered { client, slot, result, extents } = answered;
+                self.clients.finish(client, slot, result, &extents);
+            }
             self.peers.flush();
             let now_us = self.now_us();
             let mut handed_over = self.peers.take_calls(|event| match event {
@@ -301,9 +307,8 @@ impl<C: Core> Server<C> {
                 self.guests.extents(id, extents);
             }
             Effect::Engine(Output::Done(id, result)) => {
-                if let Some(guest) = self.guests.done(self.now_us(), id, result.is_err()) {
-                    self.clients.finish(guest.client, guest.slot, result, &guest.extents);
-                }
+                let now_us = self.now_us();
+                self.guests.done(&mut self.core, now_us, id, result);
             }
             Effect::Engine(Output::Close(file)) => self.files.close(file),
             Effect::Engine(Output::Answer(token, _)) => {
