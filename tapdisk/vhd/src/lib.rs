@@ -9,6 +9,7 @@
 //! | [`rw`] | an image open for writing, as data: allocation, what waits for a flush |
 //! | [`writer`] | the same with blocking I/O |
 //! | [`chain`] | THE walk: a chain flattened to one block map; guest range to extents |
+//! | [`placed`] | where a disk's bytes lie; in what two disks can differ |
 //! | [`merge`] | what of N goes into P, in which order; no I/O of its own |
 //! | [`check`] | every format invariant, as a checker |
 //! | [`storage`] | the one door to the outside world; feature `sim`: the crash simulator |
@@ -30,6 +31,7 @@ pub mod limits;
 pub mod locator;
 pub mod merge;
 pub mod meta;
+pub mod placed;
 pub mod record;
 mod record_files;
 pub mod repair;
