@@ -9,6 +9,9 @@
 //! Memory goes back to its pool when the last handle or loan is dropped, on
 //! whichever thread that happens.
 //!
+//! Small buffers come from one [`Arena`], which a driver may register with the
+//! kernel once instead of having every page looked up for every transfer.
+//!
 //! Absent on purpose: knowledge of requests, waiting (a pool that has run out
 //! says so), zeroing of reused memory (whoever lends it to a reader filled it).
 
@@ -17,7 +20,9 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::limits::{BUFFER_BYTES_MAX, POOL_BYTES_MAX, POOL_IDLE_BYTES_MAX};
+use crate::limits::{
+    ARENA_BUFFER_BYTES_MAX, ARENA_BYTES, BUFFER_BYTES_MAX, POOL_BYTES_MAX, POOL_IDLE_BYTES_MAX,
+};
 
 /// Alignment of every buffer and smallest size, in bytes: direct I/O needs it.
 pub const BUFFER_ALIGN: usize = 4096;
@@ -32,6 +37,11 @@ pub struct Pool(Arc<Mutex<Shelves>>);
 /// What a pool remembers.
 #[derive(Debug, Default)]
 struct Shelves {
+    /// Where small buffers come from while it lasts.
+    arena: Option<Arc<Arena>>,
+    /// Bytes of the arena cut off so far; what was cut never goes back, only
+    /// to `idle`.
+    arena_cut_bytes: usize,
     /// Memory nobody uses, by size class.
     idle: [Vec<Memory>; CLASSES],
     /// Bytes in `idle`.
@@ -41,6 +51,15 @@ struct Shelves {
 }
 
 impl Pool {
+    /// A pool whose small buffers come from an arena, and that arena. `None`
+    /// when the system has no memory.
+    #[must_use]
+    pub fn with_arena() -> Option<(Self, Arc<Arena>)> {
+        let arena = Arc::new(Arena::new()?);
+        let shelves = Shelves { arena: Some(Arc::clone(&arena)), ..Shelves::default() };
+        Some((Self(Arc::new(Mutex::new(shelves))), arena))
+    }
+
     /// A buffer of `len_bytes`, its content unspecified. `None` when it is
     /// larger than [`BUFFER_BYTES_MAX`], when [`POOL_BYTES_MAX`] are in use,
     /// or when the system has no memory.
@@ -58,7 +77,7 @@ impl Pool {
             if memory.is_some() {
                 shelves.idle_bytes -= bytes;
             }
-            memory
+            memory.or_else(|| shelves.cut(class))
         };
         let Some(memory) = memory.or_else(|| Memory::new(class)) else {
             lock(&self.0).used_bytes -= bytes;
@@ -79,12 +98,27 @@ impl Pool {
         let bytes = class_bytes(memory.class);
         let mut shelves = lock(&self.0);
         shelves.used_bytes -= bytes;
-        if shelves.idle_bytes + bytes <= POOL_IDLE_BYTES_MAX
-            && let Some(shelf) = shelves.idle.get_mut(memory.class)
-        {
+        // A cut of the arena has no other place to go to; its sum is limited.
+        let keep = memory.arena.is_some() || shelves.idle_bytes + bytes <= POOL_IDLE_BYTES_MAX;
+        if keep && let Some(shelf) = shelves.idle.get_mut(memory.class) {
             shelf.push(memory);
             shelves.idle_bytes += bytes;
         }
+    }
+}
+
+impl Shelves {
+    /// Memory of the arena for one more buffer of a class.
+    fn cut(&mut self, class: usize) -> Option<Memory> {
+        let bytes = class_bytes(class);
+        let arena = self.arena.as_ref()?;
+        if bytes > ARENA_BUFFER_BYTES_MAX || self.arena_cut_bytes + bytes > ARENA_BYTES {
+            return None;
+        }
+        // SAFETY: the offset is below the size of the arena, as just checked.
+        let start = unsafe { arena.start.add(self.arena_cut_bytes) };
+        self.arena_cut_bytes += bytes;
+        Some(Memory { start, class, arena: Some(Arc::clone(arena)) })
     }
 }
 
@@ -239,11 +273,58 @@ impl DerefMut for Exclusive {
     }
 }
 
-/// One allocation of a size class.
+/// Memory that a driver may register with the kernel, whole.
+#[derive(Debug)]
+pub struct Arena {
+    start: NonNull<u8>,
+}
+
+// SAFETY: plain bytes; who may touch which is governed by loans.
+unsafe impl Send for Arena {}
+// SAFETY: a shared reference gives no access to the bytes.
+unsafe impl Sync for Arena {}
+
+impl Arena {
+    fn layout() -> Option<Layout> {
+        Layout::from_size_align(ARENA_BYTES, BUFFER_ALIGN).ok()
+    }
+
+    fn new() -> Option<Self> {
+        // SAFETY: the layout has a size.
+        let start = NonNull::new(unsafe { std::alloc::alloc_zeroed(Self::layout()?) })?;
+        Some(Self { start })
+    }
+
+    /// Its first byte and its length in bytes.
+    #[must_use]
+    pub fn span(&self) -> (*mut u8, usize) {
+        (self.start.as_ptr(), ARENA_BYTES)
+    }
+
+    /// Whether `len` bytes at `at` all lie in it.
+    #[must_use]
+    pub fn contains(&self, at: *const u8, len: usize) -> bool {
+        let start = self.start.as_ptr() as usize;
+        (at as usize).checked_sub(start).is_some_and(|offset| offset + len <= ARENA_BYTES)
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        if let Some(layout) = Self::layout() {
+            // SAFETY: allocated in `new` with this very layout, freed once.
+            unsafe { std::alloc::dealloc(self.start.as_ptr(), layout) };
+        }
+    }
+}
+
+/// One allocation of a size class, or a cut of an arena.
 #[derive(Debug)]
 struct Memory {
     start: NonNull<u8>,
     class: usize,
+    /// The arena this is a cut of, kept alive.
+    arena: Option<Arc<Arena>>,
 }
 
 // SAFETY: plain bytes, owned by this value; access is governed by loans.
@@ -263,13 +344,15 @@ impl Memory {
         // and sends nothing costs nothing.
         // SAFETY: the layout has a size of at least `BUFFER_ALIGN`.
         let start = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?;
-        Some(Self { start, class })
+        Some(Self { start, class, arena: None })
     }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        if let Some(layout) = Self::layout(self.class) {
+        if self.arena.is_none()
+            && let Some(layout) = Self::layout(self.class)
+        {
             // SAFETY: allocated in `new` with this very layout, freed once.
             unsafe { std::alloc::dealloc(self.start.as_ptr(), layout) };
         }
@@ -317,6 +400,23 @@ mod tests {
         assert_eq!(pool.used_bytes(), 0);
         let again = pool.take(8192).unwrap();
         assert_eq!(again.lend(0, 1).unwrap().as_ptr(), place);
+    }
+
+    #[test]
+    fn small_buffers_come_from_the_arena_while_it_lasts() {
+        let (pool, arena) = Pool::with_arena().unwrap();
+        let inside = |buffer: &Buffer| {
+            let all = buffer.lend(0, buffer.len()).unwrap();
+            arena.contains(all.as_ptr(), all.len())
+        };
+        let mut held: Vec<_> = (0..ARENA_BYTES / 4096).map(|_| pool.take(4096).unwrap()).collect();
+        assert!(held.iter().all(inside));
+        assert!(!inside(&pool.take(4096).unwrap()));
+        assert!(!inside(&pool.take(ARENA_BUFFER_BYTES_MAX * 2).unwrap()));
+        drop(held.pop());
+        let mut two = [pool.take(4096).unwrap(), pool.take(4096).unwrap()];
+        two.sort_by_key(|buffer| !inside(buffer));
+        assert!(inside(&two[0]) && !inside(&two[1]));
     }
 
     #[test]

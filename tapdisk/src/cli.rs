@@ -22,7 +22,7 @@ use vhd::storage::{FileVolumes, PosixFs, VolumeName};
 use crate::datapath::DataPath;
 use crate::disk::{Files, Opener};
 use crate::nbd::Export;
-use crate::server::{Parts, Server};
+use crate::server::{DriverChoice, Parts, Server};
 use crate::service::Service;
 
 /// Name of the NBD socket in the run folder.
@@ -64,6 +64,9 @@ struct Args {
     /// Name of the export [default: the VDI's uuid]
     #[arg(long)]
     export: Option<String>,
+    /// What moves guest data
+    #[arg(long, value_enum, default_value_t)]
+    driver: DriverChoice,
     /// An inherited descriptor whose lock is the lease on the chain; held
     /// until this process ends
     #[arg(long)]
@@ -139,6 +142,7 @@ fn open(args: &Args, signals: SignalFd) -> anyhow::Result<Server<DataPath>> {
         volumes: Arc::clone(&opener.volumes),
         files: Arc::clone(&opener.files),
         signals: Some(signals),
+        driver: args.driver,
     };
     let service = Service::new(opener, meta.map(|meta| (top, meta)));
     Server::new(DataPath::new(engine, service), parts).context("threads")

@@ -11,6 +11,11 @@ use vhd::writer::{Settled, open_rw, settle_files};
 
 use crate::engine::{Engine, FileId, Image, Lower, SettlePlan};
 
+/// Guest requests are whole sectors, in bytes.
+const SECTOR_UNIT: u32 = 512;
+/// For files only read, what does not fit the unit goes through the cache.
+const READ_UNIT_MAX: u32 = 4096;
+
 /// The open volumes, by the names the engine uses for them.
 #[derive(Debug, Default)]
 pub struct Files {
@@ -20,23 +25,53 @@ pub struct Files {
 #[derive(Debug, Default)]
 struct Table {
     next: u32,
-    open: HashMap<FileId, Arc<dyn Volume>>,
+    open: HashMap<FileId, OpenFile>,
+}
+
+/// An open volume, and how drivers may use its descriptor.
+#[derive(Debug, Clone)]
+pub struct OpenFile {
+    /// The volume.
+    pub volume: Arc<dyn Volume>,
+    /// What transfers by its descriptor must be multiples of, in bytes: 1
+    /// through the page cache, more past it ([`Volume::go_direct`]).
+    pub unit: u32,
 }
 
 impl Files {
-    /// Takes in a volume.
+    /// Takes in a volume, to be used through the page cache.
     pub fn add(&self, volume: Arc<dyn Volume>) -> FileId {
+        self.insert(OpenFile { volume, unit: 1 })
+    }
+
+    /// Takes in a volume whose guest data goes past the page cache, if that
+    /// can be done in units of `unit_max` bytes or less.
+    ///
+    /// # Errors
+    /// What the system says to a descriptor more.
+    pub fn add_direct(&self, volume: Arc<dyn Volume>, unit_max: u32) -> std::io::Result<FileId> {
+        let unit = volume.go_direct(unit_max)?.unwrap_or(1);
+        Ok(self.insert(OpenFile { volume, unit }))
+    }
+
+    fn insert(&self, file: OpenFile) -> FileId {
         let mut table = self.lock();
         let id = FileId(table.next);
         table.next += 1;
-        table.open.insert(id, volume);
+        table.open.insert(id, file);
         id
+    }
+
+    /// A volume with how to use it; `None` once closed.
+    #[must_use]
+    pub fn open_file(&self, id: FileId) -> Option<OpenFile> {
+        self.lock().open.get(&id).cloned()
     }
 
     /// A volume; `None` once closed.
     #[must_use]
     pub fn get(&self, id: FileId) -> Option<Arc<dyn Volume>> {
-        self.lock().open.get(&id).cloned()
+        self.lock().open.get(&id).map(|file| Arc::clone(&file.volume))
     }
 
     /// Lets go of a volume; its lock ends with its last user.
@@ -109,8 +144,18 @@ impl Opener {
         let open = open_rw(self.volumes.as_ref(), name, self.records.as_ref())?;
         let footer = open.meta.uuid();
         let record = self.records.create(footer).map_err(|e| vhd::error::Error::from(e).of(name))?;
-        let file = self.files.add(open.volume);
-        let image = Image::new(file, name.clone(), footer, open.meta.virtual_bytes(), open.rw, record);
+        let mut rw = open.rw;
+        // A page in the cache that holds more than the bytes written through
+        // it would carry old ones over what went past it. So either no page
+        // holds guest data and metadata, and every sector goes past the cache,
+        // or everything goes through it.
+        let file = if rw.slots().page_aligned() {
+            let added = self.files.add_direct(open.volume, SECTOR_UNIT);
+            added.map_err(|e| vhd::error::Error::from(e).of(name))?
+        } else {
+            self.files.add(open.volume)
+        };
+        let image = Image::new(file, name.clone(), footer, open.meta.virtual_bytes(), rw, record);
         Ok(OpenImage { image, meta: open.meta })
     }
 
@@ -135,7 +180,11 @@ impl Opener {
                 return Err(vhd::error::Error::Unsupported { what }.of(&node.name));
             }
         }
-        let files = map.nodes().iter().map(|node| self.files.add(Arc::clone(&node.volume))).collect();
+        let add = |node: &Node| {
+            let added = self.files.add_direct(Arc::clone(&node.volume), READ_UNIT_MAX);
+            added.map_err(|e| vhd::error::Error::from(e).of(&node.name))
+        };
+        let files = map.nodes().iter().map(add).collect::<Result<_, _>>()?;
         Ok(Lower::new(map, files))
     }
 
@@ -157,7 +206,7 @@ impl Opener {
     /// What opening said.
     pub fn as_level(&self, name: &VolumeName, meta: &Meta) -> std::io::Result<(Node, FileId)> {
         let volume = self.volumes.open(name, Access::Read)?;
-        let file = self.files.add(Arc::clone(&volume));
+        let file = self.files.add_direct(Arc::clone(&volume), READ_UNIT_MAX)?;
         let node = Node {
             name: name.clone(),
             uuid: meta.uuid(),

@@ -38,6 +38,11 @@ pub const DISCARD_BYTES_MAX: u32 = 128 << 20;
 /// Guest memory of the whole process in use: what all clients together may
 /// have, and as much again because buffers are rounded up to powers of two.
 pub const POOL_BYTES_MAX: usize = 2 * CLIENTS_MAX * CLIENT_BYTES_MAX + EDGE_BYTES_MAX;
+/// Guest memory registered with the kernel, for buffers up to
+/// [`ARENA_BUFFER_BYTES_MAX`]; taken once, kept to the end.
+pub const ARENA_BYTES: usize = 4 << 20;
+/// Largest buffer that comes from there.
+pub const ARENA_BUFFER_BYTES_MAX: usize = 128 << 10;
 /// Guest memory kept for reuse.
 pub const POOL_IDLE_BYTES_MAX: usize = 16 << 20;
 
@@ -63,6 +68,14 @@ pub const CONTROL_PEERS_MAX: usize = 32;
 /// Bytes of answers waiting for a control peer that does not read them; above
 /// it, it is disconnected.
 pub const CONTROL_OUTPUT_BYTES_MAX: usize = 1 << 20;
+
+/// Entries of the io_uring submission queue. A turn that has more submits
+/// twice.
+pub const RING_ENTRIES: u32 = 512;
+/// Transfers in flight on the ring; more go to the threads.
+pub const RING_TRANSFERS_MAX: usize = 2048;
+/// Files registered with the ring; more are used by descriptor.
+pub const RING_FILES_MAX: u32 = 128;
 
 /// Threads that carry out disk operations. What waits for them is bounded by
 /// what the engine has in flight.

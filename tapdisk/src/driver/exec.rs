@@ -5,13 +5,14 @@
 //! runs anywhere.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use vhd::storage::{Volume, VolumeName, Volumes, Why};
 
 use super::cached::CachedReads;
 use crate::buffer::{Buffer, Exclusive, Shared};
-use crate::disk::Files;
+use crate::disk::{Files, OpenFile};
 use crate::engine::{BufferRange, Completion, FileId, Op};
 
 /// Largest [`Op::ReadMeta`], in bytes: the BAT of the largest disk has 4 MiB.
@@ -23,8 +24,8 @@ pub struct Work(Task);
 
 #[derive(Debug)]
 enum Task {
-    ReadGuest { file: Arc<dyn Volume>, offset: u64, into: Exclusive },
-    WriteGuest { file: Arc<dyn Volume>, offset: u64, from: Shared },
+    ReadGuest { id: FileId, file: OpenFile, offset: u64, into: Exclusive },
+    WriteGuest { id: FileId, file: OpenFile, offset: u64, from: Shared },
     ReadMeta { file: Arc<dyn Volume>, offset: u64, len: u32 },
     WriteMeta { file: Arc<dyn Volume>, offset: u64, bytes: Arc<[u8]> },
     Copy { from: Arc<dyn Volume>, from_offset: u64, to: Arc<dyn Volume>, to_offset: u64, len: u64 },
@@ -55,17 +56,18 @@ pub fn prepare(
     buffer_of: impl Fn(BufferRange) -> Option<Buffer>,
 ) -> Result<Work, i32> {
     let file = |id: FileId| tables.files.get(id).ok_or(libc::EBADF);
+    let open_file = |id: FileId| tables.files.open_file(id).ok_or(libc::EBADF);
     let volumes = || Arc::clone(tables.volumes);
     Ok(Work(match op {
         Op::ReadGuest { file: id, offset, into } => {
             let buffer = buffer_of(into).ok_or(libc::EFAULT)?;
             let into = buffer.lend_mut(into.at as usize, into.len as usize).ok_or(libc::EFAULT)?;
-            Task::ReadGuest { file: file(id)?, offset, into }
+            Task::ReadGuest { id, file: open_file(id)?, offset, into }
         }
         Op::WriteGuest { file: id, offset, from } => {
             let buffer = buffer_of(from).ok_or(libc::EFAULT)?;
             let from = buffer.lend(from.at as usize, from.len as usize).ok_or(libc::EFAULT)?;
-            Task::WriteGuest { file: file(id)?, offset, from }
+            Task::WriteGuest { id, file: open_file(id)?, offset, from }
         }
         Op::ReadMeta { file: id, offset, len } if len <= META_BYTES_MAX => {
             Task::ReadMeta { file: file(id)?, offset, len }
@@ -91,10 +93,27 @@ impl Work {
     /// Carries it out if that needs no waiting: a small read of what the page
     /// cache has. The rest goes to a worker.
     pub fn run_at_once(&mut self, cached: &mut CachedReads) -> Option<Completion> {
-        let Task::ReadGuest { file, offset, into } = &mut self.0 else {
+        let Task::ReadGuest { file, offset, into, .. } = &mut self.0 else {
             return None;
         };
-        cached.read(file.fd()?, into, *offset).then_some(Completion::Done)
+        if file.unit > 1 {
+            return None; // it goes past the cache
+        }
+        cached.read(file.volume.fd()?, into, *offset).then_some(Completion::Done)
+    }
+
+    /// The transfer this is, if it is one that a ring can carry out.
+    pub fn transfer(&mut self) -> Option<Transfer<'_>> {
+        let (file_id, file, offset, memory) = match &mut self.0 {
+            Task::ReadGuest { id, file, offset, into } => (*id, &*file, *offset, Memory::Fill(into)),
+            Task::WriteGuest { id, file, offset, from } => (*id, &*file, *offset, Memory::Take(from)),
+            _ => return None,
+        };
+        let fd = file.volume.fd()?;
+        let bytes = memory.bytes();
+        let unit = u64::from(file.unit);
+        let aligned = [offset, bytes.as_ptr() as u64, bytes.len() as u64];
+        aligned.iter().all(|n| n.is_multiple_of(unit)).then_some(Transfer { file_id, fd, offset, memory })
     }
 
     /// Carries it out; blocks.
@@ -104,6 +123,47 @@ impl Work {
     pub fn run(self) -> Result<Completion, Failure> {
         let (what, offset, len) = self.0.label();
         self.0.run().map_err(|error| Failure { what, offset, len, error })
+    }
+
+    /// It failed elsewhere than in [`Self::run`].
+    #[must_use]
+    pub fn failed(&self, error: io::Error) -> Failure {
+        let (what, offset, len) = self.0.label();
+        Failure { what, offset, len, error }
+    }
+}
+
+/// A read or write between a descriptor and guest memory, aligned as the
+/// descriptor wants it.
+#[derive(Debug)]
+pub struct Transfer<'a> {
+    /// The engine's name for the file.
+    pub file_id: FileId,
+    /// Its descriptor.
+    pub fd: BorrowedFd<'a>,
+    /// Byte offset in the file.
+    pub offset: u64,
+    /// The guest's memory.
+    pub memory: Memory<'a>,
+}
+
+/// Which way a [`Transfer`] goes.
+#[derive(Debug)]
+pub enum Memory<'a> {
+    /// A read fills it.
+    Fill(&'a mut [u8]),
+    /// A write takes it.
+    Take(&'a [u8]),
+}
+
+impl Memory<'_> {
+    /// The bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Fill(bytes) => bytes,
+            Self::Take(bytes) => bytes,
+        }
     }
 }
 
@@ -126,8 +186,8 @@ impl Task {
 
     fn run(self) -> io::Result<Completion> {
         match self {
-            Self::ReadGuest { file, offset, mut into } => file.read_at(&mut into, offset)?,
-            Self::WriteGuest { file, offset, from } => file.write_at(&from, offset)?,
+            Self::ReadGuest { file, offset, mut into, .. } => file.volume.read_at(&mut into, offset)?,
+            Self::WriteGuest { file, offset, from, .. } => file.volume.write_at(&from, offset)?,
             Self::ReadMeta { file, offset, len } => {
                 let mut bytes = vec![0; len as usize];
                 file.read_at(&mut bytes, offset)?;

@@ -21,6 +21,7 @@ pub mod exec;
 #[cfg(feature = "sim")]
 pub mod sim;
 pub mod threads;
+pub mod uring;
 
 /// A control connection, or the process itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

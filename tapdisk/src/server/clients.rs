@@ -21,6 +21,18 @@ const SLICES_MAX: usize = 64;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ClientId(u64);
 
+impl ClientId {
+    /// As a number, of which there is one each.
+    pub fn number(self) -> u64 {
+        self.0
+    }
+
+    /// Back from a number.
+    pub fn of(number: u64) -> Self {
+        Self(number)
+    }
+}
+
 /// One client.
 #[derive(Debug)]
 struct Client {
@@ -230,7 +242,9 @@ impl Client {
 
     /// Closes the socket. What the core still has is finished silently.
     fn hang_up(&mut self, id: ClientId) {
-        if self.socket.take().is_some() {
+        if let Some(socket) = self.socket.take() {
+            // Whatever else still holds the socket, the peer hears of it now.
+            let _ = socket.shutdown(std::net::Shutdown::Both);
             self.connection.abandon();
             tracing::info!(client = id.0, "NBD client disconnected");
         }

@@ -1,12 +1,16 @@
 //! The one thread that owns the core and every socket.
 //!
 //! ```text
-//!             +---------------- poll ------------------+
+//!             +------------ wait (reactor) ------------+
 //!             |                                        |
+//!   ring    --+--> complete --+                        |
 //!   workers --+--> complete --+                        |
-//!   clients --+--> submit   --+--> Core --> effects ---+--> workers, sockets
+//!   clients --+--> submit   --+--> Core --> effects ---+--> ring, workers, sockets
 //!   peers   --+--> call     --+
 //! ```
+//!
+//! Guest data moves on the ring where there is one, else on the workers;
+//! which, is decided once, at the start ([`reactor`]).
 //!
 //! All sockets are non-blocking and each gets a bounded share of a turn, so a
 //! peer that stalls, floods or sends garbage costs the others nothing. All
@@ -20,7 +24,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout};
+use nix::poll::PollFlags;
 use nix::sys::signalfd::SignalFd;
 use tapdisk_control::{Call, Request as ControlRequest};
 use vhd::storage::Volumes;
@@ -29,19 +33,22 @@ mod clients;
 mod counters;
 mod guests;
 mod peers;
+mod reactor;
+
+pub use reactor::DriverChoice;
 
 use crate::buffer::Pool;
 use crate::disk::Files;
-use crate::driver::cached::CachedReads;
 use crate::driver::exec::{Failure, Tables, prepare};
 use crate::driver::threads::{Ended, Workers};
 use crate::driver::{Core, Effect, PeerId};
 use crate::engine::{BufferRange, Completion, Op, OpId, Output};
 use crate::limits::{COMPLETIONS_PER_TURN, FAILURE_LOG_PAUSE, FAREWELL_TIME_MAX, STOP_RETRY, STOP_TIME_MAX};
 use crate::nbd::Export;
-use clients::{ClientId, Clients};
+use clients::Clients;
 use guests::{Answered, Guests};
 use peers::Peers;
+use reactor::{Happening, Reactor, Source, Started};
 
 /// What a server is made from.
 #[derive(Debug)]
@@ -58,6 +65,8 @@ pub struct Parts {
     pub files: Arc<Files>,
     /// Readable when the process is asked to end.
     pub signals: Option<SignalFd>,
+    /// What moves guest data.
+    pub driver: DriverChoice,
 }
 
 /// Serves one disk. See the module.
@@ -73,7 +82,9 @@ pub struct Server<C: Core> {
     clients: Clients,
     peers: Peers,
     guests: Guests,
-    cached: CachedReads,
+    reactor: Reactor,
+    /// Kept for its memory.
+    happened: Vec<Happening>,
     failures: FailureLog,
     /// When a signal asked for the end, and when to try next.
     stopping: Option<Stopping>,
@@ -107,26 +118,19 @@ impl FailureLog {
     }
 }
 
-/// What a poll was for.
-#[derive(Debug, Clone, Copy)]
-enum Source {
-    Workers,
-    Signals,
-    Nbd,
-    Control,
-    Client(ClientId),
-    Peer(PeerId),
-}
-
 impl<C: Core> Server<C> {
-    /// A server that has not begun; its workers have.
+    /// A server that has not begun; its workers have. To be called on the
+    /// thread that will run it.
     ///
     /// # Errors
-    /// What the system says when threads or descriptors run out.
+    /// What the system says when threads or descriptors run out, or there is
+    /// no io_uring and [`DriverChoice::Uring`] wants one.
     pub fn new(core: C, parts: Parts) -> io::Result<Self> {
         parts.nbd.set_nonblocking(true)?;
         parts.control.set_nonblocking(true)?;
-        let pool = Pool::default();
+        let (pool, arena) = Pool::with_arena().ok_or(io::ErrorKind::OutOfMemory)?;
+        let reactor = Reactor::new(parts.driver, Some(arena))?;
+        tracing::info!(driver = reactor.word(), "data moves");
         Ok(Self {
             core,
             started: Instant::now(),
@@ -139,7 +143,8 @@ impl<C: Core> Server<C> {
             clients: Clients::new(Arc::new(parts.export), pool.clone()),
             peers: Peers::default(),
             guests: Guests::new(pool),
-            cached: CachedReads::default(),
+            reactor,
+            happened: Vec::new(),
             failures: FailureLog::default(),
             stopping: None,
             ending: false,
@@ -153,8 +158,9 @@ impl<C: Core> Server<C> {
     pub fn run(mut self) -> io::Result<()> {
         self.settle_turn();
         while !self.ending {
-            for (source, flags) in self.wait()? {
-                self.handle(source, flags);
+            self.wait()?;
+            for happening in std::mem::take(&mut self.happened) {
+                self.handle(happening);
             }
             let now_us = self.now_us();
             if self.core.tick_due_us().is_some_and(|due_us| due_us <= now_us) {
@@ -172,43 +178,37 @@ impl<C: Core> Server<C> {
         u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX)
     }
 
-    /// Waits until something can be done; what, and how.
-    fn wait(&self) -> io::Result<Vec<(Source, PollFlags)>> {
+    /// Waits until something can be done.
+    fn wait(&mut self) -> io::Result<()> {
+        let timeout = self.timeout();
+        let Self { workers, nbd, control, signals, clients, peers, reactor, happened, .. } = self;
         let mut sources: Vec<(Source, BorrowedFd<'_>, PollFlags)> = vec![
-            (Source::Workers, self.workers.wake_fd(), PollFlags::POLLIN),
-            (Source::Nbd, self.nbd.as_fd(), PollFlags::POLLIN),
-            (Source::Control, self.control.as_fd(), PollFlags::POLLIN),
+            (Source::Workers, workers.wake_fd(), PollFlags::POLLIN),
+            (Source::Nbd, nbd.as_fd(), PollFlags::POLLIN),
+            (Source::Control, control.as_fd(), PollFlags::POLLIN),
         ];
-        if let Some(signals) = &self.signals {
+        if let Some(signals) = &*signals {
             sources.push((Source::Signals, signals.as_fd(), PollFlags::POLLIN));
         }
-        sources.extend(self.clients.sources().map(|(id, fd, want)| (Source::Client(id), fd, want)));
-        sources.extend(self.peers.sources().map(|(id, fd, want)| (Source::Peer(id), fd, want)));
-        let mut fds: Vec<PollFd<'_>> = sources.iter().map(|(_, fd, want)| PollFd::new(*fd, *want)).collect();
-        match nix::poll::poll(&mut fds, self.timeout()) {
-            Ok(_) | Err(nix::Error::EINTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-        let ready = sources.iter().zip(&fds).filter_map(|((source, ..), fd)| {
-            fd.revents().filter(|flags| !flags.is_empty()).map(|flags| (*source, flags))
-        });
-        Ok(ready.collect())
+        sources.extend(clients.sources().map(|(id, fd, want)| (Source::Client(id), fd, want)));
+        sources.extend(peers.sources().map(|(id, fd, want)| (Source::Peer(id), fd, want)));
+        reactor.wait(&sources, timeout, happened)
     }
 
-    fn timeout(&self) -> PollTimeout {
+    fn timeout(&self) -> Option<Duration> {
         let now = Instant::now();
         let tick = self.core.tick_due_us().map(|due_us| self.started + Duration::from_micros(due_us));
         let stop = self.stopping.map(|stopping| stopping.next_attempt);
         let due = [tick, stop, self.clients.next_deadline()].into_iter().flatten().min();
-        let Some(due) = due else {
-            return PollTimeout::NONE;
-        };
-        // Rounded up: waking a moment too early would spin.
-        let wait = due.saturating_duration_since(now) + Duration::from_millis(1);
-        PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)
+        due.map(|due| due.saturating_duration_since(now))
     }
 
-    fn handle(&mut self, source: Source, flags: PollFlags) {
+    fn handle(&mut self, happening: Happening) {
+        let (source, flags) = match happening {
+            Happening::Ready(source, flags) => (source, flags),
+            Happening::Ended(id, result) => return self.ended(id, result),
+            Happening::Again(id, work) => return self.workers.start_op(id, work),
+        };
         match source {
             Source::Workers => self.take_ended(),
             Source::Signals => self.take_signals(),
@@ -225,17 +225,22 @@ impl<C: Core> Server<C> {
         }
     }
 
+    /// An operation ended, here or there.
+    fn ended(&mut self, id: OpId, result: Result<Completion, Failure>) {
+        let completion = result.unwrap_or_else(|failure| {
+            self.failures.note(&failure);
+            Completion::Failed(failure.errno())
+        });
+        self.core.complete(self.now_us(), id, completion);
+    }
+
     fn take_ended(&mut self) {
         self.workers.drain_wake();
         let now_us = self.now_us();
         for _ in 0..COMPLETIONS_PER_TURN {
             match self.workers.next_ended() {
                 None => return,
-                Some(Ended::Op(id, Ok(completion))) => self.core.complete(now_us, id, completion),
-                Some(Ended::Op(id, Err(failure))) => {
-                    self.failures.note(&failure);
-                    self.core.complete(now_us, id, Completion::Failed(failure.errno()));
-                }
+                Some(Ended::Op(id, result)) => self.ended(id, result),
                 Some(Ended::Job(done)) => self.core.job_done(now_us, done),
             }
         }
@@ -310,7 +315,10 @@ impl<C: Core> Server<C> {
                 let now_us = self.now_us();
                 self.guests.done(&mut self.core, now_us, id, result);
             }
-            Effect::Engine(Output::Close(file)) => self.files.close(file),
+            Effect::Engine(Output::Close(file)) => {
+                self.reactor.forget(file);
+                self.files.close(file);
+            }
             Effect::Engine(Output::Answer(token, _)) => {
                 // The service answers its own orders; nobody else gives any.
                 debug_assert!(false, "an answer nobody took: {token:?}");
@@ -325,12 +333,10 @@ impl<C: Core> Server<C> {
         let tables = Tables { files: &self.files, volumes: &self.volumes };
         let buffer_of = |range: BufferRange| self.guests.buffer_of(range).cloned();
         match prepare(op, &tables, buffer_of) {
-            Ok(mut work) => match work.run_at_once(&mut self.cached) {
-                Some(completion) => {
-                    drop(work); // its loan of the buffer ends
-                    self.core.complete(self.now_us(), id, completion);
-                }
-                None => self.workers.start_op(id, work),
+            Ok(work) => match self.reactor.start(id, work) {
+                Started::UnderWay => {}
+                Started::Done(completion) => self.core.complete(self.now_us(), id, completion),
+                Started::ForWorker(work) => self.workers.start_op(id, work),
             },
             Err(errno) => {
                 tracing::error!(?id, errno, "an operation names what is not there");

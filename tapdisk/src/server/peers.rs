@@ -181,6 +181,13 @@ impl Peers {
     }
 }
 
+impl Drop for Peer {
+    fn drop(&mut self) {
+        // Whatever else still holds the socket, the peer hears of it now.
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+    }
+}
+
 impl Peer {
     /// Reads what is there; `false` at the end.
     fn read(&mut self) -> bool {

@@ -145,11 +145,15 @@ struct Running {
 
 impl Running {
     fn start() -> Self {
+        Self::with(DriverChoice::Auto)
+    }
+
+    fn with(driver: DriverChoice) -> Self {
         let folder = tempfile::tempdir().unwrap();
         std::fs::File::create(folder.path().join("disk.raw")).unwrap().set_len(DISK_BYTES).unwrap();
         let fs: Arc<dyn Fs> = Arc::new(PosixFs::new(folder.path().to_path_buf()));
         let files = Arc::new(Files::default());
-        let file = files.add(fs.open("disk.raw", Access::Write).unwrap());
+        let file = files.add_direct(fs.open("disk.raw", Access::Write).unwrap(), 512).unwrap();
         let parts = Parts {
             export: Export {
                 name: "disk".into(),
@@ -163,6 +167,7 @@ impl Running {
             volumes: Arc::new(FileVolumes::new(fs)),
             files,
             signals: None,
+            driver,
         };
         let core = Plain {
             file,
@@ -173,8 +178,7 @@ impl Running {
             gone: BTreeSet::new(),
             waiting: HashMap::new(),
         };
-        let server = Server::new(core, parts).unwrap();
-        let thread = Some(std::thread::spawn(move || server.run().unwrap()));
+        let thread = Some(std::thread::spawn(move || Server::new(core, parts).unwrap().run().unwrap()));
         Self { folder, thread }
     }
 

@@ -53,6 +53,8 @@ pub struct Slots {
     end_sector: u64,
     /// Length of the file, all of it past the last slot reading as zeros.
     len_bytes: u64,
+    /// See [`Self::page_aligned`].
+    page_aligned: bool,
 }
 
 impl Slots {
@@ -63,6 +65,7 @@ impl Slots {
     pub fn survey(bat: &[u32], data_start: u64) -> (Self, Vec<Gap>) {
         let mut taken: Vec<u64> = bat.iter().filter(|e| **e != BAT_FREE).map(|e| u64::from(*e)).collect();
         taken.sort_unstable();
+        let page_aligned = taken.iter().all(|slot| (slot + 1).is_multiple_of(8));
         let mut at = data_start.div_ceil(SECTOR_BYTES);
         let mut free = BTreeSet::new();
         let mut gaps = Vec::new();
@@ -78,7 +81,8 @@ impl Slots {
             at = at.max(slot + 1 + u64::from(BLOCK_SECTORS));
         }
         let end_sector = at + GUARD_SECTORS;
-        (Self { free, end_sector, len_bytes: end_sector * SECTOR_BYTES }, gaps)
+        let len_bytes = end_sector * SECTOR_BYTES;
+        (Self { free, end_sector, len_bytes, page_aligned }, gaps)
     }
 
     /// One past the last byte any slot takes; the guard follows.
@@ -105,6 +109,14 @@ impl Slots {
             // before a bitmap, and no later slot runs across it.
             taken + (EXTEND_SLOTS - 1) * STRIDE_SECTORS * SECTOR_BYTES
         })
+    }
+
+    /// Whether the data of every block starts on a 4 KiB boundary, so that no
+    /// page holds both guest data and metadata, or data of two blocks. Images
+    /// of other makers may have blocks elsewhere.
+    #[must_use]
+    pub fn page_aligned(&self) -> bool {
+        self.page_aligned
     }
 
     /// The file has this length now.
@@ -160,6 +172,7 @@ mod tests {
         assert_eq!(slots.extension_for(taken[2]), None);
         slots.put(taken[1]);
         assert_eq!(slots.take(), Ok(taken[1]));
+        assert!(slots.page_aligned());
     }
 
     #[test]
@@ -195,7 +208,7 @@ mod tests {
     #[test]
     fn packed_foreign_blocks_leave_no_slot_between() {
         let (mut slots, gaps) = Slots::survey(&[4, 4 + 4097], 2048);
-        assert!(gaps.is_empty());
+        assert!(gaps.is_empty() && !slots.page_aligned());
         let next = slots.take().unwrap();
         assert!(u64::from(next.0) >= 4 + 2 * 4097 && (next.0 + 1).is_multiple_of(8));
     }

@@ -87,6 +87,17 @@ pub trait Volume: Send + Sync + Debug {
     fn is_device(&self) -> bool;
     /// The descriptor behind a real volume, for drivers and extent cloning.
     fn fd(&self) -> Option<BorrowedFd<'_>>;
+    /// From now on transfers by [`Volume::fd`] go past the page cache and must
+    /// be aligned: offset, length and memory are multiples of the answer, in
+    /// bytes. `None`: this volume cannot, or needs more than `unit_max`;
+    /// nothing changed then. What the volume
+    /// does itself goes on without alignment, through the page cache; so
+    /// nothing may be written both ways within one page. To be called before
+    /// the volume is shared.
+    fn go_direct(&self, unit_max: u32) -> io::Result<Option<u32>> {
+        let _ = unit_max;
+        Ok(None)
+    }
     /// For backends that must recognise their own volumes in `copy_from`.
     fn as_any(&self) -> &dyn std::any::Any;
 }

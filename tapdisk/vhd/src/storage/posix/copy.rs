@@ -73,7 +73,7 @@ fn clone(to: &PosixVolume, from: &PosixVolume, from_at: u64, to_at: u64, len_byt
         return Ok(false);
     }
     let range = nix::libc::file_clone_range {
-        src_fd: i64::from(from.file.as_raw_fd()),
+        src_fd: i64::from(from.io().as_raw_fd()),
         src_offset: from_at,
         src_length: len_bytes,
         dest_offset: to_at,
@@ -81,7 +81,7 @@ fn clone(to: &PosixVolume, from: &PosixVolume, from_at: u64, to_at: u64, len_byt
     // SAFETY: both descriptors are open for as long as the call lasts, since
     // `to` and `from` are borrowed, and `range` is the struct that this ioctl
     // reads and does not keep.
-    match unsafe { ficlonerange(to.file.as_raw_fd(), &range) } {
+    match unsafe { ficlonerange(to.io().as_raw_fd(), &range) } {
         Ok(_) => Ok(true),
         // Says nothing about the next range.
         Err(Errno::EINVAL | Errno::ETXTBSY | Errno::EINTR) => Ok(false),
@@ -116,13 +116,13 @@ fn copy_sparse(
 /// Makes sure the file reaches to `end`, by a zero in the last byte of our
 /// own range: setting the length could cut what somebody else just appended.
 fn grow_to(to: &PosixVolume, end: u64) -> io::Result<()> {
-    if to.len()? < end { to.file.write_all_at(&[0], end - 1) } else { Ok(()) }
+    if to.len()? < end { to.io().write_all_at(&[0], end - 1) } else { Ok(()) }
 }
 
 /// First byte of data at or after `at`; beyond everything if there is none.
 /// All is data where holes are not reported.
 fn next_data(from: &PosixVolume, at: u64) -> io::Result<u64> {
-    match lseek(&from.file, offset_of(at)?, Whence::SeekData) {
+    match lseek(&from.io(), offset_of(at)?, Whence::SeekData) {
         Ok(found) => Ok(u64::try_from(found).unwrap_or(at)),
         Err(Errno::ENXIO) => Ok(u64::MAX),
         Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(at),
@@ -136,7 +136,7 @@ fn next_hole(from: &PosixVolume, at: u64) -> io::Result<u64> {
     if at == u64::MAX {
         return Ok(at);
     }
-    match lseek(&from.file, offset_of(at)?, Whence::SeekHole) {
+    match lseek(&from.io(), offset_of(at)?, Whence::SeekHole) {
         Ok(found) => match u64::try_from(found) {
             Ok(found) if found > at => Ok(found),
             _ => Ok(u64::MAX),
@@ -158,7 +158,7 @@ fn copy_data(
     let mut left = len_bytes;
     while left > 0 {
         let run = usize_of(left.min(COPY_CALL_BYTES));
-        match copy_file_range(&from.file, Some(&mut from_pos), &to.file, Some(&mut to_pos), run) {
+        match copy_file_range(from.io(), Some(&mut from_pos), to.io(), Some(&mut to_pos), run) {
             Ok(0) => return copy_rest(to, from, from_pos, to_pos, left),
             Ok(moved) => left -= moved as u64,
             Err(Errno::EINTR) => {}
@@ -201,7 +201,7 @@ fn copy_buffered(
     while done < len_bytes {
         let run = usize_of((len_bytes - done).min(COPY_BUFFER_BYTES));
         source.read_at(&mut buffer[..run], from_at + done)?;
-        to.file.write_all_at(&buffer[..run], to_at + done)?;
+        to.io().write_all_at(&buffer[..run], to_at + done)?;
         done += run as u64;
     }
     Ok(())

@@ -3,24 +3,32 @@
 use std::any::Any;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 
 use super::super::{Access, CopyKind, Volume, Why};
 
 /// Zeros written at a time where the filesystem cannot punch holes.
 const ZERO_BUFFER_BYTES: usize = 256 << 10;
 
+/// Alignment of direct transfers where the kernel does not tell.
+const DIRECT_UNIT_SAFE: u32 = 4096;
+
 /// A file or block device behind one descriptor. A lock taken on it lives as
 /// long as this does.
 #[derive(Debug)]
 pub struct PosixVolume {
-    pub(super) file: File,
+    /// Carries the lock.
+    file: File,
+    /// A second description of the same file, through the page cache, once
+    /// `file` goes past it.
+    cached: OnceLock<File>,
     device: bool,
     /// Set once the filesystem refused to share extents, to spare the rest of
     /// a merge one failing call per run.
@@ -35,7 +43,8 @@ impl PosixVolume {
             let message = "neither a file nor a block device";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
         }
-        Ok(Self { file, device: kind.is_block_device(), clone_refused: AtomicBool::new(false) })
+        let (cached, clone_refused) = (OnceLock::new(), AtomicBool::new(false));
+        Ok(Self { file, cached, device: kind.is_block_device(), clone_refused })
     }
 
     /// Opens a block device by path (`/dev/<vg>/<lv>`, a symbolic link that
@@ -56,10 +65,31 @@ impl PosixVolume {
         Ok(volume)
     }
 
-    /// The open file.
-    #[must_use]
-    pub fn file(&self) -> &File {
-        &self.file
+    /// For everything this type does itself: always through the page cache.
+    pub(super) fn io(&self) -> &File {
+        self.cached.get().unwrap_or(&self.file)
+    }
+
+    /// What direct transfers must be multiples of, in offset, length and
+    /// memory; `None` where there are none.
+    fn direct_unit(&self) -> Option<u32> {
+        let path = c"";
+        let mut found = std::mem::MaybeUninit::<nix::libc::statx>::zeroed();
+        // SAFETY: the path is a terminated string and `found` has room for one
+        // `statx`; both live until the call returns.
+        let failed = unsafe {
+            let (flags, mask) = (nix::libc::AT_EMPTY_PATH, nix::libc::STATX_DIOALIGN);
+            nix::libc::statx(self.file.as_raw_fd(), path.as_ptr(), flags, mask, found.as_mut_ptr())
+        };
+        // SAFETY: all-zero bytes are a valid `statx`, and the call wrote only
+        // a valid one.
+        let found = unsafe { found.assume_init() };
+        if failed != 0 || found.stx_mask & nix::libc::STATX_DIOALIGN == 0 {
+            // An older kernel does not say. 4 KiB suits every device there is.
+            return Some(DIRECT_UNIT_SAFE);
+        }
+        let unit = found.stx_dio_offset_align.max(found.stx_dio_mem_align);
+        (unit != 0).then_some(unit)
     }
 
     fn write_zeros(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
@@ -68,7 +98,7 @@ impl PosixVolume {
         let mut at = offset;
         while at < end {
             let run = buffer.len().min(usize_of(end - at));
-            self.file.write_all_at(&buffer[..run], at)?;
+            self.io().write_all_at(&buffer[..run], at)?;
             at += run as u64;
         }
         Ok(())
@@ -87,11 +117,11 @@ pub(super) fn offset_of(bytes: u64) -> io::Result<i64> {
 
 impl Volume for PosixVolume {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_exact_at(buf, offset)
+        self.io().read_exact_at(buf, offset)
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.file.write_all_at(buf, offset)
+        self.io().write_all_at(buf, offset)
     }
 
     // fdatasync covers the length: metadata needed to read the data back is
@@ -165,6 +195,28 @@ impl Volume for PosixVolume {
 
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.file.as_fd())
+    }
+
+    // The locked description is the one that goes direct: its lock then lasts
+    // as long as any transfer in flight, whoever dies (invariant 4). What goes
+    // through the page cache is done by threads of ours, which keep all
+    // descriptions open until their call ends.
+    fn go_direct(&self, unit_max: u32) -> io::Result<Option<u32>> {
+        let Some(unit) = self.direct_unit().filter(|unit| *unit <= unit_max) else {
+            return Ok(None);
+        };
+        if self.cached.get().is_none() {
+            let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            let access = OFlag::from_bits_truncate(fcntl(&self.file, FcntlArg::F_GETFL)?) & OFlag::O_ACCMODE;
+            let cached = OpenOptions::new().read(true).write(access == OFlag::O_RDWR).open(path)?;
+            let _ = self.cached.set(cached); // another thread's is as good
+        }
+        let flags = OFlag::from_bits_truncate(fcntl(&self.file, FcntlArg::F_GETFL)?);
+        match fcntl(&self.file, FcntlArg::F_SETFL(flags | OFlag::O_DIRECT)) {
+            Ok(_) => Ok(Some(unit)),
+            Err(Errno::EINVAL) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     fn as_any(&self) -> &dyn Any {
