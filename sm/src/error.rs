@@ -116,6 +116,9 @@ pub enum Error {
         /// Which operation.
         reason: String,
     },
+    /// Somebody asked it to stop; nothing of it is left.
+    #[error("cancelled: nothing was changed")]
+    Cancelled,
     /// Not offered.
     #[error("not supported: {what}")]
     Unsupported {
@@ -171,6 +174,7 @@ impl Error {
             Self::ReadOnly { .. } => "READ_ONLY",
             Self::NotRunning { .. } => "NOT_RUNNING",
             Self::Busy { .. } => "BUSY",
+            Self::Cancelled => "CANCELLED",
             Self::Unsupported { .. } => "UNSUPPORTED",
             Self::BadRequest { .. } => "BAD_REQUEST",
             Self::Journal { .. } => "BAD_JOURNAL",

@@ -12,6 +12,7 @@
 //! | [`image`] | single images: where the format crate is called |
 //! | [`catalog`] | labels and history |
 //! | [`owner`], [`run_folder`], [`readers`], [`spawn`] | the real host: locks, leases, processes |
+//! | [`jobs`], [`turns`], [`progress`] | long operations, whose turn it is, how far they are |
 //! | [`manager`], [`api`], [`views`] | smd: SRs, requests, what is shown |
 //!
 //! Absent on purpose: the data path (reached only through its control
@@ -26,6 +27,7 @@ pub mod error;
 pub mod host;
 pub mod ids;
 pub mod image;
+pub mod jobs;
 pub mod journal;
 pub mod lease;
 pub mod limits;
@@ -33,6 +35,7 @@ pub mod manager;
 pub mod nudge;
 pub mod ops;
 pub mod owner;
+pub mod progress;
 pub mod readers;
 pub mod reading;
 pub mod recover;
@@ -42,6 +45,7 @@ pub mod scan;
 pub mod spawn;
 pub mod state;
 pub mod tree;
+pub mod turns;
 pub mod views;
 
 pub use daemon::run;

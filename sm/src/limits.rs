@@ -38,6 +38,19 @@ pub const BUSY_RETRY_MS_MAX: u64 = 5_000;
 pub const BODY_BYTES_MAX: usize = 1 << 20;
 /// Requests the API works on at once; more wait.
 pub const REQUESTS_AT_ONCE_MAX: usize = 64;
+/// Operations that work on one VDI or wait for it; more are refused.
+pub const TURNS_WAITING_MAX: usize = 64;
+/// How long a request waits for its turn on a VDI, in milliseconds. A job
+/// waits until it is cancelled.
+pub const TURN_WAIT_MS_MAX: u64 = 60_000;
+/// Jobs that work or wait; more are refused.
+pub const JOBS_MAX: usize = 256;
+/// Jobs that work at once; more wait.
+pub const JOBS_AT_ONCE_MAX: usize = 16;
+/// Ended jobs that are remembered; the oldest goes first.
+pub const JOBS_KEPT_MAX: usize = 256;
+/// How long a look at a job may wait for its end, in milliseconds.
+pub const JOB_LOOK_MS_MAX: u64 = 60_000;
 /// Copies, exports and comparisons of one SR at a time: each holds a lease.
 pub const READERS_MAX: usize = 256;
 /// Rows kept in the operation history of an SR.

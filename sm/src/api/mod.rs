@@ -3,6 +3,7 @@
 //! ```text
 //!   listener.rs   who may connect (peer credentials)
 //!   routes.rs     which request calls what; `GET /openapi.json` lists them
+//!   jobs.rs       long operations: begun, looked at, stopped
 //!   answer.rs     results and errors as JSON
 //! ```
 //!
@@ -10,6 +11,7 @@
 //! number at once; the others wait.
 
 mod answer;
+mod jobs;
 mod listener;
 mod openapi;
 mod routes;
@@ -21,8 +23,10 @@ use std::sync::atomic::AtomicU64;
 use anyhow::Context;
 use tokio::sync::Semaphore;
 
-use crate::limits::REQUESTS_AT_ONCE_MAX;
+use crate::jobs::Jobs;
+use crate::limits::{JOBS_AT_ONCE_MAX, REQUESTS_AT_ONCE_MAX};
 use crate::manager::Manager;
+use crate::turns::Turns;
 
 /// What every handler gets.
 #[derive(Debug, Clone)]
@@ -30,6 +34,9 @@ struct App {
     manager: Arc<Manager>,
     slots: Arc<Semaphore>,
     counters: Arc<Counters>,
+    turns: Turns,
+    jobs: Jobs,
+    job_places: Arc<Semaphore>,
 }
 
 #[derive(Debug, Default)]
@@ -49,8 +56,21 @@ pub async fn serve(
 ) -> anyhow::Result<()> {
     let listener =
         listener::Checked::bind(socket).with_context(|| format!("listen on {}", socket.display()))?;
-    let app =
-        App { manager, slots: Arc::new(Semaphore::new(REQUESTS_AT_ONCE_MAX)), counters: Arc::default() };
+    let app = App {
+        manager,
+        slots: Arc::new(Semaphore::new(REQUESTS_AT_ONCE_MAX)),
+        counters: Arc::default(),
+        turns: Turns::default(),
+        jobs: Jobs::default(),
+        job_places: Arc::new(Semaphore::new(JOBS_AT_ONCE_MAX)),
+    };
+    // Jobs stop then, leaving nothing: neither a stream nor a thread keeps
+    // the process alive.
+    let jobs = app.jobs.clone();
+    let ended = async move {
+        ended.await;
+        jobs.cancel_all();
+    };
     tracing::info!(socket = %socket.display(), "smd serves");
     let served = axum::serve(listener, routes::router(app)).with_graceful_shutdown(ended).await;
     // Only tidiness: a socket nobody listens on says the same.

@@ -26,6 +26,9 @@ const ROUTES: &[Route] = &[
     ("post", "/vdis/{vdi}/rename", "New words", &["name?", "description?"]),
     ("post", "/vdis/{vdi}/attach", "Serve it over NBD", &["read_only?"]),
     ("post", "/vdis/{vdi}/detach", "Stop serving it", &["force?"]),
+    ("get", "/jobs", "Long operations, newest first: state queued, running, done, failed or cancelled", &[]),
+    ("get", "/jobs/{job}", "One of them; with ?wait_ms= as soon as it has ended or the time is up", &[]),
+    ("post", "/jobs/{job}/cancel", "Stop it, leaving nothing behind", &[]),
     ("get", "/metrics", "Prometheus text", &[]),
 ];
 

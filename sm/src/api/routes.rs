@@ -15,17 +15,19 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 use uuid::Uuid;
 
-use super::App;
 use super::answer::{Failure, Outcome, document};
+use super::{App, jobs};
 use crate::error::{Error, Result};
 use crate::journal::SiblingKind;
-use crate::limits::{BODY_BYTES_MAX, BUSY_RETRY_MS_MAX};
+use crate::limits::{BODY_BYTES_MAX, BUSY_RETRY_MS_MAX, TURN_WAIT_MS_MAX};
 use crate::manager::{Manager, NewSr};
 use crate::ops::{self, Wanted};
 use crate::repo::Repo;
+use crate::turns::Turn;
 use crate::views::Look;
 
-/// How often an operation that found another one under way is tried again.
+/// How often an operation that found another process at work (the collector,
+/// say) is tried again. Operations of this process queue instead.
 const BUSY_POLL: Duration = Duration::from_millis(50);
 
 /// All routes.
@@ -44,6 +46,9 @@ pub fn router(app: App) -> Router {
         .route("/vdis/{vdi}/rename", post(rename))
         .route("/vdis/{vdi}/attach", post(attach))
         .route("/vdis/{vdi}/detach", post(detach))
+        .route("/jobs", get(jobs::list))
+        .route("/jobs/{job}", get(jobs::show))
+        .route("/jobs/{job}/cancel", post(jobs::cancel))
         .route("/openapi.json", get(async || document(super::openapi::document())))
         .route("/metrics", get(metrics))
         .fallback(async || Failure(Error::NotFound { what: "such request; see /openapi.json".into() }))
@@ -79,7 +84,34 @@ async fn run<T: Send + 'static>(
     })
 }
 
-/// Runs an operation on one VDI, with its words in every log line.
+/// As [`run`], for an operation on one VDI: in its turn, and with its words in
+/// every log line.
+async fn run_on<T: Send + 'static>(
+    app: &App,
+    operation: &'static str,
+    vdi: String,
+    mut work: impl FnMut(&Manager, &Repo, Uuid) -> Result<T> + Send + 'static,
+) -> Result<T, Failure> {
+    let found = run(app, move |manager| Ok(manager.find_vdi(&vdi)?.1)).await?;
+    let turn = turn(app, operation, &[found]).await?;
+    run(app, move |manager| {
+        let _turn = &turn;
+        on_vdi(manager, operation, &found.to_string(), |repo, vdi| work(manager, repo, vdi))
+    })
+    .await
+}
+
+/// The turn of a request on some VDIs.
+async fn turn(app: &App, operation: &'static str, on: &[Uuid]) -> Result<Turn, Failure> {
+    let limit = Duration::from_millis(TURN_WAIT_MS_MAX);
+    app.turns.take(operation, on, Some(limit)).await.map_err(|error| {
+        app.counters.refused.fetch_add(1, Ordering::Relaxed);
+        Failure(error)
+    })
+}
+
+/// Runs an operation on one VDI, with its words in every log line. Whoever
+/// calls it has its turn.
 fn on_vdi<T>(
     manager: &Manager,
     operation: &'static str,
@@ -218,13 +250,11 @@ async fn show_vdi(State(app): State<App>, Path(vdi): Path<String>) -> Outcome {
 }
 
 async fn delete_vdi(State(app): State<App>, Path(vdi): Path<String>) -> Outcome {
-    let gone = run(&app, move |manager| {
-        on_vdi(manager, "delete", &vdi, |repo, vdi| {
-            let before = Look::at(repo)?.one(vdi)?;
-            ops::delete(repo, vdi)?;
-            manager.kick(repo.uuid);
-            Ok(before)
-        })
+    let gone = run_on(&app, "delete", vdi, |manager, repo, vdi| {
+        let before = Look::at(repo)?.one(vdi)?;
+        ops::delete(repo, vdi)?;
+        manager.kick(repo.uuid);
+        Ok(before)
     });
     document(gone.await?)
 }
@@ -286,9 +316,20 @@ fn default_name(repo: &Repo, kind: SiblingKind, vdi: Uuid) -> Result<String> {
     })
 }
 
+/// The turn of all members of a group.
+async fn group_turn(app: &App, operation: &'static str, group: &Group) -> Result<Turn, Failure> {
+    let vdis = group.vdis.clone();
+    let found = run(app, move |manager| {
+        vdis.iter().map(|vdi| Ok(manager.find_vdi(vdi)?.1)).collect::<Result<Vec<_>>>()
+    });
+    turn(app, operation, &found.await?).await
+}
+
 async fn snapshot(State(app): State<App>, body: Bytes) -> Outcome {
     let group: Group = read(&body)?;
+    let turn = group_turn(&app, "snapshot", &group).await?;
     let made = run(&app, move |manager| {
+        let _turn = &turn;
         let (repo, made) = siblings(manager, SiblingKind::Snapshot, &group)?;
         let look = Look::at(&repo)?;
         made.into_iter().map(|vdi| look.one(vdi)).collect::<Result<Vec<_>>>()
@@ -305,7 +346,9 @@ struct Words {
 async fn clone(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) -> Outcome {
     let words: Words = read(&body)?;
     let group = Group { vdis: vec![vdi], name: words.name };
+    let turn = group_turn(&app, "clone", &group).await?;
     let made = run(&app, move |manager| {
+        let _turn = &turn;
         let (repo, made) = siblings(manager, SiblingKind::Clone, &group)?;
         let vdi = made.first().ok_or_else(|| Error::NotFound { what: "clone".into() })?;
         Look::at(&repo)?.one(*vdi)
@@ -315,11 +358,9 @@ async fn clone(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) -> 
 
 async fn rename(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) -> Outcome {
     let words: Words = read(&body)?;
-    let renamed = run(&app, move |manager| {
-        on_vdi(manager, "rename", &vdi, |repo, vdi| {
-            ops::rename(repo, vdi, words.name.as_deref(), words.description.as_deref())?;
-            Look::at(repo)?.one(vdi)
-        })
+    let renamed = run_on(&app, "rename", vdi, move |_, repo, vdi| {
+        ops::rename(repo, vdi, words.name.as_deref(), words.description.as_deref())?;
+        Look::at(repo)?.one(vdi)
     });
     document(renamed.await?)
 }
@@ -332,11 +373,9 @@ struct AttachHow {
 
 async fn attach(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) -> Outcome {
     let how: AttachHow = read(&body)?;
-    let attached = run(&app, move |manager| {
-        on_vdi(manager, "attach", &vdi, |repo, vdi| {
-            ops::attach(repo, vdi, how.read_only)?;
-            Look::at(repo)?.one(vdi)
-        })
+    let attached = run_on(&app, "attach", vdi, move |_, repo, vdi| {
+        ops::attach(repo, vdi, how.read_only)?;
+        Look::at(repo)?.one(vdi)
     });
     document(attached.await?)
 }
@@ -349,13 +388,11 @@ struct DetachHow {
 
 async fn detach(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) -> Outcome {
     let how: DetachHow = read(&body)?;
-    let detached = run(&app, move |manager| {
-        on_vdi(manager, "detach", &vdi, |repo, vdi| {
-            if ops::detach(repo, vdi, how.force)? {
-                manager.kick(repo.uuid);
-            }
-            Look::at(repo)?.one(vdi)
-        })
+    let detached = run_on(&app, "detach", vdi, move |manager, repo, vdi| {
+        if ops::detach(repo, vdi, how.force)? {
+            manager.kick(repo.uuid);
+        }
+        Look::at(repo)?.one(vdi)
     });
     document(detached.await?)
 }
