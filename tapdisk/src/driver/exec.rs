@@ -29,7 +29,7 @@ enum Task {
     ReadMeta { file: Arc<dyn Volume>, offset: u64, len: u32 },
     WriteMeta { file: Arc<dyn Volume>, offset: u64, bytes: Arc<[u8]> },
     Copy { from: Arc<dyn Volume>, from_offset: u64, to: Arc<dyn Volume>, to_offset: u64, len: u64 },
-    Zero { file: Arc<dyn Volume>, offset: u64, len: u64 },
+    Zero { file: Arc<dyn Volume>, offset: u64, len: u64, keep: bool },
     SetLen { file: Arc<dyn Volume>, len: u64 },
     Flush { file: Arc<dyn Volume>, why: Why },
     Replace { volumes: Arc<dyn Volumes>, from: VolumeName, over: VolumeName },
@@ -79,9 +79,7 @@ pub fn prepare(
         Op::Copy { from, from_offset, to, to_offset, len } => {
             Task::Copy { from: file(from)?, from_offset, to: file(to)?, to_offset, len }
         }
-        // Keeping the space is a wish that a file cannot be held to, and a
-        // device keeps it anyway.
-        Op::Zero { file: id, offset, len, keep: _, why: _ } => Task::Zero { file: file(id)?, offset, len },
+        Op::Zero { file: id, offset, len, keep, why: _ } => Task::Zero { file: file(id)?, offset, len, keep },
         Op::SetLen { file: id, len } => Task::SetLen { file: file(id)?, len },
         Op::Flush { file: id, why } => Task::Flush { file: file(id)?, why },
         Op::Replace { from, over, why: _ } => Task::Replace { volumes: volumes(), from, over },
@@ -198,7 +196,8 @@ impl Task {
                 let kind = to.copy_from(&*from, from_offset, to_offset, len)?;
                 return Ok(Completion::Copied(kind));
             }
-            Self::Zero { file, offset, len } => file.zero(offset, len)?,
+            Self::Zero { file, offset, len, keep: false } => file.zero(offset, len)?,
+            Self::Zero { file, offset, len, keep: true } => file.zero_keeping_space(offset, len)?,
             Self::SetLen { file, len } => file.set_len(len)?,
             Self::Flush { file, why } => file.flush(why)?,
             Self::Replace { volumes, from, over } => volumes.replace(&from, &over)?,

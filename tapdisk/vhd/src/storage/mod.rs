@@ -71,6 +71,12 @@ pub trait Volume: Send + Sync + Debug {
     /// Makes a range read as zeros and gives its space back where that is
     /// possible. Never changes the length: what lies past the end is ignored.
     fn zero(&self, offset: u64, len_bytes: u64) -> io::Result<()>;
+    /// As [`Volume::zero`], but the range has space of its own afterwards, so
+    /// that a later write there cannot fail for want of it. A backend that
+    /// cannot tell space from zeros does what `zero` does.
+    fn zero_keeping_space(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
+        self.zero(offset, len_bytes)
+    }
     /// Copies a range from another volume of the same backend, sharing
     /// extents where it can.
     fn copy_from(

@@ -206,3 +206,19 @@ fn a_block_device_is_a_volume_of_fixed_length() {
     };
     assert!(bytes.iter().enumerate().all(|(at, byte)| *byte == want(at)));
 }
+
+#[test]
+fn zeros_that_keep_their_space_have_it() {
+    let (_folder, fs) = folder();
+    let file = fs.create("a").unwrap();
+    file.set_len(4 << 20).unwrap();
+    file.write_at(&[7; 1 << 20], 1 << 20).unwrap();
+    file.flush("test").unwrap();
+    file.zero_keeping_space(1 << 20, 2 << 20).unwrap();
+    assert_eq!((file.len().unwrap(), file.allocated().unwrap()), (4 << 20, 2 << 20));
+    let mut bytes = vec![1; 4 << 20];
+    file.read_at(&mut bytes, 0).unwrap();
+    assert!(bytes.iter().all(|byte| *byte == 0));
+    file.zero(0, 4 << 20).unwrap();
+    assert_eq!((file.len().unwrap(), file.allocated().unwrap()), (4 << 20, 0));
+}

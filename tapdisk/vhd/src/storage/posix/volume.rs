@@ -92,6 +92,26 @@ impl PosixVolume {
         (unit != 0).then_some(unit)
     }
 
+    /// Zeros by a call of the filesystem, or by writing where it has none.
+    /// What lies past the end is ignored.
+    fn zero_by(&self, way: FallocateFlags, offset: u64, len_bytes: u64) -> io::Result<()> {
+        let end = offset.saturating_add(len_bytes).min(self.len()?);
+        if offset >= end {
+            return Ok(());
+        }
+        let len_bytes = end - offset;
+        let (offset_s, len_s) = (offset_of(offset)?, offset_of(len_bytes)?);
+        loop {
+            return match fallocate(&self.file, way | FallocateFlags::FALLOC_FL_KEEP_SIZE, offset_s, len_s) {
+                Ok(()) => Ok(()),
+                Err(Errno::EINTR) => continue,
+                // EINVAL: a device and a range off its blocks.
+                Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => self.write_zeros(offset, len_bytes),
+                Err(errno) => Err(errno.into()),
+            };
+        }
+    }
+
     fn write_zeros(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
         let end = offset.saturating_add(len_bytes);
         let buffer = vec![0u8; ZERO_BUFFER_BYTES.min(usize_of(len_bytes))];
@@ -147,28 +167,18 @@ impl Volume for PosixVolume {
     }
 
     fn zero(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
-        let end = offset.saturating_add(len_bytes).min(self.len()?);
-        if offset >= end {
-            return Ok(());
-        }
-        let len_bytes = end - offset;
         // On a device punching could be answered by a discard that promises
         // no zeros; zero-out promises them.
-        let flags = if self.device {
+        let way = if self.device {
             FallocateFlags::FALLOC_FL_ZERO_RANGE
         } else {
             FallocateFlags::FALLOC_FL_PUNCH_HOLE
-        } | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        let (offset_s, len_s) = (offset_of(offset)?, offset_of(len_bytes)?);
-        loop {
-            return match fallocate(&self.file, flags, offset_s, len_s) {
-                Ok(()) => Ok(()),
-                Err(Errno::EINTR) => continue,
-                // EINVAL: a device and a range off its blocks.
-                Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => self.write_zeros(offset, len_bytes),
-                Err(errno) => Err(errno.into()),
-            };
-        }
+        };
+        self.zero_by(way, offset, len_bytes)
+    }
+
+    fn zero_keeping_space(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
+        self.zero_by(FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len_bytes)
     }
 
     fn copy_from(

@@ -91,6 +91,11 @@ impl Volume for SimVolume {
         self.change(what, "zero")
     }
 
+    fn zero_keeping_space(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
+        let what = What::Zero { ino: self.ino, offset, len: len_bytes, keep: true };
+        self.change(what, "zero, keeping space")
+    }
+
     fn copy_from(
         &self,
         source: &dyn Volume,
