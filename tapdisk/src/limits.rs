@@ -12,8 +12,9 @@ pub const IDLE_WRITEBACK_US: u64 = 1_000_000;
 pub const OWNER_RUNS_MAX: usize = 1 << 20;
 /// Blocks a merge moves in one window: what a guest write may wait for.
 pub const WINDOW_BLOCKS: usize = 2;
-/// Bytes one block-status request looks at; it is answered shorter.
-pub const STATUS_BYTES_MAX: u64 = 256 << 20;
+/// Partly present blocks that one block-status or cache request has resolved,
+/// each of which may read a bitmap in every level; it is answered shorter.
+pub const RESOLVED_BLOCKS_MAX: usize = 128;
 
 /// Connected NBD clients, those included whose socket is gone but whose last
 /// requests are still being carried out. One more is turned away.

@@ -112,7 +112,7 @@ pub fn changes(kind: RequestKind, offset: u64, len: u32) -> Option<Cut> {
     match kind {
         RequestKind::Write { .. } | RequestKind::WriteZeroes { .. } => Some(cut),
         RequestKind::Trim { .. } => Some(cut.inside()),
-        RequestKind::Read | RequestKind::Flush | RequestKind::BlockStatus => None,
+        RequestKind::Read | RequestKind::Flush | RequestKind::BlockStatus | RequestKind::Cache => None,
     }
 }
 

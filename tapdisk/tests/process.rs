@@ -133,8 +133,12 @@ impl Drop for Tapdisk {
 }
 
 fn ask(socket: &mut UnixStream, command: u16, offset: u64, len: u32, data: &[u8]) {
+    ask_with(socket, 0, command, offset, len, data);
+}
+
+fn ask_with(socket: &mut UnixStream, flags: u16, command: u16, offset: u64, len: u32, data: &[u8]) {
     let mut bytes = 0x2560_9513u32.to_be_bytes().to_vec();
-    bytes.extend([0, 0]);
+    bytes.extend(flags.to_be_bytes());
     bytes.extend(command.to_be_bytes());
     bytes.extend([0; 8]);
     bytes.extend(offset.to_be_bytes());
@@ -284,4 +288,65 @@ fn a_lease_that_is_not_open_and_wrong_usage_are_refused() {
         .status()
         .unwrap();
     assert_eq!(status.code(), Some(2));
+}
+
+#[test]
+fn zeros_keep_their_space_when_asked_to() {
+    const WRITE_ZEROES: u16 = 6;
+    const NO_HOLE: u16 = 2;
+    const FAST_ZERO: u16 = 16;
+    let place = Place::new();
+    let _tapdisk = place.ready();
+    let mut socket = place.nbd();
+    let allocated = || {
+        let meta = std::fs::metadata(place.path("sr").join(format!("{VDI}.vhd"))).unwrap();
+        std::os::unix::fs::MetadataExt::blocks(&meta) * 512
+    };
+    let zero = |socket: &mut UnixStream, flags, offset, len| {
+        ask_with(socket, flags, WRITE_ZEROES, offset, len, &[]);
+        outcome(socket)
+    };
+    let before = allocated();
+    assert_eq!(zero(&mut socket, 0, 0, 4 << 20), 0);
+    assert!(allocated() < before + (1 << 20));
+    // Never written, and written: both have space afterwards.
+    assert_eq!(write(&mut socket, 100, &[3; 1000]), 0);
+    assert_eq!(zero(&mut socket, NO_HOLE, 1, 4 << 20), 0);
+    assert!(allocated() >= before + (4 << 20) - 1024, "{before} {}", allocated());
+    assert_eq!(read(&mut socket, 0, 4 << 20), vec![0; 4 << 20]);
+    assert_eq!(zero(&mut socket, FAST_ZERO, 0, 4 << 20), 0);
+    // Given back once the entries are durably clear.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while allocated() >= before + (1 << 20) {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(zero(&mut socket, FAST_ZERO | NO_HOLE, 0, 512), 95);
+}
+
+#[test]
+fn statistics_tell_each_kind_and_how_long_it_took() {
+    let place = Place::new();
+    let _tapdisk = place.ready();
+    let mut socket = place.nbd();
+    assert_eq!(write(&mut socket, 5, &[3; 1000]), 0);
+    read(&mut socket, 5, 1000);
+    for (command, len) in [(3, 0), (4, 4096), (5, 8192), (6, 4096)] {
+        ask(&mut socket, command, 0, len, &[]);
+        assert_eq!(outcome(&mut socket), 0, "{command}");
+    }
+    let stats = place.stats();
+    for (kind, bytes) in [
+        (&stats.read, 1000),
+        (&stats.write, 1000),
+        (&stats.flush, 0),
+        (&stats.trim, 4096),
+        (&stats.cache, 8192),
+        (&stats.write_zeroes, 4096),
+    ] {
+        assert_eq!((kind.count, kind.bytes, kind.errors, kind.latency.count()), (1, bytes, 0, 1));
+        assert!(kind.latency.at_most_us(1, 1) >= kind.longest_us);
+    }
+    assert_eq!((stats.depth, stats.in_flight, stats.in_flight_max), (1, 0, 1));
+    assert!(stats.owners.runs_max > 0 && stats.buffer_bytes == 0);
 }

@@ -16,7 +16,9 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 mod client;
+mod stats;
 pub use client::{Client, ClientError};
+pub use stats::{CacheStats, Histogram, KindStats, Stats};
 
 /// Longest line either side accepts.
 pub const LINE_BYTES_MAX: usize = 64 * 1024;
@@ -239,52 +241,4 @@ pub struct MergeStatus {
     pub longest_wait_us: u64,
     /// What went wrong, when `phase` is `failed`.
     pub error: Option<String>,
-}
-
-/// Counters of one tapdisk since its start.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Stats {
-    /// The leaf.
-    pub leaf: Option<ImageRef>,
-    /// Volumes of the chain, leaf first.
-    pub chain: Vec<ImageRef>,
-    /// Virtual size in bytes.
-    pub virtual_bytes: u64,
-    /// Whether writes are refused.
-    pub read_only: bool,
-    /// Connected NBD clients.
-    pub clients: u64,
-    /// Requests in flight.
-    pub in_flight: u64,
-    /// Per kind: reads.
-    pub read: KindStats,
-    /// Per kind: writes.
-    pub write: KindStats,
-    /// Per kind: flushes.
-    pub flush: KindStats,
-    /// Per kind: trims and zero writes.
-    pub discard: KindStats,
-    /// Blocks the leaf holds.
-    pub leaf_blocks: u64,
-    /// Entries waiting in the pending record.
-    pub record_entries: u64,
-    /// Longest stall of the last pause, in microseconds.
-    pub last_pause_us: u64,
-    /// `running`, `draining`, `paused` or `failed: …`.
-    pub state: String,
-}
-
-/// Counters of one kind of request.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct KindStats {
-    /// Requests answered.
-    pub count: u64,
-    /// Bytes asked for.
-    pub bytes: u64,
-    /// Answered with an error.
-    pub errors: u64,
-    /// Longest time from arrival to answer, in microseconds.
-    pub longest_us: u64,
-    /// Requests whose time lay in `[2^i, 2^(i+1))` microseconds.
-    pub histogram_us: Vec<u64>,
 }

@@ -48,8 +48,10 @@ pub enum RequestKind {
     /// Everything answered before this becomes durable.
     Flush,
     /// Which runs are data, zero, and at which depth: answered with
-    /// [`Output::Extents`].
+    /// [`Output::Extents`], perhaps for less than was asked.
     BlockStatus,
+    /// The range will be read soon.
+    Cache,
 }
 
 /// An open volume in the driver's table.

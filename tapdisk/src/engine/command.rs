@@ -274,4 +274,16 @@ impl Engine {
     pub fn in_flight(&self) -> usize {
         self.active.len() + self.queue.len()
     }
+
+    /// Requests that wait for the end of a pause or a drain.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// Operations in flight.
+    #[must_use]
+    pub fn operations(&self) -> usize {
+        self.ops.len()
+    }
 }

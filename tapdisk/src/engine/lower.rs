@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use lru::LruCache;
+use tapdisk_control::CacheStats;
 use vhd::bitmap::SectorBitmap;
 use vhd::chain::{ChainMap, OwnerRun, Place, clip, resolve};
 use vhd::units::BlockNo;
@@ -24,6 +25,8 @@ pub struct Lower {
     files: Vec<FileId>,
     owners: LruCache<BlockNo, Arc<[OwnerRun]>>,
     runs_cached: usize,
+    hits: u64,
+    misses: u64,
     resolving: HashMap<BlockNo, Resolving>,
 }
 
@@ -57,6 +60,8 @@ impl Lower {
             files,
             owners: LruCache::unbounded(),
             runs_cached: 0,
+            hits: 0,
+            misses: 0,
             resolving: HashMap::new(),
         }
     }
@@ -119,6 +124,7 @@ impl Engine {
             return Some(Below::Whole(first));
         }
         if let Some(runs) = lower.owners.get(&block) {
+            lower.hits += 1;
             return Some(Below::Owners(Arc::clone(runs)));
         }
         if !lower.resolving.contains_key(&block) {
@@ -127,9 +133,22 @@ impl Engine {
         None
     }
 
+    /// The cache of owners, in figures.
+    #[must_use]
+    pub fn owners(&self) -> CacheStats {
+        CacheStats {
+            blocks: self.lower.owners.len() as u64,
+            runs: self.lower.runs_cached as u64,
+            runs_max: OWNER_RUNS_MAX as u64,
+            hits: self.lower.hits,
+            misses: self.lower.misses,
+        }
+    }
+
     /// Reads every bitmap the block's owners depend on, at the same time.
     fn resolve_block(&mut self, block: BlockNo) {
         let generation = self.lower.generation;
+        self.lower.misses += 1;
         let places: Vec<Place> = self.lower.map.places(block).collect();
         let bitmaps: Vec<_> =
             places.iter().map(|place| (*place, place.whole.then_some(SectorBitmap::FULL))).collect();
@@ -190,6 +209,7 @@ impl Engine {
     /// forgotten; the pieces that waited for them look again.
     pub(super) fn replace_lower(&mut self, mut lower: Lower) -> Lower {
         lower.generation = self.lower.generation + 1;
+        (lower.hits, lower.misses) = (self.lower.hits, self.lower.misses);
         let old = std::mem::replace(&mut self.lower, lower);
         self.wake_owners();
         old

@@ -40,6 +40,7 @@ pub use command::{Command, CommandError, CommandReply, NewLeaf, Token};
 pub use image::{Image, SettlePlan};
 pub use lower::Lower;
 pub use merge::MergeFigures;
+pub use quiesce::Holds;
 
 use crate::limits;
 use image::Purpose;
@@ -86,6 +87,7 @@ pub struct Engine {
     queue: VecDeque<Request>,
     parked: HashMap<Wait, Vec<Piece>>,
     state: State,
+    holds: Holds,
     stack: Vec<Image>,
     second: Second,
     lower: Lower,
@@ -137,6 +139,7 @@ impl Engine {
             queue: VecDeque::new(),
             parked: HashMap::new(),
             state: State::Running,
+            holds: Holds::default(),
             stack: leaf.into_iter().collect(),
             second: Second::Frozen,
             lower,

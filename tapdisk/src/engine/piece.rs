@@ -37,6 +37,7 @@ enum Action {
     Write,
     Zero { keep: bool },
     Status,
+    Cache,
 }
 
 /// Stands where a part belongs to no guest request.
@@ -78,8 +79,8 @@ impl Piece {
 impl Engine {
     /// Starts a request.
     pub(super) fn begin(&mut self, request: Request) {
-        let writes =
-            !matches!(request.kind, RequestKind::Read | RequestKind::Flush | RequestKind::BlockStatus);
+        use RequestKind::{BlockStatus, Cache, Flush, Read};
+        let writes = !matches!(request.kind, Read | Flush | BlockStatus | Cache);
         let end = request.offset.checked_add(u64::from(request.len));
         let aligned = request.offset.is_multiple_of(SECTOR_BYTES)
             && u64::from(request.len).is_multiple_of(SECTOR_BYTES);
@@ -104,9 +105,12 @@ impl Engine {
             RequestKind::WriteZeroes { no_hole, .. } => self.cut(request, Action::Zero { keep: no_hole }),
             RequestKind::Trim { .. } => self.cut(request, Action::Zero { keep: false }),
             RequestKind::BlockStatus => {
-                let len = u64::from(request.len).min(crate::limits::STATUS_BYTES_MAX);
-                let len = u32::try_from(len).unwrap_or(u32::MAX);
+                let len = self.resolvable(&request);
                 self.cut(Request { len, ..request }, Action::Status);
+            }
+            RequestKind::Cache => {
+                let len = self.resolvable(&request);
+                self.cut(Request { len, ..request }, Action::Cache);
             }
             RequestKind::Flush => {}
         }
@@ -141,6 +145,7 @@ impl Engine {
         match piece.action {
             Action::Read => self.plan_read(piece),
             Action::Status => self.plan_status(piece),
+            Action::Cache => self.plan_cache(piece),
             Action::Write => self.plan_write(piece),
             Action::Zero { .. } => self.plan_zero(piece),
         }
@@ -314,7 +319,8 @@ impl Engine {
     }
 
     /// Zeros: where nobody below has the block, a whole block leaves the
-    /// image; what is not there needs nothing; all else is a write of zeros.
+    /// image, and what is not there needs nothing, unless the guest wants to
+    /// keep the space; all else is a write of zeros.
     fn plan_zero(&mut self, piece: Piece) {
         let whole_block = piece.run == SectorRun::BLOCK;
         let merging = self.second == Second::Parent && self.stack.len() == 2;
@@ -338,9 +344,10 @@ impl Engine {
             return self.park(Wait::Window(piece.block), piece);
         }
         match self.stack[target].rw.presence(piece.block) {
+            Presence::Absent if piece.action == (Action::Zero { keep: true }) => self.plan_write(piece),
             Presence::Absent => self.part_done(piece.request, Ok(())),
             Presence::Whole(_) | Presence::Partial(_)
-                if whole_block && piece.action == Action::Zero { keep: false } =>
+                if whole_block && piece.action == (Action::Zero { keep: false }) =>
             {
                 self.free_block(target, piece);
             }
@@ -420,7 +427,7 @@ impl Engine {
             RequestKind::Write { fua } | RequestKind::WriteZeroes { fua, .. } | RequestKind::Trim { fua } => {
                 fua
             }
-            RequestKind::Read | RequestKind::BlockStatus => false,
+            RequestKind::Read | RequestKind::BlockStatus | RequestKind::Cache => false,
         };
         let error = active.error;
         match error {
@@ -437,26 +444,6 @@ impl Engine {
             }
             self.out.push_back(Output::Done(request, result));
         }
-    }
-
-    fn plan_status(&mut self, piece: Piece) {
-        let Some(sources) = self.sources(piece) else { return };
-        let depth_below = u32::try_from(self.stack.len()).unwrap_or(0) + 1;
-        let extents = sources
-            .into_iter()
-            .map(|(run, source)| Extent {
-                len: run.bytes(),
-                depth: match source {
-                    Source::Zero => 0,
-                    Source::Stack { index, .. } => u32::try_from(index).unwrap_or(0) + 1,
-                    Source::Lower { node, .. } => depth_below + u32::from(node),
-                },
-            })
-            .collect();
-        if let Some(active) = self.active.get_mut(&piece.request) {
-            active.extents.push((piece.block, extents));
-        }
-        self.part_done(piece.request, Ok(()));
     }
 }
 

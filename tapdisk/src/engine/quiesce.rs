@@ -11,6 +11,16 @@
 use super::command::{CommandError, CommandReply, Token};
 use super::{CleanWaiter, Engine, Image, Lower};
 
+/// How long requests were held at pauses and drains, in microseconds.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Holds {
+    since_us: u64,
+    /// At the last one.
+    pub last_us: u64,
+    /// At the longest one.
+    pub longest_us: u64,
+}
+
 /// Whether guest requests run.
 #[derive(Debug)]
 pub(super) enum State {
@@ -70,6 +80,7 @@ impl Engine {
     pub(super) fn drain_then(&mut self, then: Then) -> Result<(), CommandError> {
         match self.state {
             State::Running => {
+                self.holds.since_us = self.now_us;
                 self.state = State::Draining(then);
                 Ok(())
             }
@@ -115,9 +126,17 @@ impl Engine {
         }
     }
 
+    /// How long requests were held.
+    #[must_use]
+    pub fn holds(&self) -> Holds {
+        self.holds
+    }
+
     /// Lets requests run again, those that queued first.
     pub(super) fn release(&mut self) {
         self.state = State::Running;
+        self.holds.last_us = self.now_us.saturating_sub(self.holds.since_us);
+        self.holds.longest_us = self.holds.longest_us.max(self.holds.last_us);
         while let Some(request) = self.queue.pop_front() {
             self.begin(request);
         }

@@ -146,12 +146,6 @@ impl Connection {
             Decision::Refuse { error, discard } => {
                 self.phase = Phase::Discard { agreed, asked, error, left: discard };
             }
-            Decision::Answer => {
-                self.phase = Phase::Request(agreed);
-                if let Some(slot) = self.occupy(asked, None) {
-                    self.finish(slot, Ok(()), &[]);
-                }
-            }
             Decision::Submit(kind) => return self.submit(agreed, asked, kind),
         }
         Step::Again

@@ -19,8 +19,6 @@ use crate::unaligned::Cut;
 pub enum Decision {
     /// Hand it to the engine; a write once its data is here.
     Submit(RequestKind),
-    /// Nothing to do: answer it.
-    Answer,
     /// Answer with an error, after dropping `discard` bytes that follow.
     Refuse {
         /// What to answer.
@@ -51,19 +49,18 @@ pub fn decide(header: &RequestHeader, agreed: Agreed, export: &Export) -> Decisi
     }
     match check(header, agreed, export) {
         Err(error) => Decision::Refuse { error, discard },
-        Ok(None) => Decision::Answer,
-        Ok(Some(kind)) => Decision::Submit(kind),
+        Ok(kind) => Decision::Submit(kind),
     }
 }
 
 /// The request for the engine, if there is one, or why it is refused.
-fn check(header: &RequestHeader, agreed: Agreed, export: &Export) -> Result<Option<RequestKind>, NbdError> {
+fn check(header: &RequestHeader, agreed: Agreed, export: &Export) -> Result<RequestKind, NbdError> {
     let flags = header.flags.get();
     let fua = flags & command_flag::FUA != 0;
     let len = header.len.get();
     let (kind, allowed_flags) = match header.command.get() {
         // A range of no length means nothing; a flush has no range.
-        command::FLUSH if len == 0 && header.offset.get() == 0 => (Some(RequestKind::Flush), 0),
+        command::FLUSH if len == 0 && header.offset.get() == 0 => (RequestKind::Flush, 0),
         command::FLUSH => return Err(NbdError::Invalid),
         command::READ => {
             let df = if agreed.structured { command_flag::DF } else { 0 };
@@ -71,21 +68,24 @@ fn check(header: &RequestHeader, agreed: Agreed, export: &Export) -> Result<Opti
                 let df = flags & df != 0;
                 return Err(if df { NbdError::Overflow } else { NbdError::Invalid });
             }
-            (Some(RequestKind::Read), df)
+            (RequestKind::Read, df)
         }
         command::WRITE if len as usize > REQUEST_BYTES_MAX => return Err(NbdError::Invalid),
-        command::WRITE => (Some(RequestKind::Write { fua }), 0),
-        command::TRIM => (Some(RequestKind::Trim { fua }), 0),
+        command::WRITE => (RequestKind::Write { fua }, 0),
+        command::TRIM => (RequestKind::Trim { fua }, 0),
         command::WRITE_ZEROES => {
             let no_hole = flags & command_flag::NO_HOLE != 0;
             let fast = if export.fast_zero { command_flag::FAST_ZERO } else { 0 };
-            (Some(RequestKind::WriteZeroes { fua, no_hole }), command_flag::NO_HOLE | fast)
+            if no_hole && flags & fast != 0 {
+                // A hole is always fast here; whether zeros with space of
+                // their own are is only known once they were written.
+                return Err(NbdError::NotSup);
+            }
+            (RequestKind::WriteZeroes { fua, no_hole }, command_flag::NO_HOLE | fast)
         }
-        // A hint; the engine has no cache of data to fill, and the page cache
-        // is not asked on behalf of one guest.
-        command::CACHE => (None, 0),
+        command::CACHE => (RequestKind::Cache, 0),
         command::BLOCK_STATUS if agreed.allocation || agreed.depth => {
-            (Some(RequestKind::BlockStatus), command_flag::REQ_ONE)
+            (RequestKind::BlockStatus, command_flag::REQ_ONE)
         }
         _ => return Err(NbdError::Invalid),
     };
@@ -94,15 +94,15 @@ fn check(header: &RequestHeader, agreed: Agreed, export: &Export) -> Result<Opti
     if flags & !(allowed_flags | command_flag::FUA) != 0 {
         return Err(NbdError::Invalid);
     }
-    if kind != Some(RequestKind::Flush) {
+    if kind != RequestKind::Flush {
         check_range(header, export, kind)?;
     }
     Ok(kind)
 }
 
-fn check_range(header: &RequestHeader, export: &Export, kind: Option<RequestKind>) -> Result<(), NbdError> {
+fn check_range(header: &RequestHeader, export: &Export, kind: RequestKind) -> Result<(), NbdError> {
     use RequestKind::{Trim, Write, WriteZeroes};
-    let changes = matches!(kind, Some(Write { .. } | WriteZeroes { .. } | Trim { .. }));
+    let changes = matches!(kind, Write { .. } | WriteZeroes { .. } | Trim { .. });
     if changes && export.read_only {
         return Err(NbdError::Perm);
     }
@@ -113,7 +113,7 @@ fn check_range(header: &RequestHeader, export: &Export, kind: Option<RequestKind
     let inside = offset.checked_add(u64::from(len)).is_some_and(|end| end <= export.virtual_bytes);
     match kind {
         _ if inside => Ok(()),
-        Some(Write { .. } | WriteZeroes { .. }) => Err(NbdError::NoSpace),
+        Write { .. } | WriteZeroes { .. } => Err(NbdError::NoSpace),
         _ => Err(NbdError::Invalid),
     }
 }
@@ -312,7 +312,7 @@ mod tests {
         }
         assert_eq!(asked(command::FLUSH, 0, 0, 0), Decision::Submit(Kind::Flush));
         assert_eq!(asked(command::READ, 0, 1, 1), Decision::Submit(Kind::Read));
-        assert_eq!(asked(command::CACHE, 0, 0, 4096), Decision::Answer);
+        assert_eq!(asked(command::CACHE, 0, 0, 4096), Decision::Submit(Kind::Cache));
         assert_eq!(asked(command::DISC, 0, 0, 0), Decision::Disconnect);
         let long = Kind::Trim { fua: false };
         let big = Export { virtual_bytes: 1 << 40, ..EXPORT };
@@ -334,6 +334,7 @@ mod tests {
             (command::READ, command_flag::NO_HOLE, 0, 512, NbdError::Invalid),
             (command::READ, 1 << 15, 0, 512, NbdError::Invalid),
             (command::WRITE_ZEROES, 0, 1 << 30, 512, NbdError::NoSpace),
+            (command::WRITE_ZEROES, 2 | 16, 0, 512, NbdError::NotSup),
             (command::TRIM, 0, 1 << 30, 512, NbdError::Invalid),
             (command::FLUSH, 0, 0, 512, NbdError::Invalid),
             (8, 0, 0, 512, NbdError::Invalid),

@@ -46,6 +46,7 @@ pub struct Answered {
 pub struct Guests {
     all: HashMap<RequestId, Guest>,
     next_id: u64,
+    pool: Pool,
     unaligned: Unaligned,
     answered: VecDeque<Answered>,
     counters: Counters,
@@ -58,7 +59,8 @@ impl Guests {
         Self {
             all: HashMap::new(),
             next_id: 0,
-            unaligned: Unaligned::new(pool),
+            unaligned: Unaligned::new(pool.clone()),
+            pool,
             answered: VecDeque::new(),
             counters: Counters::default(),
         }
@@ -76,6 +78,7 @@ impl Guests {
         let extents = Vec::new();
         let guest = Guest { client, slot, extents, buffer, kind, offset, len, arrived_us: now_us };
         self.all.insert(id, guest);
+        self.counters.in_flight(self.all.len());
         if direct {
             // For what changes nothing: all sectors touched.
             let len = u32::try_from(cut.len()).unwrap_or(u32::MAX - 511);
@@ -137,7 +140,11 @@ impl Guests {
 
     /// The statistics as far as the server knows them.
     pub fn stats(&self, clients: u64) -> Stats {
-        self.counters.stats(clients, self.all.len() as u64)
+        Stats {
+            in_flight: self.all.len() as u64,
+            buffer_bytes: self.pool.used_bytes() as u64,
+            ..self.counters.stats(clients)
+        }
     }
 }
 

@@ -75,6 +75,10 @@ impl Core for Plain {
                 self.effects.push_back(Effect::Engine(Output::Done(id, Ok(()))));
                 return;
             }
+            RequestKind::Cache => {
+                self.effects.push_back(Effect::Engine(Output::Done(id, Ok(()))));
+                return;
+            }
             _ => {}
         }
         self.left.insert(id, (ops.len() as u32, Ok(())));
@@ -203,15 +207,27 @@ impl Running {
         socket
     }
 
-    /// A client past the handshake, with simple replies.
+    /// A client past the handshake, with simple replies. While those who left
+    /// still count, the server may turn it away for a moment.
     fn ready(&self) -> UnixStream {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            match self.try_ready() {
+                Ok(socket) => return socket,
+                Err(error) => assert!(Instant::now() < deadline, "{error}"),
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn try_ready(&self) -> std::io::Result<UnixStream> {
         let mut socket = self.nbd();
-        socket.write_all(&[0, 0, 0, 3]).unwrap();
-        socket.write_all(b"IHAVEOPT\0\0\0\x01\0\0\0\x04disk").unwrap();
+        socket.write_all(&[0, 0, 0, 3])?;
+        socket.write_all(b"IHAVEOPT\0\0\0\x01\0\0\0\x04disk")?;
         let mut hello = [0; 18 + 10];
-        socket.read_exact(&mut hello).unwrap();
+        socket.read_exact(&mut hello)?;
         assert_eq!(hello[18..26], DISK_BYTES.to_be_bytes());
-        socket
+        Ok(socket)
     }
 
     fn uri(&self) -> String {

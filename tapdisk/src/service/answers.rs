@@ -49,11 +49,16 @@ pub(super) fn stats(engine: &Engine, counters: &Stats) -> Stats {
         engine.images().into_iter().map(|(name, footer)| ImageRef { volume: name.to_string(), footer });
     let leaf = if engine.leaf().is_some() { chain.next() } else { None };
     Stats {
+        depth: engine.images().len() as u64,
         chain: leaf.iter().cloned().chain(chain).collect(),
         leaf,
         virtual_bytes: engine.virtual_bytes(),
         read_only: engine.stack().is_empty(),
-        in_flight: engine.in_flight() as u64,
+        held: engine.held() as u64,
+        operations: engine.operations() as u64,
+        owners: engine.owners(),
+        last_pause_us: engine.holds().last_us,
+        longest_pause_us: engine.holds().longest_us,
         leaf_blocks: u64::from(engine.leaf_blocks()),
         record_entries: engine.record_entries() as u64,
         state: engine.state_word(),
