@@ -65,6 +65,7 @@ fn serve(args: Args) -> anyhow::Result<()> {
         run,
     };
     let manager = Arc::new(Manager::open(settings)?);
+    crate::caretaker::start(&manager).context("caretaker")?;
     let socket = manager.run().join("smd.sock");
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -20,6 +20,7 @@ use uuid::Uuid;
 use vhd::record::RecordStore;
 
 use crate::lease::Lease;
+use crate::wanted::Wanted;
 
 /// Held until dropped, or until the process dies.
 pub type Guard = Box<dyn Send>;
@@ -88,6 +89,48 @@ pub trait Host: Send + Sync + Debug {
     /// # Errors
     /// I/O errors.
     fn wait_gone(&self, vdi: Uuid) -> io::Result<bool>;
+
+    /// VDIs of the SR that are to be served until they are detached; see
+    /// [`crate::wanted`]. A host that brings nothing back knows of none.
+    ///
+    /// # Errors
+    /// I/O errors.
+    fn wanted(&self) -> io::Result<Vec<Wanted>> {
+        Ok(Vec::new())
+    }
+
+    /// One of them.
+    ///
+    /// # Errors
+    /// I/O errors.
+    fn wanted_one(&self, vdi: Uuid) -> io::Result<Option<Wanted>> {
+        Ok(self.wanted()?.into_iter().find(|wanted| wanted.vdi == vdi))
+    }
+
+    /// Notes that a VDI is to be served. The caller holds the SR lock.
+    ///
+    /// # Errors
+    /// I/O errors.
+    fn want(&self, _wanted: &Wanted) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Notes that it is not any more. The caller holds the SR lock.
+    ///
+    /// # Errors
+    /// I/O errors.
+    fn unwant(&self, _vdi: Uuid) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Blocks until the reader of a VDI is gone; returns at once when there is
+    /// none. For a thread that has nothing else to do.
+    ///
+    /// # Errors
+    /// I/O errors.
+    fn until_gone(&self, _vdi: Uuid) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Pending records of the SR's images.
     fn records(&self) -> &dyn RecordStore;

@@ -13,6 +13,7 @@
 //! | [`catalog`] | labels and history |
 //! | [`owner`], [`run_folder`], [`readers`], [`spawn`] | the real host: locks, leases, processes |
 //! | [`jobs`], [`turns`], [`progress`] | long operations, whose turn it is, how far they are |
+//! | [`wanted`], [`caretaker`] | VDIs that are to be served, and bringing back a tapdisk that died |
 //! | [`manager`], [`api`], [`views`] | smd: SRs, requests, what is shown |
 //!
 //! Absent on purpose: the data path (reached only through its control
@@ -20,6 +21,7 @@
 
 pub mod api;
 pub mod attached;
+pub mod caretaker;
 pub mod catalog;
 pub mod chain;
 mod daemon;
@@ -47,6 +49,7 @@ pub mod state;
 pub mod tree;
 pub mod turns;
 pub mod views;
+pub mod wanted;
 
 pub use daemon::run;
 pub use error::{Error, Result};

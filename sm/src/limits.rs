@@ -34,6 +34,22 @@ pub const TAP_STOP_MS_MAX: u64 = 10_000;
 /// How long the API retries an operation that found another one under way,
 /// in milliseconds.
 pub const BUSY_RETRY_MS_MAX: u64 = 5_000;
+/// Attempts to bring back a tapdisk that died, in one row; then an operator
+/// has to attach the disk.
+pub const REVIVE_ATTEMPTS_MAX: u32 = 16;
+/// Wait before the second attempt, in milliseconds; each later one is twice as
+/// long as the last. The first is at once.
+pub const REVIVE_WAIT_MS_FIRST: u64 = 100;
+/// Longest wait between two attempts, in milliseconds.
+pub const REVIVE_WAIT_MS_MAX: u64 = 30_000;
+/// How long a tapdisk must live before its death begins a new row of
+/// attempts, in milliseconds.
+pub const REVIVE_STEADY_MS: u64 = 60_000;
+/// Tapdisks being brought back at one time.
+pub const REVIVES_AT_ONCE_MAX: usize = 8;
+/// How often attached VDIs are looked at, in milliseconds. The death of a
+/// tapdisk that is watched already is noticed at once.
+pub const CARETAKER_LOOK_MS: u64 = 1_000;
 /// Bytes of an API request body.
 pub const BODY_BYTES_MAX: usize = 1 << 20;
 /// Requests the API works on at once; more wait.

@@ -5,6 +5,7 @@
 //!   <run>/intents/<intent>         locked while somebody works on the intent
 //!   <run>/records/<sr>/<footer>    pending records
 //!   <run>/tap/<vdi>/lease          locked by the tapdisk for its whole life
+//!                   wanted         there until the VDI is detached
 //!                   ctl.sock  nbd.sock  log
 //!   <run>/readers/<sr>/…           leases of copies and exports, see readers.rs
 //! ```
@@ -31,6 +32,7 @@ use crate::limits::{SMALL_FILE_BYTES_MAX, SR_LOCK_WAIT_MS_MAX, TAP_ANSWER_MS_MAX
 use crate::owner::{HostId, Owner};
 use crate::readers::Readers;
 use crate::spawn::{self, TapOrder, TapProgram};
+use crate::wanted::{Wanted, WantedFiles};
 
 /// How often a lock or a lease that is waited for is looked at.
 const POLL: Duration = Duration::from_millis(2);
@@ -82,6 +84,11 @@ impl RunFolder {
 
     fn tap_folder(&self, vdi: Uuid) -> PathBuf {
         self.run.join("tap").join(vdi.to_string())
+    }
+
+    fn on_wanted<T>(&self, work: impl FnOnce(WantedFiles<'_>) -> io::Result<T>) -> io::Result<T> {
+        let taps = self.run.join("tap");
+        work(WantedFiles { taps: &taps, sr: self.sr, boot: self.boot, epoch: self.owner.epoch })
     }
 
     fn control(&self, vdi: Uuid) -> PathBuf {
@@ -258,6 +265,34 @@ impl Host for RunFolder {
                 return Ok(false);
             }
             std::thread::sleep(POLL);
+        }
+    }
+
+    fn wanted(&self) -> io::Result<Vec<Wanted>> {
+        let vdis = self.known_vdis()?;
+        self.on_wanted(|files| vdis.into_iter().filter_map(|vdi| files.get(vdi).transpose()).collect())
+    }
+
+    fn wanted_one(&self, vdi: Uuid) -> io::Result<Option<Wanted>> {
+        self.on_wanted(|files| files.get(vdi))
+    }
+
+    fn want(&self, wanted: &Wanted) -> io::Result<()> {
+        make_folder(&self.tap_folder(wanted.vdi))?;
+        self.on_wanted(|files| files.put(wanted))
+    }
+
+    fn unwant(&self, vdi: Uuid) -> io::Result<()> {
+        self.on_wanted(|files| files.remove(vdi))
+    }
+
+    /// A shared lock that is waited for is granted when the last descriptor
+    /// of the lease is closed: at the instant the process is gone.
+    fn until_gone(&self, vdi: Uuid) -> io::Result<()> {
+        match File::open(self.tap_folder(vdi).join("lease")) {
+            Ok(lease) => lease.lock_shared(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
         }
     }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 use uuid::Uuid;
+use vhd::storage::VolumeName;
 
 use crate::catalog::Label;
 use crate::error::{Error, IoContext, Result};
@@ -12,7 +13,8 @@ use crate::lease::Lease;
 use crate::repo::Repo;
 use crate::scan::{self, Scan};
 use crate::state::{KnownSr, SrType};
-use crate::tree::{Node, NodeIx};
+use crate::tree::{Broken, Node, NodeIx, NodeState};
+use crate::wanted::{Down, Wanted};
 
 /// A VDI or hidden node. Sizes in bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -51,6 +53,9 @@ pub struct VdiView {
     /// Where it is served, while attached.
     #[serde(flatten)]
     pub served: Option<Served>,
+    /// Set while it is attached but has lost its tapdisk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub down: Option<Down>,
 }
 
 /// Where an attached VDI is served.
@@ -126,6 +131,7 @@ pub struct Look<'a> {
     scan: Scan,
     labels: BTreeMap<Uuid, Label>,
     leases: Vec<Lease>,
+    wanted: Vec<Wanted>,
 }
 
 impl<'a> Look<'a> {
@@ -138,7 +144,8 @@ impl<'a> Look<'a> {
         let labels = repo.labels.all()?;
         let _sr = repo.host.lock_sr().during(|| format!("lock of SR {}", repo.name))?;
         let leases = repo.host.leases().during(|| "leases".into())?;
-        Ok(Self { repo, scan, labels, leases })
+        let wanted = repo.host.wanted().during(|| "run folder".into())?;
+        Ok(Self { repo, scan, labels, leases, wanted })
     }
 
     /// All visible nodes; with `hidden` the others too.
@@ -154,8 +161,31 @@ impl<'a> Look<'a> {
     /// [`Error::NotFound`].
     pub fn one(&self, vdi: Uuid) -> Result<VdiView> {
         let not_found = || Error::NotFound { what: format!("VDI {vdi}") };
-        let ix = self.scan.tree.by_uuid(vdi).ok_or_else(not_found)?;
-        Ok(self.vdi(&self.scan.tree.nodes[ix]))
+        match self.scan.tree.by_uuid(vdi) {
+            Some(ix) => Ok(self.vdi(&self.scan.tree.nodes[ix])),
+            None if self.wanted.iter().any(|wanted| wanted.vdi == vdi) => Ok(self.missing(vdi)),
+            None => Err(not_found()),
+        }
+    }
+
+    /// A VDI whose volume is gone while it was attached.
+    #[must_use]
+    pub fn missing(&self, vdi: Uuid) -> VdiView {
+        let broken = Broken::Unreadable { reason: "its volume is missing".into() };
+        self.vdi(&Node {
+            volume: VolumeName::vhd(vdi),
+            uuid: vdi,
+            footer: Uuid::nil(),
+            state: NodeState::Broken(broken),
+            virtual_bytes: 0,
+            physical_bytes: 0,
+            allocated_bytes: 0,
+            created_s: 0,
+            parent: None,
+            children: Vec::new(),
+            depth: 0,
+            intent: None,
+        })
     }
 
     /// All trees.
@@ -195,6 +225,9 @@ impl<'a> Look<'a> {
     fn vdi(&self, node: &Node) -> VdiView {
         let label = self.labels.get(&node.uuid).cloned().unwrap_or_default();
         let lease = self.leases.iter().find(|lease| lease.serves(node.uuid) && lease.pid != 0);
+        // Wanted and without a tapdisk: it is attached, and not served.
+        let wanted =
+            self.wanted.iter().find(|wanted| wanted.vdi == node.uuid && !wanted.starting && lease.is_none());
         let snapshot = label.snapshot_of.is_some() || label.read_only;
         let kind = match (node.is_hidden(), snapshot) {
             (true, _) => Kind::Hidden,
@@ -216,11 +249,14 @@ impl<'a> Look<'a> {
             physical_size: node.allocated_bytes,
             allocated: data.unwrap_or(0),
             depth: node.depth,
-            read_only: kind != Kind::Leaf || lease.is_some_and(|lease| lease.read_only),
-            attached: lease.is_some(),
+            read_only: kind != Kind::Leaf
+                || lease.is_some_and(|lease| lease.read_only)
+                || wanted.is_some_and(|wanted| wanted.read_only),
+            attached: lease.is_some() || wanted.is_some(),
             created: if label.created_s == 0 { node.created_s } else { label.created_s },
             broken: node.broken().map(ToString::to_string),
             served: lease.map(|lease| served(self.repo, lease)),
+            down: wanted.map(|wanted| wanted.down.clone().unwrap_or_else(Down::just_now)),
         }
     }
 }

@@ -8,4 +8,5 @@ mod bad_input;
 mod exclusive;
 mod killed;
 mod main_job;
+mod revived;
 mod space;

@@ -5,6 +5,7 @@
 //!   routes.rs     which request calls what; `GET /openapi.json` lists them
 //!   jobs.rs       long operations: begun, looked at, stopped
 //!   answer.rs     results and errors as JSON
+//!   status.rs     how we do; Prometheus text
 //! ```
 //!
 //! Requests are blocking work: each runs on a thread of its own, a stated
@@ -15,10 +16,12 @@ mod jobs;
 mod listener;
 mod openapi;
 mod routes;
+mod status;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Instant;
 
 use anyhow::Context;
 use tokio::sync::Semaphore;
@@ -37,6 +40,7 @@ struct App {
     turns: Turns,
     jobs: Jobs,
     job_places: Arc<Semaphore>,
+    began: Instant,
 }
 
 #[derive(Debug, Default)]
@@ -63,6 +67,7 @@ pub async fn serve(
         turns: Turns::default(),
         jobs: Jobs::default(),
         job_places: Arc::new(Semaphore::new(JOBS_AT_ONCE_MAX)),
+        began: Instant::now(),
     };
     // Jobs stop then, leaving nothing: neither a stream nor a thread keeps
     // the process alive.

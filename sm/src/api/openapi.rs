@@ -29,6 +29,7 @@ const ROUTES: &[Route] = &[
     ("get", "/jobs", "Long operations, newest first: state queued, running, done, failed or cancelled", &[]),
     ("get", "/jobs/{job}", "One of them; with ?wait_ms= as soon as it has ended or the time is up", &[]),
     ("post", "/jobs/{job}/cancel", "Stop it, leaving nothing behind", &[]),
+    ("get", "/status", "This daemon, and disks whose tapdisk died", &[]),
     ("get", "/metrics", "Prometheus text", &[]),
 ];
 

@@ -7,8 +7,6 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Path, Query, State};
-use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -16,7 +14,7 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::answer::{Failure, Outcome, document};
-use super::{App, jobs};
+use super::{App, jobs, status};
 use crate::error::{Error, Result};
 use crate::journal::SiblingKind;
 use crate::limits::{BODY_BYTES_MAX, BUSY_RETRY_MS_MAX, TURN_WAIT_MS_MAX};
@@ -50,14 +48,15 @@ pub fn router(app: App) -> Router {
         .route("/jobs/{job}", get(jobs::show))
         .route("/jobs/{job}/cancel", post(jobs::cancel))
         .route("/openapi.json", get(async || document(super::openapi::document())))
-        .route("/metrics", get(metrics))
+        .route("/status", get(status::status))
+        .route("/metrics", get(status::metrics))
         .fallback(async || Failure(Error::NotFound { what: "such request; see /openapi.json".into() }))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .with_state(app)
 }
 
 /// Runs blocking work on a thread of its own, as soon as a slot is free.
-async fn run<T: Send + 'static>(
+pub(super) async fn run<T: Send + 'static>(
     app: &App,
     mut work: impl FnMut(&Manager) -> Result<T> + Send + 'static,
 ) -> Result<T, Failure> {
@@ -392,23 +391,8 @@ async fn detach(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) ->
         if ops::detach(repo, vdi, how.force)? {
             manager.kick(repo.uuid);
         }
-        Look::at(repo)?.one(vdi)
+        let look = Look::at(repo)?;
+        look.one(vdi).or_else(|_| Ok(look.missing(vdi)))
     });
     document(detached.await?)
-}
-
-async fn metrics(State(app): State<App>) -> Response {
-    let known = app.manager.known();
-    let attached = known.iter().filter(|sr| sr.attached).count();
-    let text = format!(
-        "# TYPE coppice_smd_requests_total counter\ncoppice_smd_requests_total {}\n\
-         # TYPE coppice_smd_requests_refused_total counter\ncoppice_smd_requests_refused_total {}\n\
-         # TYPE coppice_srs gauge\ncoppice_srs{{state=\"attached\"}} {attached}\n\
-         coppice_srs{{state=\"detached\"}} {}\n",
-        app.counters.requests.load(Ordering::Relaxed),
-        app.counters.refused.load(Ordering::Relaxed),
-        known.len() - attached,
-    );
-    let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
-    (StatusCode::OK, kind, text).into_response()
 }

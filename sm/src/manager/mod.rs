@@ -8,9 +8,7 @@
 //! Changes of SRs are one at a time; operations on VDIs only borrow a
 //! [`Repo`] and run side by side.
 //!
-//! The place for bringing back a tapdisk that died: its lease is seen
-//! unlocked by [`Host::leases`](crate::host::Host::leases), which reaps it
-//! today, and the VDI shows as not attached.
+//! A tapdisk that died is brought back by [`crate::caretaker`].
 
 mod sr;
 
@@ -20,6 +18,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 
 use crate::attached::OpenSr;
+use crate::caretaker;
 use crate::chain;
 use crate::error::{Error, IoContext, Result};
 use crate::nudge::Nudge;
@@ -59,6 +58,8 @@ pub struct Manager {
     id: HostId,
     tapdisk: TapProgram,
     nudge: Nudge,
+    /// Tapdisks that died and came back.
+    pub(crate) tap_counters: caretaker::Counters,
     entries: Mutex<Vec<Entry>>,
     /// Held through a change of SRs; `entries` only to look and to note.
     changing: Mutex<()>,
@@ -82,6 +83,7 @@ impl Manager {
             id,
             tapdisk: settings.tapdisk,
             nudge: Nudge::new(settings.gcd_socket),
+            tap_counters: caretaker::Counters::default(),
             entries: Mutex::new(entries),
             changing: Mutex::new(()),
         };
@@ -156,6 +158,8 @@ impl Manager {
             for sr in open {
                 match chain::leaf_volume(&sr.repo, vdi) {
                     Ok(_) => return Ok((sr.repo, vdi)),
+                    // Attached, and its image went away: it can be detached.
+                    Err(Error::NotFound { .. }) if attached(&sr.repo, vdi)? => return Ok((sr.repo, vdi)),
                     Err(Error::NotFound { .. }) => {}
                     Err(error) => return Err(error),
                 }
@@ -207,6 +211,11 @@ impl Manager {
         // matter here.
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn attached(repo: &Repo, vdi: Uuid) -> Result<bool> {
+    let wanted = repo.host.wanted_one(vdi).during(|| format!("run folder of VDI {vdi}"))?;
+    Ok(wanted.is_some())
 }
 
 fn find(entries: &[Entry], sr: Uuid) -> Result<&Entry> {

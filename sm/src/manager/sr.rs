@@ -141,6 +141,7 @@ impl Manager {
             let _sr = open.repo.host.lock_sr().during(|| format!("lock of SR {}", known.name))?;
             recover::recover(&open.repo, Scope::All)?;
             recover::sweep(&open.repo)?;
+            ops::adopt(&open.repo)?;
         }
         label_images(&open.repo)?;
         write_json(&AttachedSr::file(&self.run, sr), &attached).during(|| "run folder".into())?;
@@ -170,6 +171,11 @@ impl Manager {
             let leases = repo.host.leases().during(|| "leases".into())?;
             if !leases.is_empty() {
                 let reason = format!("{} VDIs are attached or being copied", leases.len());
+                return Err(Error::InUse { what: format!("SR {}", repo.name), reason });
+            }
+            if let Some(down) = repo.host.wanted().during(|| "run folder".into())?.first() {
+                let reason =
+                    format!("VDI {} is attached, its tapdisk died and is being brought back", down.vdi);
                 return Err(Error::InUse { what: format!("SR {}", repo.name), reason });
             }
             nobody_works(repo).inspect_err(|_| self.make_way(sr, None))?;

@@ -12,6 +12,7 @@ use crate::image;
 use crate::journal::{Intent, JobState, volume_of};
 use crate::lease::{Lease, Reader};
 use crate::repo::Repo;
+use crate::wanted::Wanted;
 
 /// Where an attached VDI is served.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,11 +30,12 @@ pub struct Attached {
 ///   1. recover this tree                      the name leads to the right image
 ///   2. write a recorded new parent, if a merge is relinking this chain
 ///   3. settle the leaf, if nobody will do so by opening it for writing
-///   4. lease, locked by us, naming the chain  crash: unlocked, so dead, reaped
+///   4. noted as wanted                        crash: smd brings it up later
+///   5. lease, locked by us, naming the chain  crash: unlocked, so dead, reaped
 ///   after it:
-///   5. tapdisk, inheriting the lease's lock   crash of ours: it serves on
+///   6. tapdisk, inheriting the lease's lock   crash of ours: it serves on
 /// ```
-/// Nothing but the lease is written, so there is no intent.
+/// Nothing on the SR is written, so there is no intent.
 ///
 /// # Errors
 /// [`Error::ReadOnly`] for a snapshot attached for writing, [`Error::InUse`]
@@ -44,13 +46,24 @@ pub fn attach(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Attached> {
     if snapshot && !read_only {
         return Err(Error::ReadOnly { what: format!("snapshot {vdi}") });
     }
-    let hold = match lease(repo, vdi, read_only)? {
+    let before = repo.host.wanted_one(vdi).during(|| wanted_of(vdi))?;
+    let hold = match lease(repo, vdi, read_only, For::Person)? {
         Leased::Already(endpoint) => {
             return Ok(Attached { endpoint, fresh: false });
         }
         Leased::Fresh(hold) => hold,
     };
-    let endpoint = hold.start_tap().map_err(|error| not_started(repo, vdi, &error))?;
+    let endpoint = hold.start_tap().map_err(|error| {
+        give_back(repo, vdi, before.as_ref());
+        not_started(repo, vdi, &error)
+    })?;
+    {
+        let _sr = repo.host.lock_sr().during(|| format!("lock of SR {}", repo.name))?;
+        let wanted = repo.host.wanted_one(vdi).during(|| wanted_of(vdi))?;
+        if let Some(wanted) = wanted {
+            repo.host.want(&wanted.started()).during(|| wanted_of(vdi))?;
+        }
+    }
     let detail = if read_only { "read-only" } else { "read-write" }.to_owned();
     repo.labels.note(&Event { at_s: repo.ids.now_s(), operation: "attach", vdi, detail })?;
     Ok(Attached { endpoint, fresh: true })
@@ -68,23 +81,100 @@ fn not_started(repo: &Repo, vdi: Uuid, error: &std::io::Error) -> Error {
     }
 }
 
+fn wanted_of(vdi: Uuid) -> String {
+    format!("run folder of VDI {vdi}")
+}
+
+/// After an attach that failed the VDI is as wanted as it was before.
+fn give_back(repo: &Repo, vdi: Uuid, before: Option<&Wanted>) {
+    let back = || -> Result<()> {
+        let locked = super::lock(repo, &[])?;
+        if locked.lease(vdi).is_some() {
+            // Somebody else has attached it meanwhile.
+            return Ok(());
+        }
+        let back = before.map_or_else(|| repo.host.unwant(vdi), |before| repo.host.want(before));
+        back.during(|| wanted_of(vdi))
+    };
+    if let Err(error) = back() {
+        tracing::warn!(sr = %repo.uuid, %vdi, %error, "a failed attach stays noted");
+    }
+}
+
+/// Starts the tapdisk of a wanted VDI that has none, as it was attached.
+/// Returns false if it is not wanted any more.
+///
+/// There are never two writers: the lease of the dead one is free only when
+/// its process is gone, and the new one opens the image under the image's own
+/// lock (invariant 4), replaying the pending record.
+///
+/// # Errors
+/// As [`attach`].
+pub fn revive(repo: &Repo, vdi: Uuid) -> Result<bool> {
+    let Some(wanted) = repo.host.wanted_one(vdi).during(|| wanted_of(vdi))? else {
+        return Ok(false);
+    };
+    let hold = match lease(repo, vdi, wanted.read_only, For::Caretaker) {
+        Ok(Leased::Already(_)) => return Ok(true),
+        Ok(Leased::Fresh(hold)) => hold,
+        Err(_) if repo.host.wanted_one(vdi).during(|| wanted_of(vdi))?.is_none() => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    hold.start_tap().map_err(|error| not_started(repo, vdi, &error))?;
+    Ok(true)
+}
+
+/// What a dead smd was at: a live tapdisk is wanted, be it that it was being
+/// attached or detached; an attach that brought up none is forgotten, as
+/// nobody was answered. The caller holds the SR lock.
+///
+/// # Errors
+/// The run folder cannot be read or written.
+pub fn adopt(repo: &Repo) -> Result<()> {
+    let mut leases = repo.host.leases().during(|| "leases".into())?;
+    leases.retain(|lease| lease.reader == Reader::Tapdisk);
+    for lease in &leases {
+        let before = repo.host.wanted_one(lease.vdi).during(|| wanted_of(lease.vdi))?;
+        if before.as_ref().is_none_or(|wanted| wanted.starting) {
+            let wanted = Wanted::starting(repo.uuid, lease.vdi, lease.read_only).started();
+            repo.host.want(&wanted).during(|| wanted_of(lease.vdi))?;
+        }
+    }
+    for wanted in repo.host.wanted().during(|| "run folder".into())? {
+        if wanted.starting && leases.iter().all(|lease| lease.vdi != wanted.vdi) {
+            repo.host.unwant(wanted.vdi).during(|| wanted_of(wanted.vdi))?;
+        }
+    }
+    Ok(())
+}
+
+/// Who attaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum For {
+    /// Somebody who asked.
+    Person,
+    /// Nobody, a dead tapdisk is being replaced: only while it is wanted.
+    Caretaker,
+}
+
 enum Leased {
     Already(Endpoint),
     Fresh(Box<dyn LeaseHold>),
 }
 
-fn lease(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Leased> {
+fn lease(repo: &Repo, vdi: Uuid, read_only: bool, whom: For) -> Result<Leased> {
     let locked = super::lock(repo, &[vdi])?;
     if let Some(lease) = locked.lease(vdi) {
         if lease.pid == 0 {
             return Err(Error::Busy { reason: format!("VDI {vdi} is being attached") });
         }
-        if lease.read_only != read_only {
-            let how = if lease.read_only { "reading only" } else { "writing" };
-            let reason = format!("it is attached for {how}");
-            return Err(Error::InUse { what: format!("VDI {vdi}"), reason });
-        }
+        same_way(vdi, lease.read_only, read_only)?;
         return Ok(Leased::Already(repo.host.endpoint(lease)));
+    }
+    match (repo.host.wanted_one(vdi).during(|| wanted_of(vdi))?, whom) {
+        (None, For::Caretaker) => return Err(Error::NotFound { what: format!("attach of VDI {vdi}") }),
+        (None, For::Person) => {}
+        (Some(wanted), _) => same_way(vdi, wanted.read_only, read_only)?,
     }
     let mut links = super::visible_chain(repo, vdi)?;
     locked.no_snapshot_of(&links[0])?;
@@ -105,8 +195,21 @@ fn lease(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Leased> {
     }
     let chain = links.iter().map(Link::image_ref).collect();
     let lease = Lease { vdi, sr: repo.uuid, pid: 0, read_only, reader: Reader::Tapdisk, chain };
+    if whom == For::Person {
+        let wanted = Wanted::starting(repo.uuid, vdi, read_only);
+        repo.host.want(&wanted).during(|| wanted_of(vdi))?;
+    }
     let hold = repo.host.make_lease(&lease).during(|| format!("lease of VDI {vdi}"))?;
     Ok(Leased::Fresh(hold))
+}
+
+/// Refuses an attach the other way.
+fn same_way(vdi: Uuid, is_read_only: bool, read_only: bool) -> Result<()> {
+    if is_read_only == read_only {
+        return Ok(());
+    }
+    let how = if is_read_only { "reading only" } else { "writing" };
+    Err(Error::InUse { what: format!("VDI {vdi}"), reason: format!("it is attached for {how}") })
 }
 
 /// Writes the new parent of an image of this chain that a merge has recorded
@@ -137,9 +240,15 @@ pub(crate) fn relink(repo: &Repo, links: &[Link], intents: &[crate::journal::Sto
 
 /// Detaches a VDI; fine if it is not attached. Returns whether it was.
 ///
-/// The tapdisk settles its images before it ends, and with it ends the lock
-/// of the lease. If it is killed meanwhile the lease ends too, and whoever
-/// opens the image next replays its record.
+/// ```text
+///   under the SR lock:
+///   1. not wanted any more     crash: it is served on; the next smd notes it
+///                              as wanted again
+///   after it:
+///   2. the tapdisk settles its images and ends, and with it the lease
+/// ```
+/// If it is killed meanwhile the lease ends too, nobody brings it back, and
+/// whoever opens the image next replays its record.
 ///
 /// # Errors
 /// [`Error::InUse`] while clients are connected, unless `force`;
@@ -147,15 +256,34 @@ pub(crate) fn relink(repo: &Repo, links: &[Link], intents: &[crate::journal::Sto
 /// when the tapdisk lives but does not answer.
 pub fn detach(repo: &Repo, vdi: Uuid, force: bool) -> Result<bool> {
     let locked = super::lock(repo, &[vdi])?;
-    if locked.lease(vdi).is_none() {
-        chain::leaf_volume(repo, vdi)?;
-        return Ok(false);
+    let wanted = repo.host.wanted_one(vdi).during(|| wanted_of(vdi))?;
+    let Some(lease) = locked.lease(vdi) else {
+        if wanted.is_none() {
+            chain::leaf_volume(repo, vdi)?;
+        }
+        repo.host.unwant(vdi).during(|| wanted_of(vdi))?;
+        return Ok(wanted.is_some());
+    };
+    if lease.pid == 0 {
+        return Err(Error::Busy { reason: format!("VDI {vdi} is being attached") });
     }
     locked.no_snapshot_of(&chain::read(repo, vdi)?[0])?;
+    repo.host.unwant(vdi).during(|| wanted_of(vdi))?;
     drop(locked);
+    if let Err(error) = stop(repo, vdi, force) {
+        want_again(repo, wanted.as_ref());
+        return Err(error);
+    }
+    let detail = if force { "forced" } else { "" }.to_owned();
+    repo.labels.note(&Event { at_s: repo.ids.now_s(), operation: "detach", vdi, detail })?;
+    Ok(true)
+}
+
+/// Has a tapdisk end, and waits until it is gone.
+fn stop(repo: &Repo, vdi: Uuid, force: bool) -> Result<()> {
     let lost = |reason: String| Error::NotRunning { what: format!("the tapdisk of VDI {vdi}"), reason };
     let Some(mut tap) = repo.host.tap(vdi).map_err(|e| lost(e.to_string()))? else {
-        return Ok(true);
+        return Ok(());
     };
     match tap.call(Request::Stop { force }) {
         Ok(_) => {}
@@ -173,9 +301,22 @@ pub fn detach(repo: &Repo, vdi: Uuid, force: bool) -> Result<bool> {
     if !repo.host.wait_gone(vdi).during(|| "leases".into())? {
         return Err(lost("it was stopped but does not end".into()));
     }
-    let detail = if force { "forced" } else { "" }.to_owned();
-    repo.labels.note(&Event { at_s: repo.ids.now_s(), operation: "detach", vdi, detail })?;
-    Ok(true)
+    Ok(())
+}
+
+/// A detach that was refused leaves the VDI attached, so wanted. If its
+/// tapdisk died in between, it is brought back.
+fn want_again(repo: &Repo, wanted: Option<&Wanted>) {
+    let Some(wanted) = wanted else {
+        return;
+    };
+    let again = || -> Result<()> {
+        let _locked = super::lock(repo, &[])?;
+        repo.host.want(wanted).during(|| wanted_of(wanted.vdi))
+    };
+    if let Err(error) = again() {
+        tracing::warn!(sr = %repo.uuid, vdi = %wanted.vdi, %error, "not noted as attached");
+    }
 }
 
 /// Settles every image of the SR that a killed holder left unsettled: the SR

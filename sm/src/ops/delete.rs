@@ -48,6 +48,10 @@ pub fn delete(repo: &Repo, vdi: Uuid) -> Result<Deleted> {
         let reason = format!("it is attached, process {}", lease.pid);
         return Err(Error::InUse { what: format!("VDI {vdi}"), reason });
     }
+    if repo.host.wanted_one(vdi).during(|| format!("run folder of VDI {vdi}"))?.is_some() {
+        let reason = "it is attached, and its tapdisk is being brought back".into();
+        return Err(Error::InUse { what: format!("VDI {vdi}"), reason });
+    }
     let claim = |intent: &Intent| intent.names(&volume, if footer.is_nil() { vdi } else { footer });
     if let Some(stored) = locked.intents.iter().find(|stored| claim(&stored.intent)) {
         return Err(Error::Busy { reason: format!("job {} works on VDI {vdi}", stored.name.id) });

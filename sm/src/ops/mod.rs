@@ -14,7 +14,7 @@ mod snapshot_steps;
 mod stat;
 
 pub(crate) use attach::relink;
-pub use attach::{Attached, attach, detach, settle_all};
+pub use attach::{Attached, adopt, attach, detach, revive, settle_all};
 pub use create::{VIRTUAL_BYTES_MIN, create};
 pub use delete::{Deleted, delete};
 pub use rename::rename;

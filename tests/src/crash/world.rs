@@ -169,7 +169,7 @@ impl Host for SimHost {
     }
 
     fn make_lease(&self, lease: &Lease) -> io::Result<Box<dyn LeaseHold>> {
-        locked(&self.inner).leases.insert(lease.vdi, lease.clone());
+        locked(&self.inner).leases.insert(lease.vdi, Lease { pid: 1, ..lease.clone() });
         let disk = self.disk.clone();
         let files = disk.volumes();
         let top = VolumeName::new(&lease.chain[0].volume).expect("a volume name");

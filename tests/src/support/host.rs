@@ -1,6 +1,8 @@
 //! A host of its own for each test: real smd and gcd on private folders,
 //! which may be killed and started again.
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -195,6 +197,16 @@ impl Host {
         Attached::of(&self.ok(&["vdi", "attach", "--read-only", vdi]))
     }
 
+    /// What a daemon says to Prometheus.
+    pub fn metrics(&self, daemon: Daemon) -> String {
+        let mut socket = UnixStream::connect(self.run_dir().join(format!("{}.sock", name(daemon)))).unwrap();
+        socket.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+        let mut text = String::new();
+        socket.read_to_string(&mut text).unwrap();
+        assert!(text.starts_with("HTTP/1.0 200") || text.starts_with("HTTP/1.1 200"), "{text}");
+        text
+    }
+
     /// The process of a daemon.
     pub fn pid(&self, daemon: Daemon) -> u32 {
         let child = match daemon {
@@ -261,7 +273,8 @@ pub struct Attached {
 }
 
 impl Attached {
-    fn of(answer: &Value) -> Self {
+    /// Where `vdi attach` or `vdi show` says it is.
+    pub fn of(answer: &Value) -> Self {
         let uri = answer["nbd"].as_str().unwrap().to_owned();
         let export = uri.strip_prefix("nbd+unix:///").unwrap().split('?').next().unwrap();
         Self {

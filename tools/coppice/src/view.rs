@@ -43,6 +43,8 @@ pub struct Vdi {
     pub created: Value,
     /// Why it cannot be used.
     pub broken: Option<String>,
+    /// What smd does about a tapdisk that died.
+    pub down: Value,
 }
 
 /// A storage repository. Sizes in bytes.

@@ -12,6 +12,7 @@ use crate::view::{self, GcStatus, Sr};
 /// neither runs has the command failed.
 pub fn run(context: &Context) -> Outcome<()> {
     let smd = state(&context.smd, "/srs")?;
+    let smd_status = state(&context.smd, "/status")?;
     let gcd = state(&context.gcd, "/status")?;
     if smd.is_none() && gcd.is_none() {
         return Err(context
@@ -21,7 +22,7 @@ pub fn run(context: &Context) -> Outcome<()> {
             .unwrap_or_else(|| Failure::new("BUSY", "the daemons are just starting: ask again")));
     }
     let answer = json!({
-        "smd": {"running": smd.is_some()},
+        "smd": {"running": smd.is_some(), "status": smd_status},
         "gcd": {"running": gcd.is_some(), "status": gcd},
         "srs": smd.clone().map_or(Value::Null, |srs| view::inner(srs, "srs")),
     });
@@ -31,6 +32,7 @@ pub fn run(context: &Context) -> Outcome<()> {
         let runs = |up: bool| if up { "runs" } else { "does not run" };
         let mut text = format!("smd {}\ngcd {}\n\n", runs(smd.is_some()), runs(gcd.is_some()));
         text.push_str(&render::srs(&srs));
+        text.push_str(&render::down(smd_status.as_ref()));
         if let Some(gcd) = &gc_view {
             text.push_str(&format!("\n{}", render::gc_status(gcd)));
         }

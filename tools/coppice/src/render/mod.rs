@@ -45,6 +45,23 @@ pub fn vdis(list: &[Vdi]) -> String {
     table.to_string()
 }
 
+/// Disks that lost their tapdisk, from smd's status; nothing if there are none.
+pub fn down(status: Option<&Value>) -> String {
+    let Some(Value::Array(down)) = status.and_then(|status| status.get("down")) else {
+        return String::new();
+    };
+    if down.is_empty() {
+        return String::new();
+    }
+    let mut table = table::Table::new(["WITHOUT TAPDISK", "UUID", "STATE", "ATTEMPTS", "REASON"]);
+    for disk in down {
+        let field = |name: &str| plain(disk.get(name).unwrap_or(&Value::Null));
+        let state = if disk["given_up"] == true { "given up: attach it" } else { "is brought back" };
+        table.row([field("name"), field("vdi"), state.to_owned(), field("attempts"), field("error")]);
+    }
+    format!("\n{table}")
+}
+
 /// The collector's state: one line per storage repository, then one per node
 /// with something to tell.
 pub fn gc_status(status: &GcStatus) -> String {
@@ -100,6 +117,9 @@ pub fn object(document: &Value) -> String {
 pub fn vdi_state(vdi: &Vdi) -> String {
     if let Some(why) = &vdi.broken {
         return format!("broken: {why}");
+    }
+    if vdi.down.is_object() {
+        return "attached, its tapdisk died".to_owned();
     }
     match (vdi.attached, vdi.read_only) {
         (true, true) => "attached read-only".to_owned(),
