@@ -208,11 +208,28 @@ fn a_tapdisk_outlives_smd_and_its_death_is_noticed() {
     let vdi = smd.ok("GET", "/vdis/web", Value::Null);
     assert_eq!((&vdi["attached"], &vdi["pid"]), (&json!(true), &json!(pid)));
     kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGKILL).unwrap();
-    wait("its death is noticed", || smd.ok("GET", "/vdis/web", Value::Null)["attached"] == false);
-    let vdi = smd.ok("POST", "/vdis/web/attach", json!({ "read_only": true }));
-    assert_eq!(vdi["read_only"], true);
+    let mut vdi = Value::Null;
+    wait("another one takes its place", || {
+        vdi = smd.ok("GET", "/vdis/web", Value::Null);
+        vdi["pid"].as_i64().is_some_and(|now| now != pid)
+    });
+    assert_eq!(vdi["attached"], true);
+
+    tapdisk(folder.path(), DEAD_TAPDISK);
     let pid = i32::try_from(vdi["pid"].as_i64().unwrap()).unwrap();
     kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
-    wait("its end", || smd.ok("GET", "/vdis/web", Value::Null)["attached"] == false);
+    wait("attempts that fail are counted", || {
+        vdi = smd.ok("GET", "/vdis/web", Value::Null);
+        vdi["down"]["attempts"].as_u64() >= Some(2)
+    });
+    assert!(vdi["down"]["error"].as_str().unwrap().contains("no luck"), "{vdi}");
+    assert_eq!((&vdi["attached"], &vdi["pid"]), (&json!(true), &Value::Null));
+    assert_eq!(smd.code("DELETE", "/vdis/web", Value::Null), "IN_USE");
+    assert_eq!(smd.code("POST", "/vdis/web/attach", json!({ "read_only": true })), "IN_USE");
+    assert_eq!(smd.ok("GET", "/status", Value::Null)["down"][0]["name"], "web");
+    let metrics = smd.ask("GET", "/metrics", &Value::Null).1;
+    assert!(metrics.contains("coppice_tapdisks{state=\"down\"} 1"), "{metrics}");
+    smd.ok("POST", "/vdis/web/detach", Value::Null);
+    assert_eq!(smd.ok("GET", "/status", Value::Null)["down"], json!([]));
     smd.end();
 }
