@@ -44,8 +44,9 @@ pub const LOOK_EVERY: Duration = Duration::from_secs(30);
 pub const FAILURES_KEPT: usize = 256;
 /// Times an inner merge looks for children that came late.
 pub const RELINK_ROUNDS_MAX: u32 = 8;
-/// Extra room counted for one window of a merge that a tapdisk runs.
-pub const LIVE_WINDOW_BYTES: u64 = 8 << 20;
+/// Extra room counted for the blocks that a merge run by a tapdisk has under
+/// way at one time.
+pub const LIVE_WINDOW_BYTES: u64 = 32 << 20;
 /// Quiet time after somebody aborted.
 pub const ABORT_QUIET: Duration = Duration::from_secs(30);
 /// Finished jobs kept for the status.

@@ -10,11 +10,22 @@ pub const QUIET_TICK_US: u64 = 1_000_000;
 pub const IDLE_WRITEBACK_US: u64 = 1_000_000;
 /// Owner runs kept in memory for blocks that no level has whole.
 pub const OWNER_RUNS_MAX: usize = 1 << 20;
-/// Blocks a merge moves in one window: what a guest write may wait for.
-pub const WINDOW_BLOCKS: usize = 2;
 /// Partly present blocks that one block-status or cache request has resolved,
 /// each of which may read a bitmap in every level; it is answered shorter.
 pub const RESOLVED_BLOCKS_MAX: usize = 128;
+/// Blocks that a leaf merge copies at one time: what a guest write may wait
+/// for.
+pub const COPYING_BLOCKS_MAX: usize = 2;
+/// Blocks that a leaf merge has under way: being copied, waiting for a flush,
+/// or gone from the leaf but not yet from its file. That many blocks of extra
+/// room it may need.
+pub const MOVING_BLOCKS_MAX: usize = 16;
+/// Copied blocks that are worth a flush of the parent while others are still
+/// being copied: a third of those under way, so that copying, the flush of the
+/// parent and that of the leaf go on at the same time.
+pub const FLUSH_BLOCKS: usize = 5;
+/// Bytes a leaf merge may copy at once above its rate.
+pub const PACE_BURST_BYTES: u64 = 4 << 20;
 
 /// Connected NBD clients, those included whose socket is gone but whose last
 /// requests are still being carried out. One more is turned away.

@@ -127,6 +127,11 @@ pub enum Request {
         /// Most bytes copied per second; 0 is no limit.
         rate_bytes_per_s: u64,
     },
+    /// Changes the rate of the running merge from now on.
+    MergeRate {
+        /// Most bytes copied per second; 0 is no limit.
+        rate_bytes_per_s: u64,
+    },
     /// How far the merge is: [`Reply::Merge`].
     MergeStatus,
     /// Stops the merge, bounded by one window; the parent is settled and

@@ -59,6 +59,11 @@ pub enum Command {
         /// Most bytes copied per second; 0 is no limit.
         rate_bytes_per_s: u64,
     },
+    /// Changes the rate of the merge from now on.
+    MergeRate {
+        /// Most bytes copied per second; 0 is no limit.
+        rate_bytes_per_s: u64,
+    },
     /// Ends the merge; afterwards the parent is the frozen second image.
     MergeStop,
     /// The emptied leaf goes, the parent takes its name.
@@ -140,6 +145,10 @@ impl Engine {
                     return Err(CommandError::Busy("the disk is read-only"));
                 }
                 self.drain_then(Then::MergeStart { token, parent, below, rate_bytes_per_s })?;
+            }
+            Command::MergeRate { rate_bytes_per_s } => {
+                self.merge_rate(rate_bytes_per_s)?;
+                self.answer(token, Ok(CommandReply::Done));
             }
             Command::MergeStop => self.merge_stop(token)?,
             Command::MergeCommit { footer } => self.merge_commit(token, &footer)?,

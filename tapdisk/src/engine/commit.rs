@@ -72,6 +72,7 @@ impl Engine {
         self.stack[LEAF].name = leaf.name;
         self.second = Second::Frozen;
         self.merge.phase = Phase::None;
+        debug_assert!(self.merge.moves.is_empty(), "the leaf still has blocks");
         self.merge.writes.clear();
         self.after_all_so_far(Barrier::Close(vec![leaf.file]));
         self.wake_bitmaps(leaf.file);

@@ -126,6 +126,7 @@ impl Engine {
                 if let (Some(index), Ok(())) = (self.index_of(file), result(&completion)) {
                     self.stack[index].rw.slots().put(slot);
                 }
+                self.merge_released(file);
             }
             Purpose::Copy { block, slot, run } => self.copied(block, slot, run, &completion),
             Purpose::Commit => self.commit_step(result(&completion)),

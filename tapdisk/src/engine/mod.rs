@@ -8,7 +8,7 @@
 //!   stack[0]   the leaf: written                        image.rs, writeback.rs
 //!   stack[1]   sometimes one more image held open:      Second::Frozen, ::Parent
 //!              the former leaf until it is settled, or
-//!              the parent a leaf merge moves into       merge.rs
+//!              the parent a leaf merge moves into       merge.rs, moves.rs
 //!   lower      everything below: an immutable map       lower.rs
 //! ```
 //!
@@ -26,6 +26,7 @@ mod commit;
 mod image;
 mod lower;
 mod merge;
+mod moves;
 mod piece;
 mod quiesce;
 mod status;
@@ -58,7 +59,7 @@ pub(crate) enum Wait {
     Owners(BlockNo),
     /// A longer file.
     Length(FileId),
-    /// The block is in a merge window.
+    /// A merge copies the block, or an overlapping write goes to two images.
     Window(BlockNo),
 }
 

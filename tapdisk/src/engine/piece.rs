@@ -7,7 +7,7 @@ use vhd::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockNo, SECTOR_BYTES, SectorRun, S
 
 use super::image::Purpose;
 use super::lower::Below;
-use super::{BufferRange, Engine, Extent, FileId, Op, Output, Request, RequestId, RequestKind, Second, Wait};
+use super::{BufferRange, Engine, Extent, FileId, Op, Output, Request, RequestId, RequestKind, Wait};
 
 /// A guest request in flight.
 #[derive(Debug)]
@@ -65,6 +65,10 @@ pub(super) enum Source {
 }
 
 impl Piece {
+    fn zeros(&self) -> bool {
+        matches!(self.action, Action::Zero { .. })
+    }
+
     /// The buffer bytes of a part of the piece's run.
     fn buffer(&self, run: SectorRun) -> BufferRange {
         let sector = u32::try_from(SECTOR_BYTES).unwrap_or(512);
@@ -229,25 +233,41 @@ impl Engine {
     /// parked. Outside a merge that is the leaf. In a merge: what the leaf
     /// has is written in the leaf, all else in the parent alone.
     fn targets(&mut self, piece: Piece) -> Option<Vec<(usize, SectorRun)>> {
-        if !(self.stack.len() == 2 && self.second == Second::Parent) {
+        if !self.merging() {
             return Some(vec![(0, piece.run)]);
         }
         if self.in_window(piece.block) {
             self.park(Wait::Window(piece.block), piece);
             return None;
         }
-        match self.stack[0].rw.presence(piece.block) {
-            Presence::Absent => Some(vec![(1, piece.run)]),
-            Presence::Whole(_) => Some(vec![(0, piece.run)]),
+        let mut targets: Vec<(usize, SectorRun)> = match self.stack[0].rw.presence(piece.block) {
+            Presence::Absent => vec![(1, piece.run)],
+            Presence::Whole(_) => vec![(0, piece.run)],
             Presence::Partial(slot) => {
                 let Some(bitmap) = self.stack[0].rw.bitmap(piece.block) else {
                     self.load_bitmap(0, piece.block, slot);
                     self.park(Wait::Bitmap(self.stack[0].file, piece.block), piece);
                     return None;
                 };
-                Some(bitmap.runs(piece.run).map(|part| (usize::from(!part.present), part.run)).collect())
+                bitmap.runs(piece.run).map(|part| (usize::from(!part.present), part.run)).collect()
             }
+        };
+        let in_leaf: Vec<SectorRun> = targets.iter().filter(|(i, _)| *i == 0).map(|(_, run)| *run).collect();
+        if in_leaf.is_empty() {
+            return Some(targets);
         }
+        let Some(mirrored) = self.mirrored(piece.block, piece.run, piece.zeros()) else {
+            self.park(Wait::Window(piece.block), piece);
+            return None;
+        };
+        if mirrored {
+            targets.extend(in_leaf.into_iter().map(|run| (1, run)));
+        }
+        if piece.zeros() && !self.has_below(0, piece.block) {
+            // Nobody has the rest of the block: it is zeros already.
+            targets.retain(|(index, _)| *index == 0);
+        }
+        Some(targets)
     }
 
     fn plan_write(&mut self, piece: Piece) {
@@ -260,6 +280,8 @@ impl Engine {
                 None => return,
             }
         }
+        let trimmed = piece.action == Action::Zero { keep: false } && piece.run == SectorRun::BLOCK;
+        self.note_content(piece.block, piece.zeros(), trimmed);
         for ((index, run), slot) in targets.into_iter().zip(slots) {
             let file = self.stack[index].file;
             let part = Part { request: piece.request, file, block: piece.block, slot, run };
@@ -271,7 +293,7 @@ impl Engine {
                 _ => Op::WriteGuest { file, offset, from: piece.buffer(run) },
             };
             self.one_more(piece.request);
-            self.writes_started(piece.block);
+            self.write_started(piece.block, run);
             self.start(op, Purpose::Write(part));
         }
         self.part_done(piece.request, Ok(()));
@@ -323,25 +345,12 @@ impl Engine {
     /// keep the space; all else is a write of zeros.
     fn plan_zero(&mut self, piece: Piece) {
         let whole_block = piece.run == SectorRun::BLOCK;
-        let merging = self.second == Second::Parent && self.stack.len() == 2;
-        if merging && self.in_window(piece.block) {
-            // The leaf's entry may be clear in memory and not yet on its file:
-            // freed in the parent now, the leaf's old data would come back.
-            return self.park(Wait::Window(piece.block), piece);
-        }
+        let merging = self.merging();
         let target = usize::from(merging);
+        // In a merge's leaf it stays a block of zeros until its turn comes.
         let in_leaf = merging && self.stack[0].rw.presence(piece.block) != Presence::Absent;
-        if self.has_below(target, piece.block) || (in_leaf && !whole_block) {
+        if self.has_below(target, piece.block) || in_leaf {
             return self.plan_write(piece);
-        }
-        if in_leaf && !self.windows_come() {
-            return self.plan_write(piece);
-        }
-        if in_leaf {
-            // Its window first: the parent's entry must be clear before the
-            // leaf's is, and then there is only the parent's.
-            self.window_wanted(piece.block);
-            return self.park(Wait::Window(piece.block), piece);
         }
         match self.stack[target].rw.presence(piece.block) {
             Presence::Absent if piece.action == (Action::Zero { keep: true }) => self.plan_write(piece),
@@ -368,12 +377,10 @@ impl Engine {
     /// Data reached the file: make its record entries valid, then it counts.
     pub(super) fn data_written(&mut self, part: Part, result: Result<(), i32>) {
         if let Err(errno) = result {
-            self.writes_finished(part.block);
-            return self.part_done(part.request, Err(errno));
+            return self.part_landed(part, Err(errno));
         }
         let Some(index) = self.index_of(part.file) else {
-            self.writes_finished(part.block);
-            return self.part_done(part.request, Err(libc::EIO));
+            return self.part_landed(part, Err(libc::EIO));
         };
         self.stack[index].unflushed = true;
         if !self.record_part(index, part) {
@@ -399,9 +406,17 @@ impl Engine {
         if image.record.room() < vhd::record::HALF_ENTRIES / 2 {
             self.start_writeback(index);
         }
-        self.writes_finished(part.block);
-        self.part_done(part.request, Ok(()));
+        self.part_landed(part, Ok(()));
         true
+    }
+
+    /// A part's data and entries are in place, or it failed.
+    fn part_landed(&mut self, part: Part, result: Result<(), i32>) {
+        if part.request == NO_REQUEST {
+            return self.copy_recorded(part.block, result);
+        }
+        self.write_ended(part.block, part.run, result);
+        self.part_done(part.request, result);
     }
 
     /// As [`Self::data_written`] for a copy into a merge's parent.

@@ -8,6 +8,7 @@ use vhd::rw::Captured;
 use vhd::units::Slot;
 
 use super::image::Purpose;
+use super::merge::PARENT;
 use super::{Barrier, CommandReply, Engine, FileId, Op, RequestId};
 
 /// Where an image's write-back stands.
@@ -80,6 +81,7 @@ impl Engine {
         if image.poisoned {
             return;
         }
+        let mut fresh = false;
         let captured = match std::mem::replace(&mut image.writeback.state, State::Idle) {
             State::Running(cycle) => {
                 image.writeback.state = State::Running(cycle);
@@ -91,14 +93,18 @@ impl Engine {
                 // The other half is empty: every capture was dropped.
                 let captured = image.record.capture();
                 debug_assert!(captured, "a half of the record is still held");
+                fresh = true;
                 image.rw.capture()
             }
         };
         // Data written from here on is for the next cycle.
         image.unflushed = false;
-        let file = image.file;
+        let (file, number) = (image.file, image.writeback.done + 1);
         image.writeback.state = State::Running(Cycle { captured, stage: Stage::Data, left: 1, error: None });
         self.start(Op::Flush { file, why: "writeback: data before metadata" }, Purpose::WriteBack(file));
+        if fresh && index == PARENT && self.merging() {
+            self.parent_captured(number);
+        }
     }
 
     /// The cycle after which everything written so far is durable, started if

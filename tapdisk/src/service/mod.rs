@@ -102,6 +102,7 @@ enum Doing {
         rate_bytes_per_s: u64,
     },
     StartingMerge(Box<Meta>),
+    Pacing,
     StoppingMerge,
     Committing,
     Closing,
@@ -215,6 +216,9 @@ impl Service {
             }
             Request::MergeStart { leaf, parent, rate_bytes_per_s } => {
                 self.merge_start(caller, &leaf, &parent, rate_bytes_per_s)
+            }
+            Request::MergeRate { rate_bytes_per_s } => {
+                Ok(self.command(caller, Doing::Pacing, Command::MergeRate { rate_bytes_per_s }))
             }
             Request::MergeStop if engine.merge_status().0 == tapdisk_control::MergePhase::None => {
                 Ok(vec![answer(caller, Ok(Reply::Done))])

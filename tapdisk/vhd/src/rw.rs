@@ -395,9 +395,14 @@ impl RwImage {
 
     /// Blocks this image has, in order.
     pub fn blocks_held(&self) -> impl Iterator<Item = BlockNo> + '_ {
-        (0..)
+        self.blocks_held_from(BlockNo(0))
+    }
+
+    /// Those of them from `first` on.
+    pub fn blocks_held_from(&self, first: BlockNo) -> impl Iterator<Item = BlockNo> + '_ {
+        (first.0..)
             .map(BlockNo)
-            .zip(&self.bat)
+            .zip(self.bat.get(first.index()..).unwrap_or_default())
             .filter(|(block, entry)| **entry != BAT_FREE && !self.unwritten.contains(block))
             .map(|(block, _)| block)
     }
