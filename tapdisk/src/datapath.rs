@@ -54,6 +54,7 @@ impl DataPath {
                 Step::Job(token, job) => {
                     self.effects.push_back(Effect::Run(Box::new(move || (token, job()))));
                 }
+                Step::Resized(bytes) => self.effects.push_back(Effect::Resized(bytes)),
                 Step::Exit => self.effects.push_back(Effect::Exit),
             }
         }

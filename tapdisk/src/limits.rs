@@ -88,6 +88,13 @@ pub const RING_ENTRIES: u32 = 512;
 pub const RING_TRANSFERS_MAX: usize = 2048;
 /// Files registered with the ring; more are used by descriptor.
 pub const RING_FILES_MAX: u32 = 128;
+/// Bytes of the disk that one lookup of a control peer looks at.
+pub const LOOKUP_BYTES_MAX: u64 = 1 << 30;
+/// Extents in one answer to a control peer; it asks again for the rest. A
+/// line holds them with room to spare.
+pub const CONTROL_EXTENTS_MAX: usize = 512;
+/// Runs of blocks in one answer to a control peer, likewise.
+pub const CONTROL_RUNS_MAX: usize = 2048;
 
 /// Threads that carry out disk operations. What waits for them is bounded by
 /// what the engine has in flight.

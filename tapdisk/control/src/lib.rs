@@ -118,6 +118,30 @@ pub enum Request {
     },
     /// Makes the images open for writing durable and settled, while serving.
     Settle,
+    /// Makes the disk larger while it is served. Guest requests wait while
+    /// the leaf's tables change: until those in flight are done, what waits
+    /// for a flush is written, and at most 10 MiB of blocks have moved out of
+    /// the way of a larger table. NBD clients learn the size when they
+    /// connect anew. Durable when answered.
+    Grow {
+        /// The leaf.
+        leaf: ImageRef,
+        /// Its new size in bytes, a whole number of blocks.
+        virtual_bytes: u64,
+    },
+    /// Where a range of the disk lies, as requests find it now. Answered
+    /// with [`Reply::Extents`], from `offset` on, perhaps for less.
+    Extents {
+        /// First byte, a multiple of 512.
+        offset: u64,
+        /// Bytes, a multiple of 512.
+        length: u64,
+    },
+    /// Which blocks the leaf has, memory included: [`Reply::Blocks`].
+    LeafBlocks {
+        /// First block of interest.
+        from: u32,
+    },
     /// Starts merging the leaf into its parent.
     MergeStart {
         /// The leaf to empty.
@@ -168,6 +192,18 @@ pub enum Reply {
     HeaderDurable,
     /// Last answer to a refresh.
     Drained,
+    /// Answer to [`Request::Extents`]: runs without gaps.
+    Extents {
+        /// In order.
+        extents: Vec<Extent>,
+    },
+    /// Answer to [`Request::LeafBlocks`].
+    Blocks {
+        /// First block and number of blocks of each run, in order.
+        runs: Vec<(u32, u32)>,
+        /// Where to ask on; `None`: that was all.
+        next: Option<u32>,
+    },
     /// Answer to [`Request::MergeStatus`].
     Merge(MergeStatus),
     /// Answer to [`Request::Stats`].
@@ -193,6 +229,12 @@ pub enum Refusal {
     /// The intent was voided before (a pause that ran out of time).
     #[error("the intent was voided: the pause ended by itself")]
     Voided,
+    /// The repository is full; the disk goes on as before.
+    #[error("no space left: {detail}")]
+    NoSpace {
+        /// What was being written.
+        detail: String,
+    },
     /// It could not be done; the disk goes on as before.
     #[error("{detail}")]
     Failed {
@@ -205,6 +247,17 @@ pub enum Refusal {
         /// What is wrong with it.
         detail: String,
     },
+}
+
+/// A run of the disk and where it lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extent {
+    /// Bytes.
+    pub length: u64,
+    /// The image that has it, and the byte offset in its volume; `None`:
+    /// nowhere, it reads as zeros. An image is named by the uuid in its
+    /// footer, a raw one by that in its volume's name.
+    pub at: Option<(Uuid, u64)>,
 }
 
 /// Where a leaf merge stands.

@@ -44,6 +44,8 @@ pub enum Effect<D> {
     Answer(PeerId, Answer),
     /// Run this, then give its result to [`Core::job_done`].
     Run(Job<D>),
+    /// The disk has this size in bytes from here on.
+    Resized(u64),
     /// Everything is settled and closed: end the process.
     Exit,
 }

@@ -271,6 +271,7 @@ impl SimTap {
             match effect {
                 Effect::Answer(peer, answer) => self.answers.push_back((peer, answer)),
                 Effect::Run(job) => self.jobs.push_back(job),
+                Effect::Resized(_) => {}
                 Effect::Exit => self.exited = true,
                 Effect::Engine(output) => self.output(output),
             }

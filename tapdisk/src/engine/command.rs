@@ -2,6 +2,8 @@
 
 use uuid::Uuid;
 use vhd::chain::Node;
+use vhd::placed::Placed;
+use vhd::rw::RwImage;
 use vhd::storage::VolumeName;
 
 use super::image::Purpose;
@@ -71,8 +73,25 @@ pub enum Command {
         /// The parent's footer without the hidden flag.
         footer: Box<[u8; 512]>,
     },
-    /// Drain, hold, and tell what settling everything takes.
+    /// Drain, hold, and tell what settling everything takes. Also before the
+    /// leaf's tables change.
     Close,
+    /// The held leaf was changed behind the engine's back: this is what it is
+    /// now. Requests go on.
+    Changed {
+        /// Blocks and space of the leaf; `None`: nobody knows, and every
+        /// request fails from here on.
+        rw: Option<Box<RwImage>>,
+        /// The size of leaf and disk in bytes.
+        virtual_bytes: u64,
+    },
+    /// Where a range lies; answered with [`CommandReply::Placed`].
+    Lookup {
+        /// First byte, a multiple of 512.
+        offset: u64,
+        /// Bytes, a multiple of 512, inside the disk.
+        len: u32,
+    },
 }
 
 /// How a command was carried out.
@@ -87,6 +106,8 @@ pub enum CommandReply {
     },
     /// Nothing waits for write-back.
     Clean(Vec<SettlePlan>),
+    /// Where a range lies, in order, without gaps.
+    Placed(Vec<Placed>),
 }
 
 /// Why a command was not carried out.
@@ -153,11 +174,13 @@ impl Engine {
             Command::MergeStop => self.merge_stop(token)?,
             Command::MergeCommit { footer } => self.merge_commit(token, &footer)?,
             Command::Close => self.drain_then(Then::Close(token))?,
+            Command::Changed { rw, virtual_bytes } => self.leaf_changed(token, rw, virtual_bytes)?,
+            Command::Lookup { offset, len } => self.look_up(token, offset, len),
         }
         Ok(())
     }
 
-    fn single_image(&self) -> Result<(), CommandError> {
+    pub(super) fn single_image(&self) -> Result<(), CommandError> {
         match (self.stack.len(), self.second) {
             (2, Second::Parent) => Err(CommandError::Busy("a leaf merge is running: stop it first")),
             (2, Second::Frozen) => Err(CommandError::Busy("the former leaf is not settled yet")),
@@ -272,6 +295,9 @@ impl Engine {
     /// `running`, `draining`, `paused`, or what failed.
     #[must_use]
     pub fn state_word(&self) -> String {
+        if let Some(image) = self.stack.iter().find(|image| image.unmapped) {
+            return format!("failed: the tables of {} cannot be read", image.name);
+        }
         match self.stack.iter().find(|image| image.poisoned) {
             Some(image) => format!("failed: a flush of {} failed", image.name),
             None => self.state.word().to_owned(),

@@ -31,6 +31,9 @@ pub struct Image {
     pub(super) unflushed: bool,
     /// A flush failed: nothing more is promised until it was reopened.
     pub(super) poisoned: bool,
+    /// Its tables were changed and could not be read since: nothing of it can
+    /// be found until it was reopened.
+    pub(super) unmapped: bool,
     /// Length being set.
     pub(super) extending_to: Option<u64>,
     /// Writes that completed but found the record full.
@@ -58,6 +61,7 @@ impl Image {
             writeback: WriteBack::default(),
             unflushed: false,
             poisoned: false,
+            unmapped: false,
             extending_to: None,
             unrecorded: Vec::new(),
         }

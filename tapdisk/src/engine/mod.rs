@@ -23,7 +23,9 @@
 mod api;
 mod command;
 mod commit;
+mod growth;
 mod image;
+mod lookup;
 mod lower;
 mod merge;
 mod moves;
@@ -99,6 +101,8 @@ pub struct Engine {
     names_syncing: bool,
     /// Commands answered once every operation before the barrier completed.
     barriers: Vec<(OpId, Barrier)>,
+    /// Who asked where a range lies.
+    lookups: HashMap<RequestId, Token>,
     clean: Vec<CleanWaiter>,
     last_activity_us: u64,
 }
@@ -149,6 +153,7 @@ impl Engine {
             names_owed: false,
             names_syncing: false,
             barriers: Vec::new(),
+            lookups: HashMap::new(),
             clean: Vec::new(),
             last_activity_us: 0,
         }

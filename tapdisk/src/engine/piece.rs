@@ -7,7 +7,8 @@ use vhd::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockNo, SECTOR_BYTES, SectorRun, S
 
 use super::image::Purpose;
 use super::lower::Below;
-use super::{BufferRange, Engine, Extent, FileId, Op, Output, Request, RequestId, RequestKind, Wait};
+use super::status::StatusRun;
+use super::{BufferRange, Engine, FileId, Op, Output, Request, RequestId, RequestKind, Wait};
 
 /// A guest request in flight.
 #[derive(Debug)]
@@ -17,7 +18,7 @@ pub(super) struct Active {
     left: usize,
     error: Option<i32>,
     /// Runs found by a block-status request, by block.
-    pub(super) extents: Vec<(BlockNo, Vec<Extent>)>,
+    pub(super) extents: Vec<(BlockNo, Vec<StatusRun>)>,
 }
 
 /// The part of a request that lies in one block.
@@ -92,12 +93,15 @@ impl Engine {
             Some(libc::EINVAL)
         } else if writes && self.stack.is_empty() {
             Some(libc::EROFS)
-        } else if writes && self.stack.iter().any(|image| image.poisoned) {
+        } else if self.stack.iter().any(|image| writes && image.poisoned || image.unmapped) {
             Some(libc::EIO)
         } else {
             None
         };
         if let Some(errno) = refusal {
+            if self.lookups.contains_key(&request.id) {
+                return self.lookup_done(request.id, None, Err(errno));
+            }
             self.out.push_back(Output::Done(request.id, Err(errno)));
             return;
         }
@@ -454,6 +458,9 @@ impl Engine {
     /// Answers a request.
     pub(super) fn finish(&mut self, request: RequestId, result: Result<(), i32>) {
         if let Some(active) = self.active.remove(&request) {
+            if self.lookups.contains_key(&request) {
+                return self.lookup_done(request, Some(active), result);
+            }
             if active.kind == RequestKind::BlockStatus && result.is_ok() {
                 self.answer_status(request, active);
             }

@@ -1,11 +1,19 @@
 //! Block status: which runs are data, and at which depth.
 
+use vhd::placed::{At, Placed, image_id};
 use vhd::rw::Presence;
-use vhd::units::{BLOCK_BYTES, BlockNo};
+use vhd::units::{BLOCK_BYTES, BlockNo, SECTOR_BYTES, SectorRun};
 
 use super::piece::{Active, Piece, Source};
 use super::{Engine, Extent, Output, Request, RequestId};
 use crate::limits::RESOLVED_BLOCKS_MAX;
+
+/// A run that a block-status request found.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct StatusRun {
+    pub(super) extent: Extent,
+    pub(super) placed: Placed,
+}
 
 impl Engine {
     /// How much of a request for status or cache is looked at, in bytes: up
@@ -39,18 +47,8 @@ impl Engine {
 
     pub(super) fn plan_status(&mut self, piece: Piece) {
         let Some(sources) = self.sources(piece) else { return };
-        let depth_below = u32::try_from(self.stack.len()).unwrap_or(0) + 1;
-        let extents = sources
-            .into_iter()
-            .map(|(run, source)| Extent {
-                len: run.bytes(),
-                depth: match source {
-                    Source::Zero => 0,
-                    Source::Stack { index, .. } => u32::try_from(index).unwrap_or(0) + 1,
-                    Source::Lower { node, .. } => depth_below + u32::from(node),
-                },
-            })
-            .collect();
+        let extents =
+            sources.into_iter().map(|(run, source)| self.status_run(piece.block, run, source)).collect();
         if let Some(active) = self.active.get_mut(&piece.request) {
             active.extents.push((piece.block, extents));
         }
@@ -65,11 +63,33 @@ impl Engine {
         }
     }
 
+    pub(super) fn status_run(&self, block: BlockNo, run: SectorRun, source: Source) -> StatusRun {
+        let small = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let (depth, at) = match source {
+            Source::Zero => (0, None),
+            Source::Stack { index, slot } => {
+                let at = At { image: self.stack[index].footer, offset: slot.data_offset(run.first) };
+                (small(index) + 1, Some(at))
+            }
+            Source::Lower { node, slot } => {
+                let level = self.lower.map().nodes().get(usize::from(node));
+                let at = level.map(|level| At {
+                    image: image_id(level),
+                    offset: level.data_offset(block, slot, run.first),
+                });
+                (small(self.stack.len()) + 1 + u32::from(node), at)
+            }
+        };
+        let offset = block.first_byte() + u64::from(run.first) * SECTOR_BYTES;
+        let len = run.bytes();
+        StatusRun { extent: Extent { len, depth }, placed: Placed { offset, len, at } }
+    }
+
     /// Joins the blocks' runs, in order, neighbours of one depth as one.
     pub(super) fn answer_status(&mut self, request: RequestId, mut active: Active) {
         active.extents.sort_unstable_by_key(|(block, _)| *block);
         let mut joined: Vec<Extent> = Vec::new();
-        for extent in active.extents.into_iter().flat_map(|(_, extents)| extents) {
+        for StatusRun { extent, .. } in active.extents.into_iter().flat_map(|(_, runs)| runs) {
             match joined.last_mut() {
                 Some(last) if last.depth == extent.depth => last.len += extent.len,
                 _ => joined.push(extent),

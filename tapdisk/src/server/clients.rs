@@ -61,6 +61,12 @@ impl Clients {
         Self { export, pool, all: BTreeMap::new(), next_id: 0, stirred: BTreeSet::new() }
     }
 
+    /// Clients that connect from here on are offered this size in bytes. The
+    /// protocol tells the others nothing: for them the disk is what it was.
+    pub fn resized(&mut self, virtual_bytes: u64) {
+        self.export = Arc::new(Export { virtual_bytes, ..(*self.export).clone() });
+    }
+
     /// How many are past their handshake and connected.
     pub fn transmitting(&self) -> u64 {
         let transmitting = |client: &&Client| client.socket.is_some() && client.connection.is_transmitting();

@@ -325,6 +325,7 @@ impl<C: Core> Server<C> {
             }
             Effect::Answer(peer, answer) => self.peers.answer(peer, &answer),
             Effect::Run(job) => self.workers.start_job(job),
+            Effect::Resized(bytes) => self.clients.resized(bytes),
             Effect::Exit => self.ending = true,
         }
     }

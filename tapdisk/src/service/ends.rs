@@ -4,7 +4,7 @@ use tapdisk_control::{Refusal, Reply};
 use vhd::meta::Meta;
 
 use super::answers::{answer, busy, more, said};
-use super::{AfterFold, Connection, Doing, JobResult, Lease, Operation, Service, Step};
+use super::{AfterFold, Connection, Doing, JobResult, Lease, Operation, Service, Step, places};
 use crate::engine::{Command, CommandError, CommandReply, SettlePlan, Token};
 
 impl Service {
@@ -15,6 +15,9 @@ impl Service {
         reply: Result<CommandReply, CommandError>,
         now_us: u64,
     ) -> Vec<Step> {
+        if let Some(caller) = self.lookups.remove(&token) {
+            return vec![places::found(caller, reply)];
+        }
         let Some(Operation { doing, caller }) = self.operations.remove(&token) else { return Vec::new() };
         let reply = match reply {
             Ok(reply) => reply,
@@ -53,6 +56,7 @@ impl Service {
                 said(caller, Reply::Done)
             }
             (Doing::Closing, CommandReply::Clean(plans)) => self.settle_all(caller, plans),
+            (Doing::Growing(step, bytes), _) => self.growth_goes_on(caller, step, bytes),
             _ => said(caller, Reply::Done),
         }
     }
@@ -63,6 +67,9 @@ impl Service {
         caller: Option<(Connection, u64)>,
         error: &CommandError,
     ) -> Vec<Step> {
+        if let Doing::Growing(step, _) = &doing {
+            return self.growth_failed(caller, step, error);
+        }
         let refusal = match error {
             CommandError::Busy(detail) => busy(detail),
             CommandError::Failed(detail) => Refusal::Failed { detail: detail.clone() },
@@ -130,6 +137,7 @@ impl Service {
                 steps.push(Step::Exit);
                 steps
             }
+            (Doing::Growing(..), JobResult::Grown(grown)) => self.grown(caller, grown),
             (_, JobResult::Failed(detail)) => self.fail(caller, &detail),
             (Doing::Preparing(intent), JobResult::Child(child)) => {
                 let holder = caller.map_or(Connection(0), |(connection, _)| connection);

@@ -10,6 +10,8 @@
 
 mod answers;
 mod ends;
+mod growth;
+mod places;
 
 use std::collections::HashMap;
 
@@ -37,6 +39,8 @@ pub enum Step {
     Command(Token, Command),
     /// Run a job off the engine's thread.
     Job(Token, Job),
+    /// The disk has this size in bytes from here on.
+    Resized(u64),
     /// Everything is settled and answered: end the process.
     Exit,
 }
@@ -49,6 +53,7 @@ impl std::fmt::Debug for Step {
             }
             Self::Command(token, command) => f.debug_tuple("Command").field(token).field(command).finish(),
             Self::Job(token, _) => f.debug_tuple("Job").field(token).finish_non_exhaustive(),
+            Self::Resized(bytes) => f.debug_tuple("Resized").field(bytes).finish(),
             Self::Exit => f.write_str("Exit"),
         }
     }
@@ -69,6 +74,8 @@ pub enum JobResult {
     Below(Box<crate::engine::Lower>),
     /// Every image was settled.
     AllSettled,
+    /// What became of a leaf that was to grow.
+    Grown(growth::Grown),
     /// How the intent of an ended lease was decided.
     Decided {
         /// Whether the swap must happen.
@@ -107,6 +114,8 @@ enum Doing {
     Committing,
     Closing,
     SettlingAll,
+    /// A leaf that grows: see [`growth`].
+    Growing(growth::Step, u64),
     /// The lease of a pause ended by itself.
     Deciding,
 }
@@ -143,6 +152,8 @@ pub struct Service {
     prepared: Option<(IntentNames, Connection, Option<Box<OpenImage>>)>,
     lease: Option<Lease>,
     operations: HashMap<Token, Operation>,
+    /// Who asked where a range lies. These stand in nobody's way.
+    lookups: HashMap<Token, (Connection, u64)>,
     next_token: u64,
 }
 
@@ -157,6 +168,7 @@ impl Service {
             prepared: None,
             lease: None,
             operations: HashMap::new(),
+            lookups: HashMap::new(),
             next_token: 1,
         }
     }
@@ -190,6 +202,8 @@ impl Service {
                 return Ok(vec![answer(caller, Ok(Reply::Stats(Box::new(stats(engine, counters)))))]);
             }
             Request::MergeStatus => return Ok(vec![answer(caller, Ok(Reply::Merge(merge_status(engine))))]),
+            Request::Extents { offset, length } => return self.extents(engine, caller, offset, length),
+            Request::LeafBlocks { from } => return places::leaf_blocks(engine, caller, from),
             _ => {}
         }
         if !self.operations.is_empty() {
@@ -199,7 +213,10 @@ impl Service {
             return Err(busy("the disk is paused"));
         }
         match request {
-            Request::Stats | Request::MergeStatus => Ok(Vec::new()),
+            Request::Stats | Request::MergeStatus | Request::Extents { .. } | Request::LeafBlocks { .. } => {
+                Ok(Vec::new())
+            }
+            Request::Grow { leaf, virtual_bytes } => self.grow(engine, caller, &leaf, virtual_bytes),
             Request::Prepare { intent, leaf, child } => self.prepare(caller, intent, &leaf, child),
             Request::Pause { intent, limit_ms } => {
                 if self.prepared.as_ref().is_none_or(|(prepared, ..)| *prepared != intent) {
@@ -530,9 +547,14 @@ impl Service {
         vec![Step::Job(self.operation(caller, doing), Box::new(job))]
     }
 
-    fn operation(&mut self, caller: Option<(Connection, u64)>, doing: Doing) -> Token {
+    fn token(&mut self) -> Token {
         let token = Token(self.next_token);
         self.next_token += 1;
+        token
+    }
+
+    fn operation(&mut self, caller: Option<(Connection, u64)>, doing: Doing) -> Token {
+        let token = self.token();
         self.operations.insert(token, Operation { doing, caller });
         token
     }

@@ -60,14 +60,31 @@ pub fn open_rw(volumes: &dyn Volumes, name: &VolumeName, records: &dyn RecordSto
             replay(volume.as_ref(), &meta, &record)?;
         }
         records.remove(footer)?;
-        if meta.footer_state != FooterState::Settled && meta.footer_state != FooterState::EndMissing {
-            volume.write_at(&meta.footer.to_bytes(), 0)?;
-            meta.footer_state = FooterState::EndMissing;
-        }
-        let rw = prepare(volume.as_ref(), &meta)?;
+        let rw = ready(volume.as_ref(), &mut meta)?;
         Ok(OpenRw { volume, meta, rw })
     };
     inner().map_err(|e: Error| e.of(name))
+}
+
+/// Makes an image ready for writing once more that the caller has locked and
+/// has changed behind the back of its [`RwImage`], as growth does. Its record
+/// must be empty and nothing in flight.
+///
+/// # Errors
+/// As [`open_rw`].
+pub fn reopen(volume: &dyn Volume) -> Result<(Meta, RwImage)> {
+    let mut meta = writable_meta(volume)?;
+    let rw = ready(volume, &mut meta)?;
+    Ok((meta, rw))
+}
+
+/// Steps 2 to 4 of [`open_rw`].
+fn ready(volume: &dyn Volume, meta: &mut Meta) -> Result<RwImage> {
+    if meta.footer_state != FooterState::Settled && meta.footer_state != FooterState::EndMissing {
+        volume.write_at(&meta.footer.to_bytes(), 0)?;
+        meta.footer_state = FooterState::EndMissing;
+    }
+    prepare(volume, meta)
 }
 
 fn writable_meta(volume: &dyn Volume) -> Result<Meta> {
