@@ -389,7 +389,7 @@ impl Collector {
         let what = match &intent {
             Intent::Inner(_) => "inner coalesce",
             Intent::LeafMerge(_) => "leaf coalesce",
-            Intent::Snapshot(_) => "snapshot",
+            other => other.word(),
         };
         let vdi = self.state().running.get(&key).and_then(|doing| doing.nodes.first().copied());
         let vdi = vdi.unwrap_or_default();

@@ -112,7 +112,7 @@ impl<'a> Job<'a> {
         let found = journal::load(repo.volumes.as_ref())?
             .into_iter()
             .map(|stored| stored.intent)
-            .find(|intent| intent.id() == id && !matches!(intent, Intent::Snapshot(_)));
+            .find(|intent| intent.id() == id && intent.is_merge());
         Ok(found.map(|intent| (Self { repo, watch, resumed: true, _hold: hold }, intent)))
     }
 
@@ -125,7 +125,7 @@ impl<'a> Job<'a> {
         match intent {
             Intent::Inner(mut inner) => self.inner(&mut inner),
             Intent::LeafMerge(mut leaf) => self.leaf(&mut leaf),
-            Intent::Snapshot(_) => Ok(()),
+            _ => Ok(()),
         }
     }
 

@@ -212,7 +212,7 @@ impl State {
                 doing.kind = Kind::Leaf;
                 doing.nodes = [&leaf.leaf, &leaf.parent].into_iter().filter_map(uuid).collect();
             }
-            Intent::Snapshot(_) => {}
+            _ => {}
         }
     }
 

@@ -124,7 +124,7 @@ fn claim(tree: &VdiTree, stored: &Stored) -> Claim {
             let images = [&intent.leaf, &intent.parent];
             Claim { id, nodes: images.into_iter().filter_map(named).collect(), merge: true }
         }
-        Intent::Snapshot(_) => {
+        _ => {
             let nodes = tree.nodes.iter().filter(|node| {
                 let key = if node.footer.is_nil() { node.uuid } else { node.footer };
                 stored.intent.names(&node.volume, key)

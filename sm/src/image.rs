@@ -24,6 +24,9 @@ pub fn bad(volume: &VolumeName, error: vhd::error::Error) -> Error {
             bad(named.as_ref().unwrap_or(volume), *source)
         }
         vhd::error::Error::Io(source) => Error::io(format!("image {volume}"), source),
+        vhd::error::Error::BadSize { reason } => {
+            Error::BadSize { reason: format!("image {volume}: {reason}") }
+        }
         vhd::error::Error::ParentOutside { .. } => Error::ParentOutside { volume: volume.clone() },
         vhd::error::Error::ParentMissing { name } => {
             Error::MissingParent { volume: volume.clone(), parent: name }

@@ -10,8 +10,8 @@
 //!      \-----rename---> void        no member swaps
 //! ```
 //!
-//! The jobs of the garbage collector keep their state inside the record
-//! (`<intent uuid>.job`, replaced whole), because nobody races them for it.
+//! All others keep their state inside the record (`<intent uuid>.job`,
+//! replaced whole), because nobody races them for it.
 //!
 //! Absent on purpose: what to do about a record; see [`crate::recover`] and
 //! the `gc` crate.
@@ -24,6 +24,7 @@ use uuid::Uuid;
 use vhd::storage::{VolumeName, Volumes, Why};
 
 use crate::error::{Error, IoContext, Result};
+pub use crate::intents::{MakeIntent, ResizeIntent, RevertIntent, Swap};
 
 /// Something half done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +36,12 @@ pub enum Intent {
     Inner(InnerIntent),
     /// A leaf merging into its parent; the collector's.
     LeafMerge(LeafMergeIntent),
+    /// A new VDI being filled.
+    Make(MakeIntent),
+    /// A detached VDI changing its size.
+    Resize(ResizeIntent),
+    /// A VDI going back to a snapshot.
+    Revert(RevertIntent),
 }
 
 /// Snapshot or clone: all members or none.
@@ -162,6 +169,27 @@ impl Intent {
             Self::Snapshot(intent) => intent.id,
             Self::Inner(intent) => intent.id,
             Self::LeafMerge(intent) => intent.id,
+            Self::Make(intent) => intent.id,
+            Self::Resize(intent) => intent.id,
+            Self::Revert(intent) => intent.id,
+        }
+    }
+
+    /// Whether it is a job of the collector.
+    #[must_use]
+    pub fn is_merge(&self) -> bool {
+        matches!(self, Self::Inner(_) | Self::LeafMerge(_))
+    }
+
+    /// What it is, for people.
+    #[must_use]
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Snapshot(_) => "a snapshot",
+            Self::Inner(_) | Self::LeafMerge(_) => "a merge",
+            Self::Make(_) => "a copy",
+            Self::Resize(_) => "a change of size",
+            Self::Revert(_) => "a revert",
         }
     }
 
@@ -191,6 +219,9 @@ impl Intent {
                 is(&intent.parent) || intent.nodes.iter().chain(children).any(is)
             }
             Self::LeafMerge(intent) => is(&intent.leaf) || is(&intent.parent),
+            Self::Make(intent) => intent.names(volume, footer),
+            Self::Resize(intent) => intent.names(volume, footer),
+            Self::Revert(intent) => intent.names(volume, footer),
         }
     }
 }
@@ -204,7 +235,7 @@ pub enum RecordState {
     Decided,
     /// A snapshot that does not happen; being cleaned up.
     Void,
-    /// A job of the collector; its state is inside.
+    /// Anything nobody else decides about; its state is inside.
     Job,
 }
 
@@ -298,15 +329,15 @@ fn read(volumes: &dyn Volumes, record: &str) -> Result<Option<Stored>> {
     Ok(Some(Stored { name, intent }))
 }
 
-/// Writes the record of an intent: `pending` for a snapshot, `job` for the
-/// collector's. Durable when this returns.
+/// Writes the record of an intent: `pending` for a snapshot, `job` for all
+/// others. Durable when this returns.
 ///
 /// # Errors
 /// I/O errors; then the record is there or not, whole in either case.
 pub fn put(volumes: &dyn Volumes, intent: &Intent, why: Why) -> Result<RecordName> {
     let state = match intent {
         Intent::Snapshot(_) => RecordState::Pending,
-        Intent::Inner(_) | Intent::LeafMerge(_) => RecordState::Job,
+        _ => RecordState::Job,
     };
     let name = RecordName { id: intent.id(), state };
     let bytes = serde_json::to_vec_pretty(intent)

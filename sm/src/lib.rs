@@ -4,9 +4,10 @@
 //! |---|---|
 //! | [`repo`] | one attached SR: volumes, host, labels, limits |
 //! | [`host`], [`lease`] | this machine: locks, leases, tapdisks |
-//! | [`journal`] | what is half done |
+//! | [`journal`], [`intents`] | what is half done |
 //! | [`tree`], [`scan`], [`chain`] | which image stands on which (the first is pure) |
 //! | [`ops`] | create, snapshot, clone, delete, attach, detach, one file each |
+//! | [`making`] | a new VDI that takes long to fill: copies, imports |
 //! | [`recover`] | finishing or undoing what a dead process left |
 //! | [`reading`] | a whole chain, read under a lease by this process |
 //! | [`image`] | single images: where the format crate is called |
@@ -29,10 +30,12 @@ pub mod error;
 pub mod host;
 pub mod ids;
 pub mod image;
+pub mod intents;
 pub mod jobs;
 pub mod journal;
 pub mod lease;
 pub mod limits;
+pub mod making;
 pub mod manager;
 pub mod nudge;
 pub mod ops;

@@ -67,6 +67,11 @@ pub const JOBS_AT_ONCE_MAX: usize = 16;
 pub const JOBS_KEPT_MAX: usize = 256;
 /// How long a look at a job may wait for its end, in milliseconds.
 pub const JOB_LOOK_MS_MAX: u64 = 60_000;
+/// Bytes a copy reads at a time.
+pub const COPY_PIECE_BYTES: usize = 1 << 20;
+/// Bytes a copy writes before it makes them durable: what it keeps in memory
+/// of bitmaps, and the system of pages, is bounded by it.
+pub const COPY_COMMIT_BYTES: u64 = 256 << 20;
 /// Copies, exports and comparisons of one SR at a time: each holds a lease.
 pub const READERS_MAX: usize = 256;
 /// Rows kept in the operation history of an SR.

@@ -71,7 +71,8 @@ fn lease(repo: &Repo, vdi: Uuid, hidden: bool) -> Result<(Vec<Link>, Guard)> {
         );
         return Err(Error::InUse { what: format!("VDI {vdi}"), reason });
     }
-    locked.no_snapshot_of(top)?;
+    locked.no_operation_on(top)?;
+    locked.no_revival(repo, vdi)?;
     // What a merge fills, or empties, is not to be read as a node of its own.
     let claimed = locked.intents.iter().find(|stored| stored.intent.names(&top.volume, top.head.footer));
     let relinking = ops::relink(repo, &links, &locked.intents)?;

@@ -20,6 +20,7 @@ use crate::image;
 use crate::journal::{
     self, Intent, LeafMergeIntent, LeafMergeState, RecordName, RecordState, SnapshotIntent, Stored, volume_of,
 };
+use crate::making;
 use crate::ops::{self, Decision};
 use crate::repo::Repo;
 
@@ -91,6 +92,9 @@ fn concerns(intent: &Intent, scope: Scope<'_>) -> bool {
             .iter()
             .any(|member| vdis.contains(&member.vdi) || vdis.contains(&member.sibling.vdi)),
         Intent::LeafMerge(merge) => vdis.contains(&merge.vdi),
+        Intent::Make(make) => vdis.contains(&make.vdi),
+        Intent::Resize(resize) => vdis.contains(&resize.vdi),
+        Intent::Revert(revert) => revert.swaps.iter().any(|swap| vdis.contains(&swap.vdi)),
         Intent::Inner(_) => false,
     }
 }
@@ -101,6 +105,9 @@ fn recover_one(repo: &Repo, stored: &Stored) -> Result<()> {
         Intent::Inner(_) => return Ok(()),
         Intent::Snapshot(intent) => &|| snapshot(repo, intent, stored.name.state),
         Intent::LeafMerge(merge) => &|| leaf_merge(repo, merge),
+        Intent::Make(intent) => &|| making::recover(repo, intent),
+        Intent::Resize(intent) => &|| ops::recover_resize(repo, intent),
+        Intent::Revert(intent) => &|| ops::recover_revert(repo, intent),
     };
     let Some(_held) = repo.host.hold_intent(id).during(|| format!("hold intent {id}"))? else {
         return Ok(());

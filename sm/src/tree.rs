@@ -432,7 +432,14 @@ fn role(volume: &VolumeName, footers: &BTreeMap<VolumeName, Uuid>, intents: &[St
                     return Role::Hidden;
                 }
             }
-            Intent::Inner(_) => {}
+            Intent::Revert(intent) => {
+                if let Some(swap) = intent.swaps.iter().find(|swap| *volume == VolumeName::vhd(swap.aside)) {
+                    let now = footers.get(&VolumeName::vhd(swap.vdi));
+                    return if now == Some(&swap.new.footer) { Role::Hidden } else { Role::Prepared };
+                }
+            }
+            // A VDI is whole before it has its name.
+            Intent::Inner(_) | Intent::Make(_) | Intent::Resize(_) => {}
         }
     }
     Role::Ordinary

@@ -11,7 +11,7 @@ use super::{Entry, Manager, find};
 use crate::attached::{AttachedSr, OpenSr};
 use crate::catalog::{Label, SqliteLabels};
 use crate::error::{Error, IoContext, Result};
-use crate::journal::{self, Intent};
+use crate::journal;
 use crate::ops;
 use crate::owner::Owner;
 use crate::recover::{self, Scope};
@@ -299,10 +299,7 @@ fn nobody_works(repo: &Repo) -> Result<()> {
         let id = stored.name.id;
         let held = repo.host.hold_intent(id).during(|| format!("hold intent {id}"))?;
         if held.is_none() {
-            let who = match stored.intent {
-                Intent::Snapshot(_) => "a snapshot",
-                Intent::Inner(_) | Intent::LeafMerge(_) => "a merge",
-            };
+            let who = stored.intent.word();
             let reason = format!("{who} ({id}) is under way in SR {}", repo.name);
             return Err(Error::Busy { reason });
         }

@@ -177,7 +177,7 @@ fn lease(repo: &Repo, vdi: Uuid, read_only: bool, whom: For) -> Result<Leased> {
         (Some(wanted), _) => same_way(vdi, wanted.read_only, read_only)?,
     }
     let mut links = super::visible_chain(repo, vdi)?;
-    locked.no_snapshot_of(&links[0])?;
+    locked.no_operation_on(&links[0])?;
     if !read_only {
         locked.nobody_copies(vdi, &links[0])?;
     }
@@ -267,7 +267,7 @@ pub fn detach(repo: &Repo, vdi: Uuid, force: bool) -> Result<bool> {
     if lease.pid == 0 {
         return Err(Error::Busy { reason: format!("VDI {vdi} is being attached") });
     }
-    locked.no_snapshot_of(&chain::read(repo, vdi)?[0])?;
+    locked.no_operation_on(&chain::read(repo, vdi)?[0])?;
     repo.host.unwant(vdi).during(|| wanted_of(vdi))?;
     drop(locked);
     if let Err(error) = stop(repo, vdi, force) {

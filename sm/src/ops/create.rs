@@ -51,7 +51,7 @@ pub fn create(repo: &Repo, name: &str, virtual_bytes: u64) -> Result<Uuid> {
     Ok(vdi)
 }
 
-fn checked_size(virtual_bytes: u64) -> Result<u64> {
+pub(super) fn checked_size(virtual_bytes: u64) -> Result<u64> {
     let rounded = round_up(virtual_bytes.max(1), BLOCK_BYTES);
     if virtual_bytes == 0 || rounded > VIRTUAL_BYTES_MAX {
         let reason =

@@ -6,18 +6,26 @@
 //! same tree.
 
 mod attach;
+mod copy;
 mod create;
 mod delete;
 mod rename;
+mod resize;
+mod revert;
 mod snapshot;
 mod snapshot_steps;
 mod stat;
 
 pub(crate) use attach::relink;
 pub use attach::{Attached, adopt, attach, detach, revive, settle_all};
+pub use copy::copy;
 pub use create::{VIRTUAL_BYTES_MIN, create};
 pub use delete::{Deleted, delete};
 pub use rename::rename;
+pub(crate) use resize::recover as recover_resize;
+pub use resize::resize;
+pub(crate) use revert::recover as recover_revert;
+pub use revert::revert;
 pub use snapshot::{Wanted, snapshot};
 pub(crate) use snapshot_steps::{Decision, decide, finish, swapped, take_back};
 pub use stat::{Stat, stat};
@@ -32,6 +40,7 @@ use crate::lease::{Lease, Reader};
 use crate::limits::LABEL_BYTES_MAX;
 use crate::recover;
 use crate::repo::Repo;
+use crate::scan;
 
 /// The SR, locked, with everything half done on some VDIs' trees recovered.
 pub(crate) struct Locked {
@@ -47,6 +56,17 @@ impl Locked {
     /// The lease of the tapdisk that serves a VDI.
     pub fn lease(&self, vdi: Uuid) -> Option<&Lease> {
         self.leases.iter().find(|lease| lease.serves(vdi))
+    }
+
+    /// Refuses with [`Error::Busy`] between the death of a VDI's tapdisk and
+    /// its return: guests still have the disk, as it was.
+    pub fn no_revival(&self, repo: &Repo, vdi: Uuid) -> Result<()> {
+        let wanted = repo.host.wanted_one(vdi).during(|| format!("run folder of VDI {vdi}"))?;
+        if wanted.is_some() && self.lease(vdi).is_none() {
+            let reason = format!("the tapdisk of VDI {vdi} died and is being brought back");
+            return Err(Error::Busy { reason });
+        }
+        Ok(())
     }
 
     /// Refuses with [`Error::InUse`] while the VDI's leaf is being copied: it
@@ -65,15 +85,17 @@ impl Locked {
         }
     }
 
-    /// Refuses with [`Error::Busy`] when a snapshot that names the VDI's leaf
-    /// is under way.
-    pub fn no_snapshot_of(&self, leaf: &Link) -> Result<()> {
+    /// Refuses with [`Error::Busy`] when an operation that names the VDI's
+    /// leaf is under way; merges are another matter.
+    pub fn no_operation_on(&self, leaf: &Link) -> Result<()> {
         let names = |stored: &&Stored| {
-            matches!(stored.intent, Intent::Snapshot(_))
-                && stored.intent.names(&leaf.volume, leaf.head.footer)
+            !stored.intent.is_merge() && stored.intent.names(&leaf.volume, leaf.head.footer)
         };
         match self.intents.iter().find(names) {
-            Some(stored) => Err(Error::Busy { reason: format!("snapshot {} is under way", stored.name.id) }),
+            Some(stored) => {
+                let (what, id) = (stored.intent.word(), stored.name.id);
+                Err(Error::Busy { reason: format!("{what} ({id}) is under way") })
+            }
             None => Ok(()),
         }
     }
@@ -103,6 +125,20 @@ pub(crate) fn visible_chain(repo: &Repo, vdi: Uuid) -> Result<Vec<Link>> {
         return Err(Error::NotFound { what: format!("VDI {vdi}: it is a hidden node") });
     }
     Ok(chain)
+}
+
+/// Refuses with [`Error::InUse`] if other images stand on that of a VDI:
+/// trees of others' making. Seen without the lock, as none of our operations
+/// gives a visible node children.
+pub(crate) fn no_children(repo: &Repo, vdis: &[Uuid]) -> Result<()> {
+    let tree = scan::scan(repo)?.tree;
+    for vdi in vdis {
+        if tree.by_uuid(*vdi).is_some_and(|ix| !tree.nodes[ix].children.is_empty()) {
+            let reason = "other disks stand on its image".into();
+            return Err(Error::InUse { what: format!("VDI {vdi}"), reason });
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a label no table could show.

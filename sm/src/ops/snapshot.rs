@@ -216,7 +216,7 @@ fn plan(
     if leaf.volume.is_raw() {
         return Err(Error::Unsupported { what: format!("snapshot of raw VDI {vdi}") });
     }
-    locked.no_snapshot_of(leaf)?;
+    locked.no_operation_on(leaf)?;
     let writer = locked.lease(vdi).filter(|lease| !lease.read_only);
     if writer.is_some() != target.live.is_some() {
         let reason = format!("VDI {vdi} is just being attached or detached");

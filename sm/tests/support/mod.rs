@@ -15,8 +15,9 @@ use sm::{Repo, image, journal};
 use tapdisk_control::{Answer, ClientError, ImageRef, IntentNames, Refusal, Reply, Request, Stats};
 use uuid::Uuid;
 use vhd::chain::Chain;
+use vhd::meta::Meta;
 use vhd::record::{Owner, PendingRecord, RECORD_WORDS, RecordStore, Words};
-use vhd::storage::{VolumeName, Volumes};
+use vhd::storage::{Access, VolumeName, Volumes};
 use vhd::units::{BLOCK_BYTES, BlockNo, SectorRun};
 use vhd::writer::Writer;
 
@@ -233,6 +234,15 @@ impl FakeTap {
                     Err(error) => Err(Refusal::Failed { detail: error.to_string() }),
                 }
             }
+            Request::Grow { virtual_bytes, .. } => {
+                let volume = self.host.taps_volumes.open(&self.leaf(), Access::Write).unwrap();
+                let mut meta = Meta::read(volume.as_ref()).unwrap();
+                match vhd::resize::grow(volume.as_ref(), &mut meta, virtual_bytes) {
+                    Ok(()) => Ok(Reply::Done),
+                    Err(error) => Err(Refusal::Failed { detail: error.to_string() }),
+                }
+            }
+            Request::MergeStop => Ok(Reply::Done),
             Request::Stop { .. } => {
                 self.host.leases.lock().unwrap().retain(|lease| lease.vdi != self.lease.vdi);
                 Ok(Reply::Done)
