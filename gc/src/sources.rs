@@ -133,7 +133,7 @@ impl Sources {
     /// Whether anything below the parent has some of the block.
     #[must_use]
     pub fn under_parent(&self, block: BlockNo) -> bool {
-        self.below.places(block).any(|place| place.node > 0)
+        self.below.places(block).any(|place| self.below.levels_above(place.node) > 0)
     }
 
     /// Blocks were durably cleared from a source.

@@ -52,7 +52,7 @@ impl Reading {
             // Names may have moved on since the lock was dropped; what was
             // opened must be what the lease names.
             let footers = links.iter().map(|link| link.head.footer);
-            if chain.nodes().iter().map(|node| node.uuid).eq(footers) {
+            if chain.nodes().map(|node| node.uuid).eq(footers) {
                 return Ok(Self { chain, _lease: lease });
             }
         }

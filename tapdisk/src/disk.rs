@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use vhd::chain::{Chain, Node, Storage};
 use vhd::meta::Meta;
@@ -9,7 +10,8 @@ use vhd::record::RecordStore;
 use vhd::storage::{Access, Volume, VolumeName, Volumes};
 use vhd::writer::{Settled, open_rw, settle_files};
 
-use crate::engine::{Engine, FileId, Image, Lower, SettlePlan};
+use crate::engine::{Engine, FileId, Image, Known, Lower, SettlePlan};
+use crate::limits::RELEARN_TIME_MAX;
 
 /// Guest requests are whole sectors, in bytes.
 const SECTOR_UNIT: u32 = 512;
@@ -119,21 +121,22 @@ impl Opener {
     /// What is wrong with an image, naming it.
     pub fn open(&self, top: &VolumeName, read_only: bool) -> vhd::error::Result<(Engine, Option<Meta>)> {
         if read_only {
-            let (bytes, lower) = self.whole(top)?;
+            let (bytes, lower) = self.whole(top, Vec::new())?;
             return Ok((Engine::new(bytes, None, lower), None));
         }
         let leaf = self.image(top)?;
-        let lower = self.below(top, &leaf.meta)?;
+        let lower = self.below(top, &leaf.meta, Vec::new())?;
         Ok((Engine::new(leaf.meta.virtual_bytes(), Some(leaf.image), lower), Some(leaf.meta)))
     }
 
-    /// A whole chain, and its virtual size in bytes, for reading only.
+    /// A whole chain, and its virtual size in bytes, for reading only;
+    /// `known` is what an older generation of it knew.
     ///
     /// # Errors
     /// What is wrong with an image of the chain, naming it.
-    pub fn whole(&self, top: &VolumeName) -> vhd::error::Result<(u64, Lower)> {
+    pub fn whole(&self, top: &VolumeName, known: Vec<Known>) -> vhd::error::Result<(u64, Lower)> {
         let chain = Chain::open(self.volumes.as_ref(), top)?;
-        Ok((chain.virtual_bytes(), self.lower(chain)?))
+        Ok((chain.virtual_bytes(), self.lower(chain, known)?))
     }
 
     /// Opens an image for writing: locked, its record replayed and renewed.
@@ -159,19 +162,18 @@ impl Opener {
         Ok(OpenImage { image, meta: open.meta })
     }
 
-    /// Everything below an image.
+    /// Everything below an image; `known` as in [`Self::whole`].
     ///
     /// # Errors
     /// What is wrong with an image of the chain, naming it.
-    pub fn below(&self, name: &VolumeName, meta: &Meta) -> vhd::error::Result<Lower> {
-        self.lower(Chain::below(self.volumes.as_ref(), name, meta)?)
+    pub fn below(&self, name: &VolumeName, meta: &Meta, known: Vec<Known>) -> vhd::error::Result<Lower> {
+        self.lower(Chain::below(self.volumes.as_ref(), name, meta)?, known)
     }
 
     /// An image whose record stands is unsettled: only its next holder may
     /// open it before that is replayed, so a chain over it is refused.
-    fn lower(&self, chain: Chain) -> vhd::error::Result<Lower> {
-        let map = chain.into_map();
-        for node in map.nodes() {
+    fn lower(&self, chain: Chain, known: Vec<Known>) -> vhd::error::Result<Lower> {
+        for node in chain.nodes() {
             let left =
                 self.records.existing(node.uuid).map_err(|e| vhd::error::Error::from(e).of(&node.name))?;
             if left.is_some_and(|record| !record.is_empty()) {
@@ -184,8 +186,17 @@ impl Opener {
             let added = self.files.add_direct(Arc::clone(&node.volume), READ_UNIT_MAX);
             added.map_err(|e| vhd::error::Error::from(e).of(&node.name))
         };
-        let files = map.nodes().iter().map(add).collect::<Result<_, _>>()?;
-        Ok(Lower::new(map, files))
+        let files = chain.nodes().rev().map(add).collect::<Result<_, _>>()?;
+        if known.is_empty() {
+            return Ok(Lower::new(chain.into_map(), files));
+        }
+        let mut lower = Lower::new(chain.map().clone(), files);
+        let deadline = Instant::now() + RELEARN_TIME_MAX;
+        lower.learn(known, |block| {
+            // A bitmap that cannot be read shows when somebody asks for it.
+            (Instant::now() < deadline).then(|| chain.owners(block).ok()).flatten()
+        });
+        Ok(lower)
     }
 
     /// Settles an image whose metadata is durable.

@@ -10,6 +10,11 @@ pub const QUIET_TICK_US: u64 = 1_000_000;
 pub const IDLE_WRITEBACK_US: u64 = 1_000_000;
 /// Owner runs kept in memory for blocks that no level has whole.
 pub const OWNER_RUNS_MAX: usize = 1 << 20;
+/// Blocks whose owners a refresh takes over from the generation before.
+pub const KNOWN_BLOCKS_MAX: usize = 8192;
+/// Time a refresh spends on reading those anew that changed; requests go on
+/// meanwhile, and what is not read by then is read when it is asked for.
+pub const RELEARN_TIME_MAX: Duration = Duration::from_millis(500);
 /// Partly present blocks that one block-status or cache request has resolved,
 /// each of which may read a bitmap in every level; it is answered shorter.
 pub const RESOLVED_BLOCKS_MAX: usize = 128;

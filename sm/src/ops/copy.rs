@@ -95,7 +95,7 @@ impl Filling<'_> {
             return Ok(());
         };
         let chain = self.chain;
-        let Some(source) = chain.nodes().get(usize::from(node)) else {
+        let Some(source) = chain.map().node(node) else {
             return Ok(());
         };
         let piece_sectors = u32::try_from(buffer.len() as u64 / SECTOR_BYTES).unwrap_or(BLOCK_SECTORS);
@@ -127,7 +127,7 @@ impl Filling<'_> {
 
     /// The error names the image it is about; if it does not, the source.
     fn bad(&self, error: vhd::error::Error) -> Error {
-        match self.chain.nodes().first() {
+        match self.chain.nodes().next() {
             Some(top) => image::bad(&top.name, error),
             None => Error::NotFound { what: "chain to copy".into() },
         }

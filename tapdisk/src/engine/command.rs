@@ -236,13 +236,7 @@ impl Engine {
             return Err(CommandError::Busy("the image has metadata to write back"));
         }
         let image = self.stack.remove(1);
-        let map = self.lower.map().with_top(node, |block| match image.rw.presence(block) {
-            vhd::rw::Presence::Absent => None,
-            vhd::rw::Presence::Whole(slot) => Some((slot, true)),
-            vhd::rw::Presence::Partial(slot) => Some((slot, false)),
-        });
-        let files = std::iter::once(file).chain(self.lower.files().iter().copied()).collect();
-        self.replace_lower(Lower::new(map, files));
+        self.fold_into_lower(&image.rw, node, file);
         self.after_all_so_far(Barrier::Close(vec![image.file]));
         self.wake_bitmaps(image.file);
         self.answer(token, Ok(CommandReply::Done));
@@ -258,7 +252,7 @@ impl Engine {
     /// Every image, topmost first: name and footer uuid.
     #[must_use]
     pub fn images(&self) -> Vec<(VolumeName, Uuid)> {
-        let lower = self.lower.map().nodes().iter().map(|node| (node.name.clone(), node.uuid));
+        let lower = self.lower.map().nodes().map(|node| (node.name.clone(), node.uuid));
         self.stack.iter().map(|image| (image.name.clone(), image.footer)).chain(lower).collect()
     }
 

@@ -6,28 +6,43 @@ use std::sync::Arc;
 
 use lru::LruCache;
 use tapdisk_control::CacheStats;
+use uuid::Uuid;
 use vhd::bitmap::SectorBitmap;
-use vhd::chain::{ChainMap, OwnerRun, Place, clip, resolve};
-use vhd::units::BlockNo;
+use vhd::chain::{ChainMap, Node, Owner, OwnerRun, Place, clip, overlay, resolve};
+use vhd::rw::RwImage;
+use vhd::units::{BlockNo, Slot};
 
 use super::image::{Purpose, bitmap_of};
 use super::{Completion, Engine, FileId, Op, Wait};
-use crate::limits::OWNER_RUNS_MAX;
+use crate::limits::{KNOWN_BLOCKS_MAX, OWNER_RUNS_MAX};
 
-/// A generation of the lower part: never changed, only replaced. The cache
-/// belongs to the generation, so nothing resolved under another one can enter.
+/// A generation of the lower part: replaced whole, or given one more level on
+/// top. The cache belongs to the generation, so nothing resolved under another
+/// one can enter.
 #[derive(Debug)]
 pub struct Lower {
     /// Tells bitmaps read for this generation from those of an older one.
     generation: u64,
     map: ChainMap,
-    /// The driver's file of each node of the map.
+    /// The driver's file of each node of the map, by its number.
     files: Vec<FileId>,
     owners: LruCache<BlockNo, Arc<[OwnerRun]>>,
     runs_cached: usize,
     hits: u64,
     misses: u64,
     resolving: HashMap<BlockNo, Resolving>,
+}
+
+/// What a generation knows of one block, in words that a later one
+/// understands.
+#[derive(Debug, Clone)]
+pub struct Known {
+    block: BlockNo,
+    /// Footer uuid and place of each level that has the block.
+    places: Vec<(Uuid, Slot, bool)>,
+    runs: Arc<[OwnerRun]>,
+    /// Footer uuids by level number.
+    levels: Arc<[Uuid]>,
 }
 
 /// A block whose bitmaps are being read, all levels at once.
@@ -72,10 +87,62 @@ impl Lower {
         &self.map
     }
 
-    /// The files of the levels, topmost first.
+    /// The files of the levels, the root's first.
     #[must_use]
     pub fn files(&self) -> &[FileId] {
         &self.files
+    }
+
+    /// What is known of blocks, the last used first, for [`Self::learn`].
+    #[must_use]
+    pub fn known(&self) -> Vec<Known> {
+        let levels: Arc<[Uuid]> = self.map.nodes().rev().map(|node| node.uuid).collect();
+        let known = self.owners.iter().take(KNOWN_BLOCKS_MAX).map(|(block, runs)| Known {
+            block: *block,
+            places: self.places_by_uuid(*block),
+            runs: Arc::clone(runs),
+            levels: Arc::clone(&levels),
+        });
+        known.collect()
+    }
+
+    /// Takes over what an older generation knew: as it is where the same
+    /// levels have the block in the same places, else as `resolve` finds it
+    /// anew. Levels below the stack change in a block only when one of them
+    /// gives it to another, so equal places mean equal owners.
+    pub fn learn(&mut self, known: Vec<Known>, mut resolve: impl FnMut(BlockNo) -> Option<Vec<OwnerRun>>) {
+        // The last used at the end, as if it had just been.
+        for Known { block, places, runs, levels } in known.into_iter().rev() {
+            if self.map.places(block).next().is_none_or(|first| first.whole) {
+                continue;
+            }
+            let same = self.places_by_uuid(block) == places;
+            let kept = same.then(|| self.renumbered(&runs, &levels)).flatten();
+            if let Some(runs) = kept.or_else(|| resolve(block)) {
+                self.insert(block, runs.into());
+            }
+        }
+    }
+
+    fn places_by_uuid(&self, block: BlockNo) -> Vec<(Uuid, Slot, bool)> {
+        let place = |p: Place| self.map.node(p.node).map(|node| (node.uuid, p.slot, p.whole));
+        self.map.places(block).filter_map(place).collect()
+    }
+
+    fn renumbered(&self, runs: &[OwnerRun], levels: &[Uuid]) -> Option<Vec<OwnerRun>> {
+        let number = |old: u8| {
+            let uuid = levels.get(usize::from(old))?;
+            let new = self.map.nodes().rev().position(|node| node.uuid == *uuid)?;
+            u8::try_from(new).ok()
+        };
+        let run = |part: &OwnerRun| {
+            let owner = match part.owner {
+                Owner::Zero => Owner::Zero,
+                Owner::Node { node, slot } => Owner::Node { node: number(node)?, slot },
+            };
+            Some(OwnerRun { owner, ..*part })
+        };
+        runs.iter().map(run).collect()
     }
 
     /// Whether any level has the block.
@@ -84,15 +151,15 @@ impl Lower {
     }
 
     /// The file and byte offset of a sector that `node` owns.
-    pub(super) fn locate(
-        &self,
-        node: u8,
-        block: BlockNo,
-        slot: vhd::units::Slot,
-        sector: u32,
-    ) -> Option<(FileId, u64)> {
-        let level = self.map.nodes().get(usize::from(node))?;
+    pub(super) fn locate(&self, node: u8, block: BlockNo, slot: Slot, sector: u32) -> Option<(FileId, u64)> {
+        let level = self.map.node(node)?;
         Some((*self.files.get(usize::from(node))?, level.data_offset(block, slot, sector)))
+    }
+
+    fn forget(&mut self, block: BlockNo) -> Option<Arc<[OwnerRun]>> {
+        let runs = self.owners.pop(&block)?;
+        self.runs_cached -= runs.len();
+        Some(runs)
     }
 
     fn insert(&mut self, block: BlockNo, runs: Arc<[OwnerRun]>) {
@@ -156,7 +223,7 @@ impl Engine {
         self.lower.resolving.insert(block, Resolving { bitmaps, left, error: None });
         for (level, place) in places.into_iter().enumerate() {
             let Some(&file) = self.lower.files.get(usize::from(place.node)) else { continue };
-            let Some(node) = self.lower.map.nodes().get(usize::from(place.node)) else { continue };
+            let Some(node) = self.lower.map.node(place.node) else { continue };
             if place.whole {
                 continue;
             }
@@ -185,7 +252,7 @@ impl Engine {
         let Some((place, entry)) = resolving.bitmaps.get_mut(level) else { return };
         match bitmap_of(completion) {
             Ok(mut bitmap) => {
-                if let Some(node) = self.lower.map.nodes().get(usize::from(place.node)) {
+                if let Some(node) = self.lower.map.node(place.node) {
                     clip(&mut bitmap, node.visible_sectors(block));
                 }
                 *entry = Some(bitmap);
@@ -215,6 +282,26 @@ impl Engine {
         old
     }
 
+    /// An image of the stack, which nobody writes any more, becomes the top
+    /// level. All that is known of the other blocks stays known; so the next
+    /// read after a snapshot is as warm as the one before.
+    pub(super) fn fold_into_lower(&mut self, rw: &RwImage, node: Node, file: FileId) {
+        let lower = &mut self.lower;
+        lower.map.push_top(node, rw.allocated());
+        lower.files.push(file);
+        for (block, _, whole) in rw.allocated() {
+            let Some(runs) = lower.forget(block).filter(|_| !whole) else { continue };
+            let top = lower.map.places(block).next();
+            if let (Some(place), Some(bitmap)) = (top, rw.known_bitmap(block)) {
+                lower.insert(block, overlay(place, bitmap, &runs).into());
+            }
+        }
+        // What is being read was to be resolved without the new level.
+        lower.generation += 1;
+        lower.resolving.clear();
+        self.wake_owners();
+    }
+
     fn wake_owners(&mut self) {
         let waits: Vec<Wait> =
             self.parked.keys().filter(|wait| matches!(wait, Wait::Owners(_))).copied().collect();
@@ -223,3 +310,7 @@ impl Engine {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "lower_tests.rs"]
+mod tests;

@@ -41,7 +41,7 @@ use vhd::units::BlockNo;
 pub use api::*;
 pub use command::{Command, CommandError, CommandReply, NewLeaf, Token};
 pub use image::{Image, SettlePlan};
-pub use lower::Lower;
+pub use lower::{Known, Lower};
 pub use merge::MergeFigures;
 pub use quiesce::Holds;
 

@@ -22,7 +22,7 @@ use vhd::storage::VolumeName;
 
 use self::answers::{answer, busy, merge_status, more, stale, stats, volume_name};
 use crate::disk::{OpenImage, Opener};
-use crate::engine::{Command, Engine, FileId, NewLeaf, SettlePlan, Token};
+use crate::engine::{Command, Engine, FileId, Known, NewLeaf, SettlePlan, Token};
 
 /// A control connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -155,6 +155,8 @@ pub struct Service {
     /// Who asked where a range lies. These stand in nobody's way.
     lookups: HashMap<Token, (Connection, u64)>,
     next_token: u64,
+    /// What the chain below the leaf was known to be when a refresh began.
+    known: Vec<Known>,
 }
 
 impl Service {
@@ -170,6 +172,7 @@ impl Service {
             operations: HashMap::new(),
             lookups: HashMap::new(),
             next_token: 1,
+            known: Vec::new(),
         }
     }
 
@@ -374,6 +377,7 @@ impl Service {
             return self.refresh_read_only(engine, caller, leaf, parent);
         }
         let meta = self.leaf_checked(leaf)?.1.clone();
+        self.known = engine.lower().known();
         let Some(parent) = parent else {
             let mut steps = vec![more(caller, Reply::HeaderDurable)];
             steps.extend(self.reread(Some(caller)));
@@ -408,8 +412,8 @@ impl Service {
         if engine.images().first().is_none_or(|(name, footer)| *name != top || *footer != leaf.footer) {
             return Err(stale("that image is not the top of the chain"));
         }
-        let opener = self.opener.clone();
-        let job = move || match opener.whole(&top) {
+        let (opener, known) = (self.opener.clone(), engine.lower().known());
+        let job = move || match opener.whole(&top, known) {
             Ok((_, lower)) => JobResult::Below(Box::new(lower)),
             Err(error) => JobResult::Failed(error.to_string()),
         };
@@ -420,8 +424,8 @@ impl Service {
 
     fn reread(&mut self, caller: Option<(Connection, u64)>) -> Vec<Step> {
         let Some((name, meta)) = self.leaf.clone() else { return Vec::new() };
-        let opener = self.opener.clone();
-        let job = move || match opener.below(&name, &meta) {
+        let (opener, known) = (self.opener.clone(), std::mem::take(&mut self.known));
+        let job = move || match opener.below(&name, &meta, known) {
             Ok(lower) => JobResult::Below(Box::new(lower)),
             Err(error) => JobResult::Failed(error.to_string()),
         };
@@ -449,7 +453,7 @@ impl Service {
             Ok(open) if open.meta.virtual_bytes() < bytes => {
                 JobResult::Failed(format!("{name} is smaller than the leaf and must be grown first"))
             }
-            Ok(open) => match opener.below(&name, &open.meta) {
+            Ok(open) => match opener.below(&name, &open.meta, Vec::new()) {
                 Ok(lower) => JobResult::Parent(Box::new(open), Box::new(lower)),
                 Err(error) => JobResult::Failed(error.to_string()),
             },

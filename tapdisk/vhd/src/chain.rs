@@ -81,7 +81,8 @@ impl Node {
 /// Where one level has a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
-    /// Index of the level in [`ChainMap::nodes`].
+    /// The level, counted from the bottom: 0 is the root. So a level put on
+    /// top changes no number.
     pub node: u8,
     /// Whether every sector of the block is present and visible there.
     pub whole: bool,
@@ -89,9 +90,10 @@ pub struct Place {
     pub slot: Slot,
 }
 
-/// The flattened map of the levels of a chain, topmost first.
+/// The flattened map of the levels of a chain.
 #[derive(Debug, Clone, Default)]
 pub struct ChainMap {
+    /// The root first.
     nodes: Vec<Node>,
     /// Topmost place of each block.
     heads: Vec<Option<Place>>,
@@ -101,9 +103,20 @@ pub struct ChainMap {
 
 impl ChainMap {
     /// The levels, topmost first.
+    pub fn nodes(&self) -> Nodes<'_> {
+        self.nodes.iter().rev()
+    }
+
+    /// A level, by the number that [`Place`] and [`Owner`] give.
     #[must_use]
-    pub fn nodes(&self) -> &[Node] {
-        &self.nodes
+    pub fn node(&self, node: u8) -> Option<&Node> {
+        self.nodes.get(usize::from(node))
+    }
+
+    /// Levels on top of one, by its number: 0 for the topmost.
+    #[must_use]
+    pub fn levels_above(&self, node: u8) -> usize {
+        self.nodes.len().saturating_sub(usize::from(node) + 1)
     }
 
     /// Places of a block, topmost first, down to the first whole one.
@@ -119,47 +132,32 @@ impl ChainMap {
         self.heads.get(block.index()).is_some_and(Option::is_some)
     }
 
-    /// Puts one more level on top. `slot_of` tells where it has a block, and
-    /// whether it is whole there.
-    ///
-    /// Levels are numbered from the top, so places below shift by one.
-    #[must_use]
-    pub fn with_top(&self, node: Node, slot_of: impl Fn(BlockNo) -> Option<(Slot, bool)>) -> Self {
-        let blocks = u32::try_from(node.virtual_bytes.div_ceil(BLOCK_BYTES)).unwrap_or(u32::MAX);
-        let blocks = blocks.max(u32::try_from(self.heads.len()).unwrap_or(u32::MAX));
-        let mut map = Self { heads: Vec::with_capacity(blocks as usize), ..Self::default() };
-        for block in (0..blocks).map(BlockNo) {
-            let own = slot_of(block).filter(|_| node.visible_sectors(block) > 0).map(|(slot, whole)| Place {
-                node: 0,
-                whole: whole && node.visible_sectors(block) == BLOCK_SECTORS,
-                slot,
-            });
-            let below = || self.places(block).map(|place| Place { node: place.node + 1, ..place });
-            match own {
-                None => {
-                    let mut below = below();
-                    map.heads.push(below.next());
-                    map.put_tail(block, below.collect());
-                }
-                Some(place) => {
-                    map.heads.push(Some(place));
-                    if !place.whole {
-                        map.put_tail(block, below().collect());
-                    }
-                }
+    /// Puts one more level on top, which has `blocks`: where each lies, and
+    /// whether it is whole there. Costs nothing for all others.
+    pub fn push_top(&mut self, node: Node, blocks: impl IntoIterator<Item = (BlockNo, Slot, bool)>) {
+        // Chains are refused long before they have so many levels.
+        let number = u8::try_from(self.nodes.len()).unwrap_or(u8::MAX);
+        let own = usize::try_from(node.virtual_bytes.div_ceil(BLOCK_BYTES)).unwrap_or(usize::MAX);
+        if own > self.heads.len() {
+            self.heads.reserve_exact(own - self.heads.len());
+            self.heads.resize(own, None);
+        }
+        for (block, slot, whole) in blocks {
+            let visible = node.visible_sectors(block);
+            let Some(head) = self.heads.get_mut(block.index()).filter(|_| visible > 0) else { continue };
+            let place = Place { node: number, whole: whole && visible == BLOCK_SECTORS, slot };
+            let below = head.replace(place);
+            let tail = self.tails.remove(&block).unwrap_or_default();
+            if let Some(below) = below.filter(|_| !place.whole) {
+                self.tails.insert(block, std::iter::once(below).chain(tail).collect());
             }
         }
-        map.nodes.push(node);
-        map.nodes.extend(self.nodes.iter().cloned());
-        map
-    }
-
-    fn put_tail(&mut self, block: BlockNo, tail: Vec<Place>) {
-        if !tail.is_empty() {
-            self.tails.insert(block, tail.into_boxed_slice());
-        }
+        self.nodes.push(node);
     }
 }
+
+/// Levels, topmost first.
+pub type Nodes<'a> = std::iter::Rev<std::slice::Iter<'a, Node>>;
 
 /// Who owns a run of sectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -168,7 +166,7 @@ pub enum Owner {
     Zero,
     /// This level, at this slot.
     Node {
-        /// Index of the level.
+        /// The level, as in [`Place`].
         node: u8,
         /// Where it has the block.
         slot: Slot,
@@ -207,6 +205,23 @@ pub fn resolve(places: &[(Place, SectorBitmap)]) -> Vec<OwnerRun> {
         runs = next;
     }
     runs
+}
+
+/// Puts one more level over a resolved block: what it has is its own, all else
+/// stays as `runs` say.
+#[must_use]
+pub fn overlay(place: Place, bitmap: &SectorBitmap, runs: &[OwnerRun]) -> Vec<OwnerRun> {
+    let own = Owner::Node { node: place.node, slot: place.slot };
+    let mut next = Vec::with_capacity(runs.len() + 2);
+    for part in runs {
+        for bits in bitmap.runs(part.run) {
+            push_run(
+                &mut next,
+                OwnerRun { run: bits.run, owner: if bits.present { own } else { part.owner } },
+            );
+        }
+    }
+    next
 }
 
 fn push_run(runs: &mut Vec<OwnerRun>, part: OwnerRun) {
@@ -273,21 +288,21 @@ impl Chain {
         let mut map = ChainMap::default();
         for level in levels.into_iter().rev() {
             let (bat, whole) = (level.bat, level.whole);
-            let flat = level.node.storage == Storage::Flat;
-            map = map.with_top(level.node, |block| {
-                if flat {
-                    return Some((Slot(0), true));
-                }
-                let slot = *bat.get(block.index()).filter(|entry| **entry != BAT_FREE)?;
-                Some((Slot(slot), is_whole(whole.as_deref(), block)))
-            });
+            if level.node.storage == Storage::Flat {
+                let count = level.node.virtual_bytes.div_ceil(BLOCK_BYTES);
+                let all = (0..u32::try_from(count).unwrap_or(u32::MAX)).map(|n| (BlockNo(n), Slot(0), true));
+                map.push_top(level.node, all);
+            } else {
+                let entries = (0..).map(BlockNo).zip(bat).filter(|(_, entry)| *entry != BAT_FREE);
+                let place = |(block, slot)| (block, Slot(slot), is_whole(whole.as_deref(), block));
+                map.push_top(level.node, entries.map(place));
+            }
         }
         Ok(Self { map })
     }
 
     /// The levels, topmost first.
-    #[must_use]
-    pub fn nodes(&self) -> &[Node] {
+    pub fn nodes(&self) -> Nodes<'_> {
         self.map.nodes()
     }
 
@@ -306,7 +321,7 @@ impl Chain {
     /// Virtual size of the top level in bytes.
     #[must_use]
     pub fn virtual_bytes(&self) -> u64 {
-        self.nodes().first().map_or(0, |node| node.virtual_bytes)
+        self.nodes().next().map_or(0, |node| node.virtual_bytes)
     }
 
     /// Who owns which run of a block.
@@ -327,7 +342,7 @@ impl Chain {
     /// # Errors
     /// The bitmap could not be read.
     pub fn bitmap(&self, block: BlockNo, place: Place) -> Result<SectorBitmap> {
-        let Some(node) = self.nodes().get(usize::from(place.node)) else {
+        let Some(node) = self.map.node(place.node) else {
             return Ok(SectorBitmap::EMPTY);
         };
         let mut bitmap = match node.storage {
@@ -379,7 +394,7 @@ impl Chain {
             match owner {
                 Owner::Zero => target.fill(0),
                 Owner::Node { node, slot } => {
-                    let Some(node) = self.nodes().get(usize::from(node)) else { continue };
+                    let Some(node) = self.map.node(node) else { continue };
                     node.volume
                         .read_at(target, node.data_offset(block, slot, from))
                         .map_err(|e| Error::from(e).of(&node.name))?;
@@ -522,5 +537,12 @@ mod tests {
                 assert_eq!(got, node, "sector {sector}");
             }
         }
+    }
+    #[test]
+    fn one_more_level_is_as_resolving_all_of_them() {
+        let (top, mid, low) = (bits(&[(0, 9), (500, 700)]), bits(&[(4, 90)]), bits(&[(600, 1000)]));
+        let below = resolve(&[(place(1), mid.clone()), (place(0), low.clone())]);
+        let all = resolve(&[(place(2), top.clone()), (place(1), mid), (place(0), low)]);
+        assert_eq!(overlay(place(2), &top, &below), all);
     }
 }

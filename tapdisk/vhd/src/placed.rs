@@ -127,7 +127,7 @@ impl Chain {
             }
             let at = match owner {
                 Owner::Zero => None,
-                Owner::Node { node, slot } => self.nodes().get(usize::from(node)).map(|node| At {
+                Owner::Node { node, slot } => self.map().node(node).map(|node| At {
                     image: image_id(node),
                     offset: node.data_offset(block, slot, run.first),
                 }),
@@ -147,9 +147,7 @@ impl Chain {
     /// differs, and no bitmap need be read.
     fn same_places(&self, other: &Self, block: BlockNo) -> bool {
         let places = |chain: &Self| {
-            let of = |place: crate::chain::Place| {
-                (chain.nodes().get(usize::from(place.node)).map(image_id), place.slot)
-            };
+            let of = |place: crate::chain::Place| (chain.map().node(place.node).map(image_id), place.slot);
             chain.map().places(block).map(of).collect::<Vec<_>>()
         };
         places(self) == places(other)

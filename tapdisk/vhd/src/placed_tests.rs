@@ -144,8 +144,8 @@ impl Tree {
         let has = |block: &BlockNo| {
             [a, b].into_iter().any(|top| {
                 let chain = self.chain(top);
-                let nodes = chain.nodes().to_vec();
-                chain.map().places(*block).any(|place| names.contains(&nodes[usize::from(place.node)].name))
+                let map = chain.map();
+                map.places(*block).any(|place| names.contains(&map.node(place.node).unwrap().name))
             })
         };
         (0..BLOCKS as u32).map(BlockNo).filter(has).collect()
@@ -211,7 +211,7 @@ fn a_disk_is_placed_from_its_first_byte_to_its_last() {
     for run in &list {
         let mut read = vec![0; run.len as usize];
         chain.read_at(&mut read, run.offset).unwrap();
-        let node = |at: &At| chain.nodes().iter().find(|node| image_id(node) == at.image).unwrap();
+        let node = |at: &At| chain.nodes().find(|node| image_id(node) == at.image).unwrap();
         let mut there = vec![0; run.len as usize];
         if let Some(at) = &run.at {
             node(at).volume.read_at(&mut there, at.offset).unwrap();

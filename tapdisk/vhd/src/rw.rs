@@ -170,6 +170,12 @@ impl RwImage {
         }
     }
 
+    /// The same without a claim to keep it in memory for longer.
+    #[must_use]
+    pub fn known_bitmap(&self, block: BlockNo) -> Option<&SectorBitmap> {
+        self.pinned.get(&block).or_else(|| self.clean.peek(&block))
+    }
+
     /// Takes in a bitmap read from the file for `slot`. Refused (false) when
     /// the block has moved or changed since the read began, so that an old
     /// bitmap never replaces a newer one.
@@ -391,6 +397,14 @@ impl RwImage {
     /// Blocks that are whole, for the BATmap: bit 0 of byte 0 is block 0.
     pub fn whole_blocks(&self) -> impl Iterator<Item = BlockNo> + '_ {
         self.blocks_held().filter(|block| self.whole.has(*block))
+    }
+
+    /// Where the blocks lie that this image has, and whether they are whole.
+    pub fn allocated(&self) -> impl Iterator<Item = (BlockNo, Slot, bool)> + '_ {
+        self.blocks_held().filter_map(|block| {
+            let slot = Slot(*self.bat.get(block.index())?);
+            Some((block, slot, self.whole.has(block)))
+        })
     }
 
     /// Blocks this image has, in order.

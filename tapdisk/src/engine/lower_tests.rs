@@ -1,0 +1,77 @@
+use vhd::chain::Storage;
+use vhd::storage::{Access, Fs, PosixFs, VolumeName};
+use vhd::units::{BLOCK_BYTES, SectorRun};
+
+use super::*;
+
+/// A level and, by block, where it has it and whether it is whole.
+type Level<'a> = (u128, &'a [(u32, u32, bool)]);
+
+fn lower(levels: &[Level<'_>]) -> Lower {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("x"), b"").unwrap();
+    let volume = PosixFs::new(folder.path().to_path_buf()).open("x", Access::Read).unwrap();
+    let mut map = ChainMap::default();
+    for (uuid, blocks) in levels {
+        let node = Node {
+            name: VolumeName::vhd(Uuid::from_u128(*uuid)),
+            uuid: Uuid::from_u128(*uuid),
+            virtual_bytes: 8 * BLOCK_BYTES,
+            hidden: true,
+            storage: Storage::Blocks,
+            volume: Arc::clone(&volume),
+        };
+        map.push_top(node, blocks.iter().map(|(block, slot, whole)| (BlockNo(*block), Slot(*slot), *whole)));
+    }
+    let files = (0..u32::try_from(levels.len()).unwrap()).map(FileId).collect();
+    Lower::new(map, files)
+}
+
+/// Sector 0 belongs to the level, the rest to nobody.
+fn first_of(node: u8, slot: u32) -> Vec<OwnerRun> {
+    let run = |first, count, owner| OwnerRun { run: SectorRun { first, count }, owner };
+    vec![run(0, 1, Owner::Node { node, slot: Slot(slot) }), run(1, 4095, Owner::Zero)]
+}
+
+#[test]
+fn a_level_on_top_changes_only_its_own_blocks() {
+    let lower = lower(&[(1, &[(0, 7, true), (1, 70, false)]), (2, &[(1, 17, false), (2, 27, true)])]);
+    let places =
+        |block| lower.map.places(BlockNo(block)).map(|p| (p.node, p.slot.0, p.whole)).collect::<Vec<_>>();
+    assert_eq!(places(0), [(0, 7, true)]);
+    assert_eq!(places(1), [(1, 17, false), (0, 70, false)]);
+    assert_eq!(places(2), [(1, 27, true)]);
+    assert_eq!(places(3), []);
+    assert_eq!((lower.map.levels_above(0), lower.map.levels_above(1)), (1, 0));
+}
+
+#[test]
+fn what_is_known_outlives_a_refresh_where_nothing_moved() {
+    let block_0 = [(0, 7, false)];
+    // Level 2 goes: it had block 1, its parent takes it.
+    let mut before =
+        lower(&[(1, &[(1, 70, false)]), (2, &[(1, 17, false)]), (3, &[(0, 7, false), (2, 99, false)])]);
+    before.insert(BlockNo(0), first_of(2, 7).into());
+    before.insert(BlockNo(1), first_of(1, 17).into());
+    before.insert(BlockNo(2), first_of(2, 99).into());
+    let mut after = lower(&[(1, &[(1, 70, false)]), (3, &[block_0[0], (2, 99, true)])]);
+    let mut asked = Vec::new();
+    after.learn(before.known(), |block| {
+        asked.push(block);
+        Some(first_of(0, 70))
+    });
+    assert_eq!(asked, [BlockNo(1)], "what moved is found anew, and only that");
+    assert_eq!(*after.owners.peek(&BlockNo(0)).unwrap().to_vec(), first_of(1, 7), "renumbered");
+    assert_eq!(*after.owners.peek(&BlockNo(1)).unwrap().to_vec(), first_of(0, 70));
+    assert!(after.owners.peek(&BlockNo(2)).is_none(), "a whole block needs no owners");
+    assert_eq!(after.runs_cached, 4);
+}
+
+#[test]
+fn what_cannot_be_found_anew_is_forgotten() {
+    let mut before = lower(&[(1, &[(0, 7, false)])]);
+    before.insert(BlockNo(0), first_of(0, 7).into());
+    let mut after = lower(&[(1, &[(0, 8, false)])]);
+    after.learn(before.known(), |_| None);
+    assert!(after.owners.is_empty() && after.runs_cached == 0);
+}
