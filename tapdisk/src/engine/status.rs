@@ -72,7 +72,7 @@ impl Engine {
                 (small(index) + 1, Some(at))
             }
             Source::Lower { node, slot } => {
-                let level = self.lower.map().nodes().get(usize::from(node));
+                let level = self.lower.map().node(node);
                 let at = level.map(|level| At {
                     image: image_id(level),
                     offset: level.data_offset(block, slot, run.first),
