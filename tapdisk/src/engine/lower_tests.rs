@@ -75,3 +75,14 @@ fn what_cannot_be_found_anew_is_forgotten() {
     after.learn(before.known(), |_| None);
     assert!(after.owners.is_empty() && after.runs_cached == 0);
 }
+
+#[test]
+fn the_topmost_level_has_depth_one() {
+    let lower = lower(&[(1, &[(0, 7, true)]), (2, &[(1, 7, true)]), (3, &[(2, 7, true)])]);
+    let mut engine = Engine::new(8 * BLOCK_BYTES, None, lower);
+    let len = u32::try_from(4 * BLOCK_BYTES).unwrap();
+    let (id, kind) = (crate::engine::RequestId(1), crate::engine::RequestKind::BlockStatus);
+    engine.submit(0, crate::engine::Request { id, kind, offset: 0, len });
+    let Some(crate::engine::Output::Extents(_, extents)) = engine.next_output() else { panic!("no answer") };
+    assert_eq!(extents.iter().map(|extent| extent.depth).collect::<Vec<_>>(), [3, 2, 1, 0]);
+}

@@ -77,7 +77,7 @@ impl Engine {
                     image: image_id(level),
                     offset: level.data_offset(block, slot, run.first),
                 });
-                (small(self.stack.len()) + 1 + u32::from(node), at)
+                (small(self.stack.len() + 1 + self.lower.map().levels_above(node)), at)
             }
         };
         let offset = block.first_byte() + u64::from(run.first) * SECTOR_BYTES;

@@ -322,6 +322,15 @@ fn neighbours_in_a_sector_keep_their_bytes() {
 }
 
 #[test]
+fn threads_move_the_data_where_there_is_no_ring() {
+    let running = Running::with(DriverChoice::Threads);
+    let mut socket = running.ready();
+    for (n, len) in [512, 4096, 65536, 1 << 20].into_iter().enumerate() {
+        round_trip(&mut socket, 512 * n as u64, len, n as u8 + 1);
+    }
+}
+
+#[test]
 fn peers_that_stall_leave_or_babble_disturb_nobody() {
     let running = Running::start();
     // In the middle of a write, of a header, of the handshake.
