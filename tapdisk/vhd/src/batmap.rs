@@ -205,13 +205,19 @@ pub(crate) fn header_for(
 /// The header sector of a new, empty BATmap.
 #[must_use]
 pub fn new_header(header_offset: u64, max_entries: u32) -> [u8; 512] {
+    header_over(header_offset, max_entries, 0, &[])
+}
+
+/// The header sector of a new BATmap with these bits, right behind it.
+pub(crate) fn header_over(header_offset: u64, max_entries: u32, virtual_bytes: u64, map: &[u8]) -> [u8; 512] {
+    let summed = summed_bytes(virtual_bytes).min(map.len());
     let sectors = u32::try_from(map_bytes(max_entries) / SECTOR_BYTES).unwrap_or(u32::MAX);
     let raw = Raw {
         cookie: COOKIE,
         offset: (header_offset + SECTOR_BYTES).into(),
         sectors: sectors.into(),
         version: VERSION_1_2.into(),
-        checksum: ones_complement(&[]).into(),
+        checksum: ones_complement(map.get(..summed).unwrap_or(map)).into(),
         marker: 0,
         rest: [0; 483],
     };

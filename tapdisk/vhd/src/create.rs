@@ -3,7 +3,7 @@
 use uuid::Uuid;
 
 use crate::bat::{BAT_FREE, table_bytes};
-use crate::batmap::{map_bytes, new_header};
+use crate::batmap::{header_over, map_bytes};
 use crate::error::{Error, Result};
 use crate::footer::{CREATOR_TAP, CREATOR_VERSION, DiskType, Footer, Geometry, HEADER_OFFSET};
 use crate::header::DynHeader;
@@ -15,7 +15,7 @@ use crate::storage::Volume;
 use crate::units::{BLOCK_BYTES, SECTOR_BYTES, VIRTUAL_BYTES_MAX, round_up};
 
 /// Where the BAT of our images begins.
-const TABLE_OFFSET: u64 = 1536;
+pub(crate) const TABLE_OFFSET: u64 = 1536;
 
 /// Kinds of new image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,13 +55,33 @@ pub struct NewImage {
 /// # Errors
 /// [`Error::BadSize`], or what writing said.
 pub fn create(volume: &dyn Volume, new: &NewImage) -> Result<Meta> {
+    let footer = footer(new)?;
+    let end = match new.kind {
+        NewKind::Fixed => footer.virtual_bytes,
+        NewKind::Dynamic | NewKind::Child { .. } => {
+            let head = head(new, &footer, &Contents::default())?;
+            volume.write_at(&head, 0)?;
+            head.len() as u64
+        }
+    };
+    let end = if volume.is_device() { volume.len()?.saturating_sub(SECTOR_BYTES) } else { end };
+    volume.write_at(&footer.to_bytes(), end)?;
+    volume.flush("create: the new image before anything names it")?;
+    Meta::read(volume)
+}
+
+/// The footer of a new image.
+///
+/// # Errors
+/// [`Error::BadSize`].
+pub(crate) fn footer(new: &NewImage) -> Result<Footer> {
     let virtual_bytes = checked_size(new.virtual_bytes)?;
     let disk_type = match new.kind {
         NewKind::Fixed => DiskType::Fixed,
         NewKind::Dynamic => DiskType::Dynamic,
         NewKind::Child { .. } => DiskType::Differencing,
     };
-    let footer = Footer {
+    Ok(Footer {
         features: 2,
         timestamp: new.timestamp_s,
         creator: CREATOR_TAP,
@@ -76,16 +96,7 @@ pub fn create(volume: &dyn Volume, new: &NewImage) -> Result<Meta> {
         saved: 0,
         hidden: new.hidden,
         poisoned: false,
-    };
-    let end = match &new.kind {
-        NewKind::Fixed => virtual_bytes,
-        NewKind::Dynamic => write_headers(volume, new, &footer, None)?,
-        NewKind::Child { parent } => write_headers(volume, new, &footer, Some(parent))?,
-    };
-    let end = if volume.is_device() { volume.len()?.saturating_sub(SECTOR_BYTES) } else { end };
-    volume.write_at(&footer.to_bytes(), end)?;
-    volume.flush("create: the new image before anything names it")?;
-    Meta::read(volume)
+    })
 }
 
 /// Rounds a size up to whole blocks.
@@ -100,20 +111,24 @@ pub fn checked_size(virtual_bytes: u64) -> Result<u64> {
     }
 }
 
-/// Everything but the footer at the end; returns where that goes.
-fn write_headers(
-    volume: &dyn Volume,
-    new: &NewImage,
-    footer: &Footer,
-    parent: Option<&ParentLink>,
-) -> Result<u64> {
-    let blocks = u32::try_from(footer.virtual_bytes / BLOCK_BYTES).unwrap_or(u32::MAX);
-    let max_entries = new.bat_entries_max.unwrap_or(blocks).max(blocks);
-    if max_entries > BAT_ENTRIES_MAX {
-        return Err(Error::BadSize { reason: "a BAT of more entries than any image needs" });
-    }
-    let batmap = TABLE_OFFSET + table_bytes(max_entries);
-    let locators_at = batmap + SECTOR_BYTES + map_bytes(max_entries);
+/// Which blocks a new image has from the beginning; what is left out at the
+/// end is none.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Contents<'a> {
+    /// BAT entries.
+    pub bat: &'a [u32],
+    /// BATmap: bit 0x80 of byte 0 is block 0.
+    pub batmap: &'a [u8],
+}
+
+/// Everything before the first block of a dynamic image: some 5 MiB at most.
+///
+/// # Errors
+/// [`Error::BadSize`], a parent's name that does not fit.
+pub(crate) fn head(new: &NewImage, footer: &Footer, contents: &Contents<'_>) -> Result<Vec<u8>> {
+    let max_entries = max_entries(new, footer)?;
+    let batmap_at = TABLE_OFFSET + table_bytes(max_entries);
+    let locators_at = batmap_at + SECTOR_BYTES + map_bytes(max_entries);
     let mut header = DynHeader {
         table_offset: TABLE_OFFSET,
         max_entries,
@@ -123,8 +138,8 @@ fn write_headers(
         parent_name: String::new(),
         locators: [LocatorEntry::NONE; 8],
     };
-    let mut end = locators_at;
-    if let Some(parent) = parent {
+    let mut locators = Vec::new();
+    if let NewKind::Child { parent } = &new.kind {
         header.parent_uuid = parent.uuid;
         header.parent_timestamp = parent.timestamp_s;
         parent.volume.as_str().clone_into(&mut header.parent_name);
@@ -133,37 +148,39 @@ fn write_headers(
             let text = encode(code, &path);
             let space = space_for(text.len());
             let small = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
-            *slot = LocatorEntry { code, space: small(space), len: small(text.len() as u64), offset: end };
-            volume.write_at(&text, end)?;
-            end += space;
+            let offset = locators_at + locators.len() as u64;
+            *slot = LocatorEntry { code, space: small(space), len: small(text.len() as u64), offset };
+            let end = locators.len() + usize::try_from(space).unwrap_or(usize::MAX);
+            locators.extend(text);
+            locators.resize(end, 0);
         }
     }
-    volume.write_at(&footer.to_bytes(), 0)?;
-    volume.write_at(&header.to_bytes()?, HEADER_OFFSET)?;
-    write_table(volume, max_entries)?;
-    volume.write_at(&new_header(batmap, max_entries), batmap)?;
-    volume.write_at(&[0; 512], locators_at - SECTOR_BYTES)?;
-    if volume.is_device() {
-        volume.zero(batmap + SECTOR_BYTES, map_bytes(max_entries))?;
-    }
-    Ok(end)
+    let mut map = contents.batmap.to_vec();
+    map.resize(usize::try_from(map_bytes(max_entries)).unwrap_or(usize::MAX), 0);
+    let mut bytes = Vec::new();
+    bytes.extend(footer.to_bytes());
+    bytes.extend(header.to_bytes()?);
+    bytes.extend(table(contents.bat, max_entries));
+    bytes.extend(header_over(batmap_at, max_entries, footer.virtual_bytes, &map));
+    bytes.extend(map);
+    bytes.extend(locators);
+    Ok(bytes)
 }
 
-/// An empty BAT; behind its last entry the reference leaves zeros.
-fn write_table(volume: &dyn Volume, max_entries: u32) -> Result<()> {
-    let mut chunk = Vec::new();
-    let mut at = TABLE_OFFSET;
-    let end = TABLE_OFFSET + table_bytes(max_entries);
-    let mut left = max_entries;
-    while at < end {
-        let bytes = (end - at).min(64 * 1024);
-        let entries = left.min(u32::try_from(bytes / 4).unwrap_or(left));
-        chunk.clear();
-        chunk.extend((0..entries).flat_map(|_| BAT_FREE.to_be_bytes()));
-        chunk.resize(usize::try_from(bytes).unwrap_or(0), 0);
-        volume.write_at(&chunk, at)?;
-        at += bytes;
-        left -= entries;
+fn max_entries(new: &NewImage, footer: &Footer) -> Result<u32> {
+    let blocks = u32::try_from(footer.virtual_bytes / BLOCK_BYTES).unwrap_or(u32::MAX);
+    let max_entries = new.bat_entries_max.unwrap_or(blocks).max(blocks);
+    if max_entries > BAT_ENTRIES_MAX {
+        return Err(Error::BadSize { reason: "a BAT of more entries than any image needs" });
     }
-    Ok(())
+    Ok(max_entries)
+}
+
+/// A BAT; behind its last entry the reference leaves zeros.
+fn table(bat: &[u32], max_entries: u32) -> Vec<u8> {
+    let free = std::iter::repeat(&BAT_FREE);
+    let entries = bat.iter().chain(free).take(max_entries as usize);
+    let mut bytes: Vec<u8> = entries.flat_map(|entry| entry.to_be_bytes()).collect();
+    bytes.resize(usize::try_from(table_bytes(max_entries)).unwrap_or(usize::MAX), 0);
+    bytes
 }

@@ -8,6 +8,8 @@
 //! | [`create`], [`reparent`], [`resize`], [`repair`] | changes to an image's metadata |
 //! | [`rw`] | an image open for writing, as data: allocation, what waits for a flush |
 //! | [`writer`] | the same with blocking I/O |
+//! | [`build`] | a new image with its content, in one go |
+//! | [`stream`] | disks as streams: exports and imports |
 //! | [`chain`] | THE walk: a chain flattened to one block map; guest range to extents |
 //! | [`placed`] | where a disk's bytes lie; in what two disks can differ |
 //! | [`merge`] | what of N goes into P, in which order; no I/O of its own |
@@ -20,6 +22,7 @@
 pub mod bat;
 pub mod batmap;
 pub mod bitmap;
+pub mod build;
 pub mod chain;
 pub mod check;
 pub mod create;
@@ -40,6 +43,7 @@ pub mod resize;
 pub mod rw;
 pub mod slots;
 pub mod storage;
+pub mod stream;
 pub mod units;
 pub mod writer;
 

@@ -171,12 +171,16 @@ impl<'a> Changes<'a> {
         Self { disk, since, next: 0 }
     }
 
-    fn of_block(&self, block: BlockNo) -> Result<Vec<Range<u64>>> {
-        if self.disk.same_places(self.since, block) {
+    /// The ranges in which one block of `disk` can differ.
+    ///
+    /// # Errors
+    /// A bitmap could not be read.
+    pub fn of_block(disk: &Chain, since: &Chain, block: BlockNo) -> Result<Vec<Range<u64>>> {
+        if disk.same_places(since, block) {
             return Ok(Vec::new());
         }
-        let end = self.disk.virtual_bytes();
-        let mut ranges = differing(&self.disk.placed(block)?, &self.since.placed(block)?);
+        let end = disk.virtual_bytes();
+        let mut ranges = differing(&disk.placed(block)?, &since.placed(block)?);
         ranges.retain_mut(|range| {
             range.end = range.end.min(end);
             range.start < range.end
@@ -193,11 +197,11 @@ impl Iterator for Changes<'_> {
         let block = BlockNo(self.next);
         (block.0 < self.disk.blocks()).then(|| {
             self.next += 1;
-            self.of_block(block)
+            Self::of_block(self.disk, self.since, block)
         })
     }
 }
 
 #[cfg(test)]
 #[path = "placed_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -49,10 +49,10 @@ impl RecordStore for NoRecords {
     }
 }
 
-struct Random(u64);
+pub(crate) struct Random(pub u64);
 
 impl Random {
-    fn below(&mut self, n: u64) -> u64 {
+    pub fn below(&mut self, n: u64) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % n
     }
@@ -61,25 +61,25 @@ impl Random {
 const BLOCKS: u64 = 4;
 
 /// A tree of images, each written to a little when it is made.
-struct Tree {
-    volumes: FileVolumes,
-    parents: Vec<Option<usize>>,
+pub(crate) struct Tree {
+    pub volumes: FileVolumes,
+    pub parents: Vec<Option<usize>>,
     sizes: Vec<u64>,
     _folder: tempfile::TempDir,
 }
 
 impl Tree {
-    fn name(node: usize) -> VolumeName {
+    pub fn name(node: usize) -> VolumeName {
         VolumeName::vhd(Uuid::from_u128(node as u128 + 1))
     }
 
-    fn new() -> Self {
+    pub fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let volumes = FileVolumes::new(Arc::new(PosixFs::new(folder.path().to_owned())));
         Self { volumes, parents: Vec::new(), sizes: Vec::new(), _folder: folder }
     }
 
-    fn grow(&mut self, random: &mut Random, parent: Option<usize>) {
+    pub fn grow(&mut self, random: &mut Random, parent: Option<usize>) {
         let node = self.parents.len();
         // A disk may be larger than what it stands on, never smaller.
         let blocks = parent.map_or(2, |parent| self.sizes[parent]) + random.below(2);
@@ -127,7 +127,7 @@ impl Tree {
         writer.settle(None).unwrap();
     }
 
-    fn chain(&self, node: usize) -> Chain {
+    pub fn chain(&self, node: usize) -> Chain {
         Chain::open(&self.volumes, &Self::name(node)).unwrap()
     }
 
@@ -152,7 +152,7 @@ impl Tree {
     }
 }
 
-fn content(chain: &Chain) -> Vec<u8> {
+pub(crate) fn content(chain: &Chain) -> Vec<u8> {
     let mut bytes = vec![0; chain.virtual_bytes() as usize];
     chain.read_at(&mut bytes, 0).unwrap();
     bytes

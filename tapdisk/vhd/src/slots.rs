@@ -18,7 +18,7 @@ pub const GUARD_BYTES: u64 = SECTOR_BYTES;
 pub const EXTEND_SLOTS: u64 = 16;
 const GUARD_SECTORS: u64 = GUARD_BYTES / SECTOR_BYTES;
 /// Sectors from one slot to the next.
-const STRIDE_SECTORS: u64 = 8 + BLOCK_SECTORS as u64;
+pub(crate) const STRIDE_SECTORS: u64 = 8 + BLOCK_SECTORS as u64;
 
 /// No place for another block that a 32-bit sector number can name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

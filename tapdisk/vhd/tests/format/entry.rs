@@ -10,6 +10,7 @@ use vhd::meta::Meta;
 use vhd::repair::repair;
 use vhd::resize::{grow, revert, shrink};
 use vhd::storage::Volume;
+use vhd::stream::import::{Block, Import};
 
 use crate::mem::Mem;
 
@@ -102,4 +103,24 @@ pub fn journal(data: &[u8]) {
         return;
     }
     assert!(volume.len().is_ok());
+}
+
+/// An import: a stream that is accepted was read to its end, and gave out
+/// blocks of the disk it says it is, each once.
+pub fn stream(data: &[u8]) {
+    let mut bytes = data;
+    let Ok(mut import) = Import::open(&mut bytes) else {
+        return;
+    };
+    let (mut block, mut seen) = (Block::default(), std::collections::HashSet::new());
+    loop {
+        match import.next_block(&mut block) {
+            Ok(true) => assert!(seen.insert(block.number), "a block comes twice"),
+            Ok(false) => break,
+            Err(_) => return,
+        }
+    }
+    assert_eq!(import.position(), data.len() as u64);
+    let blocks = import.head().virtual_bytes.map(|bytes| bytes.div_ceil(2 << 20));
+    assert!(blocks.is_some_and(|blocks| seen.iter().all(|block| u64::from(block.0) < blocks)));
 }

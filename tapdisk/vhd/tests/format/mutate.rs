@@ -106,6 +106,7 @@ fn mutated_images_harm_nobody() {
         entry::check_image(&bytes);
         entry::repair_image(&bytes);
         entry::resize(&bytes);
+        entry::stream(&bytes);
         rounds += 1;
     }
     assert!(rounds > 20, "only {rounds} rounds");
