@@ -21,6 +21,13 @@ pub const RESOLVED_BLOCKS_MAX: usize = 128;
 /// Blocks that a leaf merge copies at one time: what a guest write may wait
 /// for.
 pub const COPYING_BLOCKS_MAX: usize = 2;
+/// The same while guests are busy. After each it then rests for as long as the
+/// copy took, so that guests have the disk to themselves half of the time.
+pub const COPYING_BLOCKS_BUSY_MAX: usize = 1;
+/// Guests are busy until this long after their last request, in microseconds.
+pub const BUSY_US: u64 = 20_000;
+/// Longest such rest, in microseconds.
+pub const REST_US_MAX: u64 = 100_000;
 /// Blocks that a leaf merge has under way: being copied, waiting for a flush,
 /// or gone from the leaf but not yet from its file. That many blocks of extra
 /// room it may need.

@@ -10,3 +10,4 @@ mod killed;
 mod main_job;
 mod revived;
 mod space;
+mod stalls;

@@ -49,7 +49,10 @@ use vhd::units::{BLOCK_BYTES, BlockNo, SectorRun, Slot};
 use super::image::{Purpose, result};
 use super::merge::{LEAF, PARENT, Phase};
 use super::{Completion, Engine, FileId, Op, Wait};
-use crate::limits::{COPYING_BLOCKS_MAX, FLUSH_BLOCKS, MOVING_BLOCKS_MAX, PACE_BURST_BYTES};
+use crate::limits::{
+    BUSY_US, COPYING_BLOCKS_BUSY_MAX, COPYING_BLOCKS_MAX, FLUSH_BLOCKS, MOVING_BLOCKS_MAX, PACE_BURST_BYTES,
+    REST_US_MAX,
+};
 
 /// A block under way.
 #[derive(Debug)]
@@ -82,7 +85,8 @@ struct CopyRun {
     run: SectorRun,
 }
 
-/// Keeps the bytes copied within a rate that may change.
+/// Keeps the bytes copied within a rate that may change, and lets busy guests
+/// breathe.
 #[derive(Debug, Default)]
 pub(super) struct Pace {
     /// 0 is no limit.
@@ -90,15 +94,22 @@ pub(super) struct Pace {
     /// Since when the rate holds, and what had been copied by then.
     since_us: u64,
     before_bytes: u64,
+    /// Nothing is copied until then.
+    rests_until_us: u64,
 }
 
 impl Pace {
     pub(super) fn new(rate_bytes_per_s: u64, now_us: u64) -> Self {
-        Self { rate_bytes_per_s, since_us: now_us, before_bytes: 0 }
+        Self { rate_bytes_per_s, since_us: now_us, before_bytes: 0, rests_until_us: 0 }
     }
 
     pub(super) fn set_rate(&mut self, rate_bytes_per_s: u64, copied_bytes: u64, now_us: u64) {
-        *self = Self { rate_bytes_per_s, since_us: now_us, before_bytes: copied_bytes };
+        (self.rate_bytes_per_s, self.since_us, self.before_bytes) = (rate_bytes_per_s, now_us, copied_bytes);
+    }
+
+    /// A copy that took so long ended while guests were busy.
+    fn rest(&mut self, took_us: u64, now_us: u64) {
+        self.rests_until_us = now_us + took_us.min(REST_US_MAX);
     }
 
     /// Whether another block may be copied.
@@ -106,7 +117,8 @@ impl Pace {
         let elapsed_us = u128::from(now_us.saturating_sub(self.since_us));
         let due = u128::from(self.rate_bytes_per_s) * elapsed_us / 1_000_000;
         let copied = u128::from(copied_bytes.saturating_sub(self.before_bytes));
-        self.rate_bytes_per_s == 0 || copied <= due + u128::from(PACE_BURST_BYTES)
+        let within = self.rate_bytes_per_s == 0 || copied <= due + u128::from(PACE_BURST_BYTES);
+        within && now_us >= self.rests_until_us
     }
 }
 
@@ -222,7 +234,8 @@ impl Engine {
     /// Takes on blocks, as many as may be under way.
     fn take_on(&mut self) {
         let copying = self.in_stage(|stage| !matches!(stage, Stage::Copied { .. })).count();
-        for _ in copying..COPYING_BLOCKS_MAX {
+        let most = if self.guests_busy() { COPYING_BLOCKS_BUSY_MAX } else { COPYING_BLOCKS_MAX };
+        for _ in copying..most {
             let merge = &self.merge;
             let held = self.stack[LEAF].rw.allocated_blocks() as usize;
             let full = merge.moves.len() + merge.owed >= MOVING_BLOCKS_MAX || merge.moves.len() >= held;
@@ -236,6 +249,10 @@ impl Engine {
             let moving = Move { stage: Stage::Draining, since_us: self.now_us, zeroed: false };
             self.merge.moves.insert(block, moving);
         }
+    }
+
+    fn guests_busy(&self) -> bool {
+        self.now_us.saturating_sub(self.last_activity_us) < BUSY_US
     }
 
     /// The next block of L that is not under way, in a circle.
@@ -360,6 +377,9 @@ impl Engine {
             let longest = &mut self.merge.figures.longest_wait_us;
             *longest = held_us.max(*longest);
         }
+        if self.guests_busy() {
+            self.merge.pace.rest(held_us, self.now_us);
+        }
         if let Some(error) = self.merge.figures.error.clone() {
             return self.merge_failed(error);
         }
@@ -445,5 +465,15 @@ mod tests {
         assert!(!pace.allows(120 << 20, 4 * S));
         pace.set_rate(0, 120 << 20, 4 * S);
         assert!(pace.allows(u64::MAX, 4 * S));
+    }
+
+    #[test]
+    fn it_rests_as_long_as_a_copy_took_but_not_for_ever() {
+        let mut pace = Pace::new(0, 0);
+        pace.rest(5_000, S);
+        assert!(!pace.allows(0, S + 4_999));
+        assert!(pace.allows(0, S + 5_000));
+        pace.rest(60 * S, 2 * S);
+        assert!(pace.allows(0, 2 * S + REST_US_MAX));
     }
 }

@@ -3,4 +3,5 @@
 pub mod forge;
 pub mod guest;
 pub mod host;
+pub mod pace;
 pub mod programs;
