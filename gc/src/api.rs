@@ -7,7 +7,7 @@
 //! | `POST /run` | `{sr?, vdi?, wait?, dry_run?}` | [`Report`], or `{}` without `wait` |
 //! | `POST /pause`, `/resume` | `{sr?}` | `{}` |
 //! | `POST /abort` | `{sr?, vdi?}` | `{aborted}`: merges told to stop |
-//! | `POST /set` | `{sr?, rate?, parallel?}` | `{}` |
+//! | `POST /set` | `{sr?, rate?, parallel?, latency_factor?}` | `{}`; also for what runs |
 //! | `GET /metrics` | | Prometheus text |
 
 use std::collections::BTreeMap;
@@ -66,6 +66,12 @@ pub struct SrStatus {
     pub rate: u64,
     /// Merges allowed at one time.
     pub parallel: usize,
+    /// How much slower than calm an attached disk may get before merges step
+    /// back; 0 is never.
+    pub latency_factor: f64,
+    /// Bytes per second allowed while attached disks are slow.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub held_back_to: Option<u64>,
     /// Why the last look failed, if it did.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -108,6 +114,7 @@ struct SetBody {
     sr: Option<Uuid>,
     rate: Option<u64>,
     parallel: Option<usize>,
+    latency_factor: Option<f64>,
 }
 
 /// An answer that something could not be done.
@@ -204,8 +211,10 @@ fn sr_status(name: &str, collector: &Collector) -> SrStatus {
         name: name.to_owned(),
         paused: state.paused,
         running: state.running.len(),
-        rate: state.budget.rate(),
+        rate: state.rate,
         parallel: state.settings.parallel,
+        latency_factor: state.latency_factor,
+        held_back_to: state.backoff.limit(),
         error: state.round_error.clone(),
         nodes,
         totals: state.totals.clone(),
@@ -291,6 +300,7 @@ async fn set(State(app): State<App>, Json(body): Json<SetBody>) -> Answer<Json<V
     wish(app, body.sr, move |wishes| {
         wishes.rate = body.rate.unwrap_or(wishes.rate);
         wishes.parallel = body.parallel.unwrap_or(wishes.parallel);
+        wishes.latency_factor = body.latency_factor.or(wishes.latency_factor);
     })
     .await
 }
@@ -341,6 +351,8 @@ fn metrics_text(service: &Service) -> String {
     };
     counter("coppice_gc_running", "Merges under way", "gauge", &|c| c.state().running.len() as u64);
     counter("coppice_gc_waiting", "Nodes that wait", "gauge", &|c| c.state().waits.len() as u64);
+    let rate = "Bytes per second allowed, 0 is no limit";
+    counter("coppice_gc_rate_bytes", rate, "gauge", &|c| c.state().budget.rate());
     let sums: [(&str, &str, Sum); 6] = [
         ("coalesced", "Hidden nodes merged", |t| t.coalesced),
         ("leaf_coalesced", "Leaves merged", |t| t.leaf_coalesced),

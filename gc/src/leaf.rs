@@ -78,7 +78,9 @@ impl Job<'_> {
     fn merger(&self, intent: &LeafMergeIntent) -> Result<Box<dyn LeafMerger + '_>> {
         let tap = io("reach a tapdisk", self.repo.host.tap(intent.vdi))?;
         Ok(match tap {
-            Some(tap) => Box::new(Live { job: self, intent: intent.clone(), tap, parent_before: None }),
+            Some(tap) => {
+                Box::new(Live { job: self, intent: intent.clone(), tap, parent_before: None, rate: None })
+            }
             None => Box::new(Offline { job: self, intent: intent.clone() }),
         })
     }
@@ -112,6 +114,8 @@ struct Live<'a> {
     tap: Box<dyn sm::host::Tap>,
     /// Bytes of blocks the parent had in the beginning.
     parent_before: Option<u64>,
+    /// Bytes per second its tapdisk was told last.
+    rate: Option<u64>,
 }
 
 impl Live<'_> {
@@ -148,12 +152,31 @@ impl Live<'_> {
         settle_if_needed(self.job.repo, &parent)?;
         let size = image::meta(self.job.repo, &leaf)?.virtual_bytes();
         self.job.grow(&self.intent.parent, &parent, size)?;
+        let rate = self.job.watch.rate();
         let order = Request::MergeStart {
             leaf: self.intent.leaf.clone(),
             parent: self.intent.parent.clone(),
-            rate_bytes_per_s: self.job.watch.rate(),
+            rate_bytes_per_s: rate,
         };
-        self.call(order).map(drop)
+        self.call(order)?;
+        self.rate = Some(rate);
+        Ok(())
+    }
+
+    /// The budget changes while a merge runs: by a person, with the number of
+    /// merges, or because guests suffer.
+    fn follow_rate(&mut self) {
+        let rate = self.job.watch.rate();
+        if Some(rate) == self.rate {
+            return;
+        }
+        // Refused while another order is under way: told the next time.
+        match self.call(Request::MergeRate { rate_bytes_per_s: rate }) {
+            Ok(_) => self.rate = Some(rate),
+            Err(error) => {
+                tracing::debug!(sr = %self.job.repo.uuid, vdi = %self.intent.vdi, %error, "merge rate")
+            }
+        }
     }
 
     fn note(&self, before: &MergeStatus, now: &MergeStatus) {
@@ -197,7 +220,7 @@ impl LeafMerger for Live<'_> {
                     self.job.watch.note(Event::Freed(now.blocks_total * BLOCK_BYTES));
                     return Ok(());
                 }
-                MergePhase::Starting | MergePhase::Moving => {}
+                MergePhase::Starting | MergePhase::Moving => self.follow_rate(),
                 MergePhase::None | MergePhase::Stopping | MergePhase::Committing => {
                     return Err(Stop::Later("another operation stopped it".into()));
                 }

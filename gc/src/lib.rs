@@ -10,7 +10,7 @@
 //! | [`collector`], [`progress`], [`retry`] | the thread that keeps one SR collected |
 //! | [`cost`], [`report`] | what a merge costs; predictions |
 //! | [`service`], [`api`], [`run`](fn@run) | the daemon |
-//! | [`budget`], [`watch`], [`limits`] | pace, progress, every bound |
+//! | [`budget`], [`backoff`], [`watch`], [`limits`] | pace, progress, every bound |
 //!
 //! Everything blocks and reaches the world only through [`sm::Repo`] and
 //! [`watch::Watch`], so that the crash simulator runs whole jobs. Absent on
@@ -18,6 +18,7 @@
 //! any knowledge of backends.
 
 pub mod api;
+pub mod backoff;
 pub mod budget;
 pub mod candidates;
 pub mod collector;
@@ -29,6 +30,7 @@ pub mod garbage;
 mod grow;
 pub mod job;
 mod job_watch;
+mod latency;
 pub mod leaf;
 pub mod limits;
 pub mod plan;

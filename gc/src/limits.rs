@@ -11,6 +11,21 @@ pub const WINDOW_BYTES_MAX: u64 = 16 << 20;
 pub const WINDOW_BLOCKS_MAX: u32 = 64;
 /// Bytes of one slice when space is short, or of an offline leaf merge.
 pub const SLICE_BYTES_MAX: u64 = 32 << 20;
+/// Merges are held back to no less than this, in bytes per second.
+pub const BACKOFF_FLOOR: u64 = 16 << 20;
+/// A limit that has grown to this is none, in bytes per second.
+pub const BACKOFF_CEILING: u64 = 4 << 30;
+/// A disk answering in this mean time, in microseconds, does not suffer
+/// whatever it did before.
+pub const BACKOFF_FREE_US: f64 = 5_000.0;
+/// Requests in one interval that tell something about a disk's latency.
+pub const BACKOFF_REQUESTS_MIN: u64 = 20;
+/// Factor over a disk's calm latency at which merges step back, by default.
+pub const LATENCY_FACTOR: f64 = 4.0;
+/// Largest factor that can be asked for.
+pub const LATENCY_FACTOR_MAX: f64 = 1000.0;
+/// Between two looks at the latency of attached disks.
+pub const LATENCY_EVERY: Duration = Duration::from_secs(1);
 /// Blocks of one slice.
 pub const SLICE_BLOCKS_MAX: u32 = 16;
 /// Free space the collector leaves to the guests, unless a merge needs none.

@@ -9,6 +9,7 @@ use tapdisk_control::ImageRef;
 use uuid::Uuid;
 use vhd::storage::VolumeName;
 
+use crate::backoff::Backoff;
 use crate::budget::Budget;
 use crate::collector::Scope;
 use crate::forest::Forest;
@@ -123,6 +124,13 @@ pub struct State {
     pub settings: Settings,
     /// Shared by all merges that we run ourselves.
     pub budget: Budget,
+    /// Bytes per second that were wished for; 0 is no limit.
+    pub rate: u64,
+    /// How much slower than calm a disk may get before merges step back; 0 is
+    /// never.
+    pub latency_factor: f64,
+    /// What became of that.
+    pub backoff: Backoff,
     /// Nothing is started.
     pub paused: bool,
     /// The thread is to end.
@@ -166,7 +174,10 @@ impl State {
     pub fn new(settings: Settings, budget: Budget) -> Self {
         Self {
             settings,
+            rate: budget.rate(),
             budget,
+            latency_factor: limits::LATENCY_FACTOR,
+            backoff: Backoff::default(),
             paused: false,
             closing: false,
             quiet_until: Duration::ZERO,
@@ -186,6 +197,25 @@ impl State {
             room: Ledger::default(),
             next_key: 1,
         }
+    }
+
+    /// The budget becomes what is wished for, or less while merges are held
+    /// back.
+    pub(crate) fn apply_rate(&mut self, now: Duration) {
+        let rate = match (self.rate, self.backoff.limit()) {
+            (rate, None) => rate,
+            (0, Some(limit)) => limit,
+            (rate, Some(limit)) => rate.min(limit),
+        };
+        if self.budget.rate() != rate {
+            self.budget.set_rate(rate, now);
+        }
+    }
+
+    /// Bytes moved by all merges so far.
+    pub(crate) fn moved(&self) -> u64 {
+        let running = self.running.values().map(|doing| doing.ledger.copied + doing.ledger.cloned);
+        self.totals.bytes_copied + self.totals.bytes_cloned + running.sum::<u64>()
     }
 
     pub(crate) fn begin(&mut self, doing: Doing) -> u64 {

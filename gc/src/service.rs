@@ -19,18 +19,25 @@ use crate::limits;
 use crate::plan::Settings;
 
 /// What an operator set for an SR; survives restarts.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Wishes {
     /// Bytes per second of all merges together; 0 is no limit.
     pub rate: u64,
     /// Merges at one time; 0 is the default.
     pub parallel: usize,
+    /// How much slower than calm an attached disk may get before merges step
+    /// back; 0 is never, none is the default.
+    pub latency_factor: Option<f64>,
     /// Whether collecting is paused.
     pub paused: bool,
 }
 
 impl Wishes {
+    fn latency_factor(self) -> f64 {
+        self.latency_factor.unwrap_or(limits::LATENCY_FACTOR).clamp(0.0, limits::LATENCY_FACTOR_MAX)
+    }
+
     fn settings(self) -> Settings {
         let parallel = match self.parallel {
             0 => limits::PARALLEL,
@@ -45,7 +52,8 @@ impl Wishes {
 struct Attended {
     sr: AttachedSr,
     collector: Arc<Collector>,
-    thread: JoinHandle<()>,
+    /// The one that works and the one that watches latencies.
+    threads: [JoinHandle<()>; 2],
 }
 
 #[derive(Debug, Default)]
@@ -148,15 +156,22 @@ impl Service {
         let mut attending = self.attending();
         let wishes = attending.wishes.get(&sr.uuid).copied().unwrap_or_default();
         let collector = Collector::new(open.repo, wishes.settings(), wishes.rate);
-        collector.state().paused = wishes.paused;
-        let worker = collector.clone();
-        let thread = std::thread::Builder::new()
-            .name(format!("gc-{}", &sr.uuid.to_string()[..8]))
-            .spawn(move || worker.work())
-            .map_err(|error| error.to_string())?;
+        {
+            let mut state = collector.state();
+            state.paused = wishes.paused;
+            state.latency_factor = wishes.latency_factor();
+        }
+        let spawn = |what: &str, body: fn(&Arc<Collector>)| {
+            let collector = collector.clone();
+            std::thread::Builder::new()
+                .name(format!("{what}-{}", &sr.uuid.to_string()[..8]))
+                .spawn(move || body(&collector))
+                .map_err(|error| error.to_string())
+        };
+        let threads = [spawn("lat", |c| c.watch_latency())?, spawn("gc", |c| c.work())?];
         tracing::info!(sr = %sr.uuid, "collecting");
         attending.refused.remove(&sr.uuid);
-        attending.srs.insert(sr.uuid, Attended { sr: sr.clone(), collector, thread });
+        attending.srs.insert(sr.uuid, Attended { sr: sr.clone(), collector, threads });
         Ok(())
     }
 
@@ -223,9 +238,9 @@ impl Service {
             {
                 let mut state = collector.state();
                 state.settings = wishes.settings();
-                if state.budget.rate() != wishes.rate {
-                    state.budget.set_rate(wishes.rate, now);
-                }
+                state.latency_factor = wishes.latency_factor();
+                state.rate = wishes.rate;
+                state.apply_rate(now);
             }
             collector.pause(wishes.paused);
         }
@@ -239,8 +254,10 @@ fn end(attended: Vec<Attended>) {
         one.collector.close();
     }
     for one in attended {
-        if one.thread.join().is_err() {
-            tracing::error!(sr = %one.sr.uuid, "its collector panicked");
+        for thread in one.threads {
+            if thread.join().is_err() {
+                tracing::error!(sr = %one.sr.uuid, "its collector panicked");
+            }
         }
         tracing::info!(sr = %one.sr.uuid, "not collecting any more");
     }

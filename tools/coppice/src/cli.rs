@@ -278,7 +278,7 @@ pub enum GcCommand {
     Resume(GcScope),
     /// Stop running work at the next safe point
     Abort(GcScope),
-    /// Set limits
+    /// Set limits, also for merges under way
     Set {
         /// Storage repository
         sr: String,
@@ -288,6 +288,10 @@ pub enum GcCommand {
         /// Merges at one time
         #[arg(long)]
         parallel: Option<usize>,
+        /// Merges slow down while an attached disk takes this many times
+        /// longer to answer than it does without them; 0 is never [default: 4]
+        #[arg(long, value_name = "FACTOR")]
+        latency_factor: Option<f64>,
     },
 }
 

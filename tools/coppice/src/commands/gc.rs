@@ -26,9 +26,14 @@ pub fn run(context: &Context, command: GcCommand) -> Outcome<()> {
         GcCommand::Pause(scope) => tell(context, &scope, "/pause")?,
         GcCommand::Resume(scope) => tell(context, &scope, "/resume")?,
         GcCommand::Abort(scope) => tell(context, &scope, "/abort")?,
-        GcCommand::Set { sr, rate, parallel } => {
+        GcCommand::Set { sr, rate, parallel, latency_factor } => {
             let sr = resolve::sr(&context.smd, &sr)?;
-            let body = json!({"sr": sr, "rate": rate.map(|rate| rate.0), "parallel": parallel});
+            let body = json!({
+                "sr": sr,
+                "rate": rate.map(|rate| rate.0),
+                "parallel": parallel,
+                "latency_factor": latency_factor,
+            });
             show(context, &gcd.post("/set", &body)?);
         }
     }
