@@ -6,6 +6,7 @@
 
 use std::ffi::OsString;
 use std::io::Write;
+use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -24,6 +25,7 @@ use crate::disk::{Files, Opener};
 use crate::nbd::Export;
 use crate::server::{DriverChoice, Parts, Server};
 use crate::service::Service;
+use crate::tls::{Settings, Tls};
 
 /// Name of the NBD socket in the run folder.
 const NBD_SOCKET: &str = "nbd.sock";
@@ -67,6 +69,24 @@ struct Args {
     /// What moves guest data
     #[arg(long, value_enum, default_value_t)]
     driver: DriverChoice,
+    /// Also listen for clients on this TCP address, such as `[::1]:10809`;
+    /// port 0 takes any, and it is said with "ready"
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Option<SocketAddr>,
+    /// A folder with server-cert.pem and server-key.pem: TLS on offer to
+    /// clients of this host, and required from TCP clients
+    #[arg(long, value_name = "DIR")]
+    tls_certificates: Option<PathBuf>,
+    /// Clients must show a certificate signed by the folder's ca-cert.pem
+    #[arg(long)]
+    tls_verify_peer: bool,
+    /// A file of pre-shared keys, in lines `user:key` with hexadecimal keys
+    #[arg(long, value_name = "FILE")]
+    tls_psk: Option<PathBuf>,
+    /// Listen without TLS beyond this host too: anybody who reaches the
+    /// address can read and write the disk
+    #[arg(long)]
+    insecure: bool,
     /// An inherited descriptor whose lock is the lease on the chain; held
     /// until this process ends
     #[arg(long)]
@@ -105,8 +125,12 @@ fn serve(args: &Args) -> anyhow::Result<()> {
     }
     // Before any thread starts, so that all of them leave signals to the loop.
     let signals = signals().context("signals")?;
-    let server = open(args, signals)?;
-    say(&serde_json::json!({ "ready": true, "pid": std::process::id() }));
+    let (server, listens) = open(args, signals)?;
+    let mut ready = serde_json::json!({ "ready": true, "pid": std::process::id() });
+    if let Some(address) = listens {
+        ready["listen"] = address.to_string().into();
+    }
+    say(&ready);
     tracing::info!(volume = args.volume, read_only = args.read_only, "ready");
     let served = server.run().context("serving");
     for socket in [NBD_SOCKET, CONTROL_SOCKET] {
@@ -116,8 +140,10 @@ fn serve(args: &Args) -> anyhow::Result<()> {
     served
 }
 
-/// Opens the chain and the sockets.
-fn open(args: &Args, signals: SignalFd) -> anyhow::Result<Server<DataPath>> {
+/// Opens the chain and the sockets; also the TCP address, if there is one.
+fn open(args: &Args, signals: SignalFd) -> anyhow::Result<(Server<DataPath>, Option<SocketAddr>)> {
+    let (tcp, tls) = listen(args)?;
+    let listens = tcp.as_ref().map(TcpListener::local_addr).transpose()?;
     let top =
         VolumeName::new(&args.volume).with_context(|| format!("{:?} is not a volume name", args.volume))?;
     let opener = Opener {
@@ -138,6 +164,8 @@ fn open(args: &Args, signals: SignalFd) -> anyhow::Result<Server<DataPath>> {
     let parts = Parts {
         export,
         nbd: bind(&args.run.join(NBD_SOCKET))?,
+        tcp,
+        tls,
         control: bind(&args.run.join(CONTROL_SOCKET))?,
         volumes: Arc::clone(&opener.volumes),
         files: Arc::clone(&opener.files),
@@ -145,7 +173,27 @@ fn open(args: &Args, signals: SignalFd) -> anyhow::Result<Server<DataPath>> {
         driver: args.driver,
     };
     let service = Service::new(opener, meta.map(|meta| (top, meta)));
-    Server::new(DataPath::new(engine, service), parts).context("threads")
+    let server = Server::new(DataPath::new(engine, service), parts).context("threads")?;
+    Ok((server, listens))
+}
+
+/// What is needed for clients from other hosts.
+fn listen(args: &Args) -> anyhow::Result<(Option<TcpListener>, Option<Tls>)> {
+    let settings = Settings {
+        certificates: args.tls_certificates.clone(),
+        verify_peer: args.tls_verify_peer,
+        psk: args.tls_psk.clone(),
+    };
+    let tls = Tls::load(&settings)?;
+    let Some(address) = args.listen else { return Ok((None, tls)) };
+    if tls.is_none() && !address.ip().is_loopback() && !args.insecure {
+        anyhow::bail!(
+            "{address} can be reached from other hosts and nothing protects the disk: \
+             give --tls-certificates or --tls-psk, or, if the network itself is safe, --insecure"
+        );
+    }
+    let tcp = TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
+    Ok((Some(tcp), tls))
 }
 
 /// Binds a socket, taking the place of one left by a process that died.

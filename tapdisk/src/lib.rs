@@ -10,6 +10,7 @@
 //! | [`datapath`] | engine and service together |
 //! | [`driver`] | what carries out operations, and how the core looks from there |
 //! | [`server`] | the thread that owns the core and all sockets |
+//! | [`tls`] | certificates and keys for clients from other hosts |
 //! | [`buffer`] | guest memory, lent piece by piece |
 //! | [`cli`] | the process |
 //! | [`limits`] | every limit, in one place |
@@ -28,6 +29,7 @@ pub mod limits;
 pub mod nbd;
 pub mod server;
 pub mod service;
+pub mod tls;
 pub mod unaligned;
 
 pub use cli::run;

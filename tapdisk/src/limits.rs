@@ -81,7 +81,24 @@ pub const OPTION_BYTES_MAX: u32 = 8 << 10;
 pub const OPTION_SKIP_BYTES_MAX: u32 = 1 << 20;
 /// Queries in one metadata context option.
 pub const CONTEXT_QUERIES_MAX: u32 = 64;
-/// Time a client has for the whole handshake.
+/// Of the [`CLIENTS_MAX`], those that came over TCP: whoever floods from
+/// outside leaves room for this host. When that many are there, a new one takes
+/// the place of the one that has been longest in its handshake, if any.
+pub const TCP_CLIENTS_MAX: usize = 12;
+/// Time after which a silent TCP client is probed, between probes, and probes
+/// without an answer until it counts as gone.
+pub const TCP_PROBE: (Duration, Duration, u32) = (Duration::from_secs(60), Duration::from_secs(10), 6);
+/// Time a TCP client has to acknowledge what was sent to it.
+pub const TCP_UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(120);
+/// Bytes of data in a TLS record we send: the most the protocol allows.
+pub const TLS_RECORD_BYTES: usize = 16 << 10;
+/// A file of pre-shared keys.
+pub const PSK_FILE_BYTES_MAX: u64 = 1 << 20;
+/// Shortest pre-shared key, in bytes.
+pub const PSK_KEY_BYTES_MIN: usize = 16;
+/// Longest: what the TLS library takes.
+pub const PSK_KEY_BYTES_MAX: usize = 256;
+/// Time a client has for the whole handshake, that of TLS included.
 pub const HANDSHAKE_TIME_MAX: Duration = Duration::from_secs(60);
 /// Extents in one block-status reply and context; the client asks again for
 /// the rest.

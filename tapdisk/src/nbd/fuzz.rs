@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::{Connection, Export, Piece};
+use super::{Connection, Export, Piece, Security};
 use crate::buffer::Pool;
 use crate::engine::Extent;
 
@@ -18,7 +18,7 @@ pub fn fuzz(bytes: &[u8]) {
         fast_zero: true,
     };
     let pool = Pool::default();
-    let mut connection = Connection::new(Arc::new(export), pool.clone());
+    let mut connection = Connection::new(Arc::new(export), Security::Offered, pool.clone());
     let mut late = VecDeque::new();
     for (n, piece) in bytes.chunks(97).enumerate() {
         let mut rest = piece;

@@ -2,15 +2,16 @@
 //!
 //! ```text
 //!   greeting -> client flags -> option* -> GO or EXPORT_NAME -> transmission
-//!                                 |
+//!                                 |  ^
+//!                                 |  +--- STARTTLS -> TLS; all agreed is void
 //!                                 +-> ABORT -> closed
 //! ```
 //!
 //! [`Handshake::option`] takes one whole option and appends its replies; it
 //! does no I/O and keeps nothing but what was agreed on so far.
 //!
-//! Absent on purpose: TLS (the socket is private to the host), extended
-//! headers; both are answered as unknown.
+//! Absent on purpose: TLS itself (whoever owns the socket does it), extended
+//! headers (answered as unknown).
 
 use zerocopy::IntoBytes;
 
@@ -105,11 +106,26 @@ impl Context {
     }
 }
 
+/// How a connection is protected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Security {
+    /// It need not be, and cannot be.
+    Plain,
+    /// It may ask for TLS.
+    Offered,
+    /// It must ask for TLS before anything else.
+    Required,
+    /// It has TLS.
+    Secured,
+}
+
 /// What follows an option.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
     /// The next option.
     Option,
+    /// TLS, once the replies are sent.
+    StartTls,
     /// Requests.
     Transmission,
     /// The replies are sent, then the connection ends.
@@ -130,9 +146,23 @@ pub struct Handshake {
 
 impl Handshake {
     /// Answers `option` with its whole `data`, appending to `out`.
-    pub fn option(&mut self, export: &Export, option: u32, data: &[u8], out: &mut Vec<u8>) -> Next {
+    pub fn option(
+        &mut self,
+        (export, security): (&Export, Security),
+        option: u32,
+        data: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Next {
         let mut replies = Replies { out, option };
+        if security == Security::Required && !matches!(option, option::STARTTLS | option::ABORT) {
+            if option == option::EXPORT_NAME {
+                return Next::Close; // this option has no other way to say no
+            }
+            replies.refuse(option_reply::ERR_TLS_REQD, "TLS comes first");
+            return Next::Option;
+        }
         match option {
+            option::STARTTLS => return start_tls(security, data, &mut replies),
             option::EXPORT_NAME => return self.export_name(export, data, replies.out),
             option::ABORT => {
                 replies.push(option_reply::ACK, &[]);
@@ -253,6 +283,19 @@ pub fn refuse_too_big(option: u32, out: &mut Vec<u8>) {
     Replies { out, option }.refuse(option_reply::ERR_TOO_BIG, "option too long");
 }
 
+fn start_tls(security: Security, data: &[u8], replies: &mut Replies<'_>) -> Next {
+    match security {
+        Security::Plain => replies.refuse(option_reply::ERR_UNSUP, "TLS is not set up here"),
+        Security::Secured => replies.refuse(option_reply::ERR_INVALID, "TLS is there already"),
+        _ if !data.is_empty() => replies.refuse(option_reply::ERR_INVALID, "STARTTLS takes no data"),
+        Security::Offered | Security::Required => {
+            replies.push(option_reply::ACK, &[]);
+            return Next::StartTls;
+        }
+    }
+    Next::Option
+}
+
 fn list(export: &Export, data: &[u8], replies: &mut Replies<'_>) {
     if !data.is_empty() {
         return replies.refuse(option_reply::ERR_INVALID, "LIST takes no data");
@@ -346,7 +389,7 @@ mod tests {
 
     fn ask(handshake: &mut Handshake, option: u32, data: &[u8]) -> (Next, Vec<(u32, Vec<u8>)>) {
         let mut out = Vec::new();
-        let next = handshake.option(&export(), option, data, &mut out);
+        let next = handshake.option((&export(), Security::Plain), option, data, &mut out);
         (next, replies(&out))
     }
 
@@ -396,7 +439,7 @@ mod tests {
             assert_eq!((next, said.len()), (Next::Option, 1), "{option}");
             assert_eq!(said[0].0, option_reply::ERR_INVALID, "{option}");
         }
-        for unknown in [0, 4, 5, 11, u32::MAX] {
+        for unknown in [0, 4, 11, u32::MAX] {
             let (_, said) = ask(&mut handshake, unknown, b"anything");
             assert_eq!(said[0].0, option_reply::ERR_UNSUP);
         }
@@ -434,15 +477,39 @@ mod tests {
     fn export_name_says_size_and_flags_and_zeros_unless_told() {
         let mut handshake = Handshake::default();
         let mut out = Vec::new();
-        let next = handshake.option(&export(), option::EXPORT_NAME, b"disk", &mut out);
+        let next = handshake.option((&export(), Security::Plain), option::EXPORT_NAME, b"disk", &mut out);
         assert_eq!((next, out.len()), (Next::Transmission, 134));
         handshake.no_zeroes = true;
         out.clear();
-        handshake.option(&export(), option::EXPORT_NAME, b"", &mut out);
+        handshake.option((&export(), Security::Plain), option::EXPORT_NAME, b"", &mut out);
         assert_eq!(out.len(), 10);
         out.clear();
-        let next = handshake.option(&export(), option::EXPORT_NAME, b"no", &mut out);
+        let next = handshake.option((&export(), Security::Plain), option::EXPORT_NAME, b"no", &mut out);
         assert_eq!((next, out.len()), (Next::Close, 0));
+    }
+
+    #[test]
+    fn tls_comes_first_where_it_is_required_and_only_once() {
+        let ask = |security, option, data: &[u8]| {
+            let mut out = Vec::new();
+            let next = Handshake::default().option((&export(), security), option, data, &mut out);
+            (next, replies(&out).first().map(|(kind, _)| *kind))
+        };
+        use Security::{Offered, Plain, Required, Secured};
+        let refused = |kind| (Next::Option, Some(kind));
+        for option in [option::GO, option::LIST, option::STRUCTURED_REPLY, 77] {
+            assert_eq!(ask(Required, option, &[]), refused(option_reply::ERR_TLS_REQD));
+        }
+        assert_eq!(ask(Required, option::EXPORT_NAME, b"disk"), (Next::Close, None));
+        assert_eq!(ask(Required, option::ABORT, &[]).0, Next::Goodbye);
+        for security in [Required, Offered] {
+            let begun = (Next::StartTls, Some(option_reply::ACK));
+            assert_eq!(ask(security, option::STARTTLS, &[]), begun);
+            assert_eq!(ask(security, option::STARTTLS, &[1]), refused(option_reply::ERR_INVALID));
+        }
+        assert_eq!(ask(Plain, option::STARTTLS, &[]), refused(option_reply::ERR_UNSUP));
+        assert_eq!(ask(Secured, option::STARTTLS, &[]), refused(option_reply::ERR_INVALID));
+        assert_eq!(ask(Secured, option::GO, &named("disk", &[0, 0])).0, Next::Transmission);
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub mod proto;
 pub mod transmission;
 
 pub use fuzz::fuzz;
-pub use handshake::Export;
+pub use handshake::{Export, Security};
 
 use crate::buffer::{Buffer, Exclusive, Pool, Shared};
 use crate::engine::{Extent, RequestKind};
@@ -76,6 +76,8 @@ enum Phase {
         /// How many came before.
         seen: u32,
     },
+    /// Nothing, until TLS is there.
+    StartTls { handshake: Handshake, seen: u32 },
     /// Data of an option too long to look at.
     SkipOption { handshake: Handshake, seen: u32, option: u32, left: u32 },
     /// A request's header.
@@ -118,6 +120,7 @@ impl Piece {
 #[derive(Debug)]
 pub struct Connection {
     export: Arc<Export>,
+    security: Security,
     pool: Pool,
     phase: Phase,
     /// Bytes received and not yet understood: `staging[start..end]`.
@@ -136,7 +139,7 @@ pub struct Connection {
 impl Connection {
     /// A connection just accepted; the greeting is ready to be sent.
     #[must_use]
-    pub fn new(export: Arc<Export>, pool: Pool) -> Self {
+    pub fn new(export: Arc<Export>, security: Security, pool: Pool) -> Self {
         let greeting = Greeting {
             magic: proto::MAGIC.into(),
             option_magic: proto::OPTION_MAGIC.into(),
@@ -144,6 +147,7 @@ impl Connection {
         };
         let mut connection = Self {
             export,
+            security,
             pool,
             phase: Phase::ClientFlags(Handshake::default()),
             staging: vec![0; STAGING_BYTES].into_boxed_slice(),
@@ -157,6 +161,23 @@ impl Connection {
         };
         connection.say(greeting.as_bytes().to_vec());
         connection
+    }
+
+    /// Whether the client waits for TLS to begin, everything before being
+    /// sent.
+    #[must_use]
+    pub fn wants_tls(&self) -> bool {
+        matches!(self.phase, Phase::StartTls { .. }) && self.output.is_empty()
+    }
+
+    /// Says that TLS has begun: from here on bytes come in and go out through
+    /// it. What was agreed on before counts no more.
+    pub fn tls_begun(&mut self) {
+        if let Phase::StartTls { handshake, seen } = &self.phase {
+            let handshake = Handshake { no_zeroes: handshake.no_zeroes, ..Handshake::default() };
+            self.phase = Phase::Option { handshake, seen: *seen };
+            self.security = Security::Secured;
+        }
     }
 
     /// Where received bytes go; empty while nothing is to be read. Call
@@ -309,7 +330,10 @@ impl Connection {
     /// Whether the handshake is behind.
     #[must_use]
     pub fn is_transmitting(&self) -> bool {
-        !matches!(self.phase, Phase::ClientFlags(_) | Phase::Option { .. } | Phase::SkipOption { .. })
+        !matches!(
+            self.phase,
+            Phase::ClientFlags(_) | Phase::Option { .. } | Phase::StartTls { .. } | Phase::SkipOption { .. }
+        )
     }
 
     /// Whether the socket should be closed: all was said, or the peer is out
@@ -334,7 +358,7 @@ impl Connection {
     /// Whether reading must wait for replies to leave.
     fn is_blocked(&self) -> bool {
         match self.phase {
-            Phase::Over | Phase::Goodbye(_) => true,
+            Phase::Over | Phase::Goodbye(_) | Phase::StartTls { .. } => true,
             // A header that is here and was not taken waits for room.
             Phase::Request(_) => self.end - self.start >= size_of::<RequestHeader>(),
             _ => false,

@@ -35,6 +35,8 @@ pub mod option {
     pub const ABORT: u32 = 2;
     /// Names of the exports.
     pub const LIST: u32 = 3;
+    /// TLS from here on.
+    pub const STARTTLS: u32 = 5;
     /// What `GO` would say.
     pub const INFO: u32 = 6;
     /// Ends the handshake.
@@ -61,6 +63,8 @@ pub mod option_reply {
     pub const ERR_UNSUP: u32 = 0x8000_0001;
     /// The option's data makes no sense, or it comes at the wrong time.
     pub const ERR_INVALID: u32 = 0x8000_0003;
+    /// Only after `STARTTLS`.
+    pub const ERR_TLS_REQD: u32 = 0x8000_0005;
     /// There is no such export.
     pub const ERR_UNKNOWN: u32 = 0x8000_0006;
     /// The option is too long.

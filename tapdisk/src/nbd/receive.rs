@@ -55,7 +55,7 @@ impl Connection {
                 self.phase = Phase::Request(agreed);
                 Step::Again
             }
-            phase @ (Phase::Goodbye(_) | Phase::Over) => {
+            phase @ (Phase::Goodbye(_) | Phase::StartTls { .. } | Phase::Over) => {
                 self.phase = phase;
                 Step::Wait
             }
@@ -103,11 +103,15 @@ impl Connection {
             return Step::Wait;
         };
         let mut out = Vec::new();
-        let next = handshake.option(&self.export, option, data, &mut out);
+        let next = handshake.option((&self.export, self.security), option, data, &mut out);
         self.start = end;
         self.say(out);
         match next {
             Next::Option => self.phase = Phase::Option { handshake, seen: seen + 1 },
+            // Whatever came with it was not protected: somebody else's words,
+            // perhaps, that would count as said under TLS.
+            Next::StartTls if self.start < self.end => {}
+            Next::StartTls => self.phase = Phase::StartTls { handshake, seen: seen + 1 },
             Next::Transmission => self.phase = Phase::Request(handshake.agreed),
             Next::Goodbye => self.phase = Phase::Goodbye(handshake.agreed),
             Next::Close => {}

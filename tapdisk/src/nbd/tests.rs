@@ -17,7 +17,7 @@ fn connection() -> Connection {
         read_only: false,
         fast_zero: true,
     };
-    Connection::new(Arc::new(export), Pool::default())
+    Connection::new(Arc::new(export), Security::Offered, Pool::default())
 }
 
 /// Feeds all of `bytes` in pieces of at most `piece()`, as far as the
@@ -278,4 +278,32 @@ fn garbage_never_panics_nor_holds_memory() {
         }
         fuzz(&bytes);
     }
+}
+
+#[test]
+fn tls_begins_when_all_is_said_and_voids_what_was_agreed() {
+    let mut connection = connection();
+    let words = [flags(), said(option::STRUCTURED_REPLY, &[]), said(option::STARTTLS, &[])].concat();
+    feed(&mut connection, &words, || 7);
+    assert!(!connection.wants_tls() && !connection.wants_input());
+    drain(&mut connection);
+    assert!(connection.wants_tls() && !connection.is_over());
+    connection.tls_begun();
+    assert!(!connection.wants_tls() && connection.wants_input());
+    let words = [said(option::STARTTLS, &[]), said(option::GO, &[0; 6])].concat();
+    feed(&mut connection, &words, || 7);
+    let (first, _) = OptionReply::read_from_prefix(&drain(&mut connection)).unwrap();
+    assert_eq!(first.kind.get(), proto::option_reply::ERR_INVALID);
+    // Replies are simple again.
+    let requests = feed(&mut connection, &asked(command::READ, 1, 0, 512, &[]), || 100);
+    connection.finish(requests[0].slot, Err(libc::EIO), &[]);
+    assert_eq!(drain(&mut connection).len(), 16);
+}
+
+#[test]
+fn words_sent_before_tls_do_not_count_as_said_under_it() {
+    let mut connection = connection();
+    let words = [flags(), said(option::STARTTLS, &[]), said(option::GO, &[0; 6])].concat();
+    feed(&mut connection, &words, || usize::MAX);
+    assert!(connection.is_over());
 }

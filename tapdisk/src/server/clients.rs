@@ -1,18 +1,21 @@
 //! NBD clients: their sockets, and the [`Connection`] behind each.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice};
+use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Instant;
 
 use nix::poll::PollFlags;
 
+use super::transport::{Socket, Transport};
 use crate::buffer::Pool;
 use crate::engine::Extent;
-use crate::limits::{CLIENTS_MAX, HANDSHAKE_TIME_MAX, TURN_BYTES_MAX};
-use crate::nbd::{Connection, Export, GuestRequest, Slot};
+use crate::limits::{CLIENTS_MAX, HANDSHAKE_TIME_MAX, TCP_CLIENTS_MAX, TURN_BYTES_MAX};
+use crate::nbd::{Connection, Export, GuestRequest, Security, Slot};
+use crate::tls::Tls;
 
 /// Most pieces given to one write call.
 const SLICES_MAX: usize = 64;
@@ -40,7 +43,9 @@ struct Client {
     /// `None` once the connection is over. The entry stays, and counts
     /// against the limit, until the core has finished its requests: so the
     /// memory those hold is bounded however often somebody reconnects.
-    socket: Option<UnixStream>,
+    socket: Option<Transport>,
+    /// It came over TCP.
+    remote: bool,
     handshake_deadline: Instant,
 }
 
@@ -48,17 +53,32 @@ struct Client {
 #[derive(Debug)]
 pub struct Clients {
     export: Arc<Export>,
+    tls: Option<Tls>,
     pool: Pool,
     all: BTreeMap<ClientId, Client>,
     next_id: u64,
     /// Those with something to send, or room for another request.
     stirred: BTreeSet<ClientId>,
+    /// Those whose TLS handshake can go on.
+    shaking: BTreeSet<ClientId>,
+    /// Whose went on last.
+    shaken: ClientId,
 }
 
 impl Clients {
-    /// No clients yet; their data goes into buffers of `pool`.
-    pub fn new(export: Arc<Export>, pool: Pool) -> Self {
-        Self { export, pool, all: BTreeMap::new(), next_id: 0, stirred: BTreeSet::new() }
+    /// No clients yet; their data goes into buffers of `pool`. With `tls`,
+    /// those from this host may have it, and all others must.
+    pub fn new(export: Arc<Export>, tls: Option<Tls>, pool: Pool) -> Self {
+        Self {
+            export,
+            tls,
+            pool,
+            all: BTreeMap::new(),
+            next_id: 0,
+            stirred: BTreeSet::new(),
+            shaking: BTreeSet::new(),
+            shaken: ClientId(0),
+        }
     }
 
     /// Clients that connect from here on are offered this size in bytes. The
@@ -73,35 +93,56 @@ impl Clients {
         self.all.values().filter(transmitting).count() as u64
     }
 
-    /// Takes those who wait at the door.
+    /// Takes those of this host who wait at the door.
     pub fn accept(&mut self, listener: &UnixListener) {
-        loop {
-            let socket = match listener.accept() {
-                Ok((socket, _)) => socket,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept an NBD client");
-                    return;
-                }
-            };
-            if self.all.len() >= CLIENTS_MAX {
-                tracing::warn!(limit = CLIENTS_MAX, "NBD client turned away: too many");
-                continue;
+        while let Some(socket) = accepted(listener.accept()) {
+            let security = if self.tls.is_some() { Security::Offered } else { Security::Plain };
+            let socket = socket.set_nonblocking(true).map(|()| Socket::Unix(socket));
+            self.admit(socket, false, security);
+        }
+    }
+
+    /// Takes those from anywhere who wait at the door.
+    pub fn accept_tcp(&mut self, listener: &TcpListener) {
+        while let Some(socket) = accepted(listener.accept()) {
+            let security = if self.tls.is_some() { Security::Required } else { Security::Plain };
+            if self.all.values().filter(|client| client.remote).count() >= TCP_CLIENTS_MAX {
+                self.give_up_slowest_stranger();
             }
-            if let Err(error) = socket.set_nonblocking(true) {
-                tracing::warn!(%error, "NBD client turned away");
-                continue;
-            }
-            let id = ClientId(self.next_id);
-            self.next_id += 1;
-            let client = Client {
-                connection: Connection::new(Arc::clone(&self.export), self.pool.clone()),
-                socket: Some(socket),
-                handshake_deadline: Instant::now() + HANDSHAKE_TIME_MAX,
-            };
-            self.all.insert(id, client);
-            self.stirred.insert(id);
-            tracing::info!(client = id.0, "NBD client connected");
+            self.admit(Socket::from_tcp(socket), true, security);
+        }
+    }
+
+    fn admit(&mut self, socket: io::Result<Socket>, remote: bool, security: Security) {
+        let remotes = self.all.values().filter(|client| client.remote).count();
+        if self.all.len() >= CLIENTS_MAX || (remote && remotes >= TCP_CLIENTS_MAX) {
+            return tracing::warn!(remote, "NBD client turned away: too many");
+        }
+        let socket = match socket {
+            Ok(socket) => socket,
+            Err(error) => return tracing::warn!(%error, "NBD client turned away"),
+        };
+        let id = ClientId(self.next_id);
+        self.next_id += 1;
+        let client = Client {
+            connection: Connection::new(Arc::clone(&self.export), security, self.pool.clone()),
+            socket: Some(Transport::Plain(socket)),
+            remote,
+            handshake_deadline: Instant::now() + HANDSHAKE_TIME_MAX,
+        };
+        self.all.insert(id, client);
+        self.stirred.insert(id);
+        tracing::info!(client = id.0, remote, "NBD client connected");
+    }
+
+    /// Makes room: whoever connects and says nothing must not keep others out.
+    fn give_up_slowest_stranger(&mut self) {
+        let strangers = self.all.iter_mut().filter(|(_, client)| client.remote && client.is_shaking_hands());
+        if let Some((id, client)) = strangers.min_by_key(|(_, client)| client.handshake_deadline) {
+            tracing::warn!(client = id.0, "NBD client given up for a new one: too many");
+            client.hang_up(*id);
+            let id = *id;
+            self.all.remove(&id); // it has no requests
         }
     }
 
@@ -111,7 +152,11 @@ impl Clients {
             let mut want = PollFlags::empty();
             want.set(PollFlags::POLLIN, client.connection.wants_input());
             want.set(PollFlags::POLLOUT, client.connection.has_output());
-            client.socket.as_ref().map(|socket| (*id, socket.as_fd(), want))
+            let socket = client.socket.as_ref()?;
+            if socket.is_shaking() {
+                want = PollFlags::empty();
+            }
+            Some((*id, socket.as_fd(), want | socket.wants()))
         })
     }
 
@@ -122,9 +167,12 @@ impl Clients {
         };
         self.stirred.insert(id);
         let gone = PollFlags::POLLHUP | PollFlags::POLLERR;
-        if client.connection.wants_input() {
-            if flags.intersects(gone | PollFlags::POLLIN) {
-                client.read(&mut submit);
+        let Some(socket) = &client.socket else { return };
+        if socket.is_shaking() {
+            self.shaking.insert(id);
+        } else if client.connection.wants_input() {
+            if flags.intersects(gone | PollFlags::POLLIN | socket.wants()) {
+                client.read(TURN_BYTES_MAX, &mut submit);
             }
         } else if flags.intersects(gone) {
             // It will never take a reply, and nothing more is read from it.
@@ -144,16 +192,24 @@ impl Clients {
     /// whether there were any.
     pub fn flush(&mut self, mut submit: impl FnMut(ClientId, GuestRequest)) -> bool {
         let mut handed_over = false;
+        self.shake_one();
         while let Some(id) = self.stirred.pop_first() {
             let Some(client) = self.all.get_mut(&id) else {
                 continue;
             };
             client.write(id);
+            if client.connection.wants_tls() {
+                client.start_tls(id, self.tls.as_ref());
+            }
             if client.socket.is_some() {
-                while let Some(request) = client.connection.next_request() {
+                let mut hand_over = |request| {
                     handed_over = true;
                     submit(id, request);
+                };
+                while let Some(request) = client.connection.next_request() {
+                    hand_over(request);
                 }
+                client.read_pending(&mut hand_over);
                 client.write(id); // refusals
             }
             if client.connection.is_over() {
@@ -166,16 +222,33 @@ impl Clients {
         handed_over
     }
 
+    /// Takes one TLS handshake a step further: it may cost as much as
+    /// hundreds of requests, so nobody waits for more than one. The others'
+    /// sockets stay ready, and each has its turn.
+    fn shake_one(&mut self) {
+        let after = self.shaking.range(ClientId(self.shaken.0 + 1)..).next();
+        let Some(id) = after.or(self.shaking.first()).copied() else { return };
+        self.shaking.clear();
+        self.shaken = id;
+        if let Some(client) = self.all.get_mut(&id) {
+            client.shake(id);
+            self.stirred.insert(id);
+        }
+    }
+
     /// When the next client has had its time for the handshake.
     pub fn next_deadline(&self) -> Option<Instant> {
-        let shaking = |client: &&Client| client.socket.is_some() && !client.connection.is_transmitting();
-        self.all.values().filter(shaking).map(|client| client.handshake_deadline).min()
+        self.all
+            .values()
+            .filter(|client| client.is_shaking_hands())
+            .map(|client| client.handshake_deadline)
+            .min()
     }
 
     /// Disconnects those who did not finish their handshake in time.
     pub fn drop_late_handshakes(&mut self, now: Instant) {
         for (id, client) in &mut self.all {
-            if !client.connection.is_transmitting() && client.handshake_deadline <= now {
+            if client.is_shaking_hands() && client.handshake_deadline <= now {
                 tracing::warn!(client = id.0, "NBD handshake took too long");
                 client.hang_up(*id);
                 self.stirred.insert(*id);
@@ -184,13 +257,55 @@ impl Clients {
     }
 }
 
+/// The next one, or `None` if nobody is there or none can be taken.
+fn accepted<S, A>(result: io::Result<(S, A)>) -> Option<S> {
+    match result {
+        Ok((socket, _)) => Some(socket),
+        Err(error) => {
+            if error.kind() != io::ErrorKind::WouldBlock {
+                tracing::warn!(%error, "cannot accept an NBD client");
+            }
+            None
+        }
+    }
+}
+
 impl Client {
-    fn read(&mut self, submit: &mut impl FnMut(GuestRequest)) {
+    /// Whether it has not chosen the export yet.
+    fn is_shaking_hands(&self) -> bool {
+        self.socket.is_some() && !self.connection.is_transmitting()
+    }
+
+    fn start_tls(&mut self, id: ClientId, tls: Option<&Tls>) {
+        let (Some(socket), Some(tls)) = (self.socket.take(), tls) else { return };
+        match socket.start_tls(tls) {
+            Ok(socket) => {
+                self.socket = Some(socket);
+                self.connection.tls_begun();
+            }
+            Err(error) => {
+                tracing::warn!(client = id.0, %error, "no TLS for an NBD client");
+                self.connection.abandon();
+            }
+        }
+    }
+
+    fn shake(&mut self, id: ClientId) {
+        if let Some(socket) = &mut self.socket
+            && let Err(error) = socket.shake()
+        {
+            tracing::warn!(client = id.0, %error, "a TLS handshake failed");
+            self.hang_up(id);
+        }
+    }
+
+    /// Reads about `bytes_max` at most.
+    fn read(&mut self, bytes_max: usize, submit: &mut impl FnMut(GuestRequest)) {
         let Some(socket) = &mut self.socket else {
             return;
         };
         let mut taken = 0;
-        while taken < TURN_BYTES_MAX {
+        while taken < bytes_max {
             let space = self.connection.input_space();
             let wanted = space.len();
             if wanted == 0 {
@@ -207,7 +322,7 @@ impl Client {
                         submit(request);
                     }
                     taken += n;
-                    if n < wanted {
+                    if n < wanted && socket.reads_all() {
                         return; // that was all there is
                     }
                 }
@@ -218,6 +333,16 @@ impl Client {
                     return;
                 }
             }
+        }
+    }
+
+    /// Reads what TLS has decrypted already: no poll would tell of it.
+    fn read_pending(&mut self, submit: &mut impl FnMut(GuestRequest)) {
+        while let Some(socket) = &self.socket
+            && self.connection.wants_input()
+            && socket.pending() > 0
+        {
+            self.read(socket.pending(), submit);
         }
     }
 
@@ -249,8 +374,7 @@ impl Client {
     /// Closes the socket. What the core still has is finished silently.
     fn hang_up(&mut self, id: ClientId) {
         if let Some(socket) = self.socket.take() {
-            // Whatever else still holds the socket, the peer hears of it now.
-            let _ = socket.shutdown(std::net::Shutdown::Both);
+            socket.close();
             self.connection.abandon();
             tracing::info!(client = id.0, "NBD client disconnected");
         }

@@ -19,6 +19,7 @@
 //! Absent on purpose: any decision about the disk.
 
 use std::io;
+use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
@@ -34,6 +35,7 @@ mod counters;
 mod guests;
 mod peers;
 mod reactor;
+mod transport;
 
 pub use reactor::DriverChoice;
 
@@ -45,6 +47,7 @@ use crate::driver::{Core, Effect, PeerId};
 use crate::engine::{BufferRange, Completion, Op, OpId, Output};
 use crate::limits::{COMPLETIONS_PER_TURN, FAILURE_LOG_PAUSE, FAREWELL_TIME_MAX, STOP_RETRY, STOP_TIME_MAX};
 use crate::nbd::Export;
+use crate::tls::Tls;
 use clients::Clients;
 use guests::{Answered, Guests};
 use peers::Peers;
@@ -55,8 +58,12 @@ use reactor::{Happening, Reactor, Source, Started};
 pub struct Parts {
     /// What clients are offered.
     pub export: Export,
-    /// Where they connect.
+    /// Where those of this host connect.
     pub nbd: UnixListener,
+    /// Where all others do.
+    pub tcp: Option<TcpListener>,
+    /// With it, these must use TLS.
+    pub tls: Option<Tls>,
     /// Where control peers connect.
     pub control: UnixListener,
     /// The repository.
@@ -77,6 +84,7 @@ pub struct Server<C: Core> {
     volumes: Arc<dyn Volumes>,
     files: Arc<Files>,
     nbd: UnixListener,
+    tcp: Option<TcpListener>,
     control: UnixListener,
     signals: Option<SignalFd>,
     clients: Clients,
@@ -128,6 +136,9 @@ impl<C: Core> Server<C> {
     pub fn new(core: C, parts: Parts) -> io::Result<Self> {
         parts.nbd.set_nonblocking(true)?;
         parts.control.set_nonblocking(true)?;
+        if let Some(tcp) = &parts.tcp {
+            tcp.set_nonblocking(true)?;
+        }
         let (pool, arena) = Pool::with_arena().ok_or(io::ErrorKind::OutOfMemory)?;
         let reactor = Reactor::new(parts.driver, Some(arena))?;
         tracing::info!(driver = reactor.word(), "data moves");
@@ -138,9 +149,10 @@ impl<C: Core> Server<C> {
             volumes: parts.volumes,
             files: parts.files,
             nbd: parts.nbd,
+            tcp: parts.tcp,
             control: parts.control,
             signals: parts.signals,
-            clients: Clients::new(Arc::new(parts.export), pool.clone()),
+            clients: Clients::new(Arc::new(parts.export), parts.tls, pool.clone()),
             peers: Peers::default(),
             guests: Guests::new(pool),
             reactor,
@@ -181,12 +193,15 @@ impl<C: Core> Server<C> {
     /// Waits until something can be done.
     fn wait(&mut self) -> io::Result<()> {
         let timeout = self.timeout();
-        let Self { workers, nbd, control, signals, clients, peers, reactor, happened, .. } = self;
+        let Self { workers, nbd, tcp, control, signals, clients, peers, reactor, happened, .. } = self;
         let mut sources: Vec<(Source, BorrowedFd<'_>, PollFlags)> = vec![
             (Source::Workers, workers.wake_fd(), PollFlags::POLLIN),
             (Source::Nbd, nbd.as_fd(), PollFlags::POLLIN),
             (Source::Control, control.as_fd(), PollFlags::POLLIN),
         ];
+        if let Some(tcp) = &*tcp {
+            sources.push((Source::NbdTcp, tcp.as_fd(), PollFlags::POLLIN));
+        }
         if let Some(signals) = &*signals {
             sources.push((Source::Signals, signals.as_fd(), PollFlags::POLLIN));
         }
@@ -213,6 +228,7 @@ impl<C: Core> Server<C> {
             Source::Workers => self.take_ended(),
             Source::Signals => self.take_signals(),
             Source::Nbd => self.clients.accept(&self.nbd),
+            Source::NbdTcp => self.tcp.iter().for_each(|tcp| self.clients.accept_tcp(tcp)),
             Source::Control => self.peers.accept(&self.control),
             Source::Client(id) => {
                 let now_us = self.now_us();

@@ -40,6 +40,8 @@ pub enum Source {
     Signals,
     /// An NBD client waits at the door.
     Nbd,
+    /// An NBD client from another host does.
+    NbdTcp,
     /// A control peer waits at the door.
     Control,
     /// A connected NBD client.
@@ -60,6 +62,7 @@ impl Source {
             Self::Control => (3, 0),
             Self::Client(id) => (4, id.number()),
             Self::Peer(PeerId(number)) => (5, number),
+            Self::NbdTcp => (6, 0),
         };
         Watch::new(number << KIND_BITS | kind)
     }
@@ -73,6 +76,7 @@ impl Source {
             3 => Self::Control,
             4 => Self::Client(ClientId::of(number)),
             5 => Self::Peer(PeerId(number)),
+            6 => Self::NbdTcp,
             _ => return None,
         })
     }
@@ -221,6 +225,7 @@ mod tests {
             Source::Workers,
             Source::Signals,
             Source::Nbd,
+            Source::NbdTcp,
             Source::Control,
             Source::Client(ClientId::of(77)),
             Source::Peer(PeerId(1 << 40)),

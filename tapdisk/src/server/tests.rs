@@ -167,6 +167,8 @@ impl Running {
                 fast_zero: true,
             },
             nbd: UnixListener::bind(folder.path().join("nbd.sock")).unwrap(),
+            tcp: None,
+            tls: None,
             control: UnixListener::bind(folder.path().join("ctl.sock")).unwrap(),
             volumes: Arc::new(FileVolumes::new(fs)),
             files,

@@ -1,0 +1,7 @@
+//! The program itself, as its starter, its controllers and its clients see it.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
+mod life;
+mod support;
+mod tls;
