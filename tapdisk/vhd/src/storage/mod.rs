@@ -35,7 +35,7 @@ mod posix;
 pub mod sim;
 
 pub use file_volumes::FileVolumes;
-pub use posix::{PosixFs, PosixVolume};
+pub use posix::{Features, PosixFs, PosixVolume};
 
 /// Names a step for traces and for the crash simulator, like
 /// `"writeback: data before bitmaps"`.

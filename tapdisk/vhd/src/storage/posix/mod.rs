@@ -29,11 +29,13 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 
 use super::path::{parts, split};
-use super::{Access, Fs, Space, Volume, Why};
+use super::{Access, CopyKind, Fs, Space, Volume, Why};
 
 mod copy;
+mod features;
 mod volume;
 
+pub use features::Features;
 pub use volume::PosixVolume;
 
 /// How often a name may be replaced under our hands between opening and
