@@ -10,6 +10,8 @@
 //! | [`making`] | a new VDI that takes long to fill: copies, imports |
 //! | [`recover`] | finishing or undoing what a dead process left |
 //! | [`reading`] | a whole chain, read under a lease by this process |
+//! | [`probe`](mod@probe), [`check`](mod@check), [`offline`] | looking at an SR and changing nothing |
+//! | [`reference`](mod@reference) | what the reference storage manager leaves behind |
 //! | [`image`] | single images: where the format crate is called |
 //! | [`catalog`] | labels and history |
 //! | [`owner`], [`run_folder`], [`readers`], [`spawn`] | the real host: locks, leases, processes |
@@ -25,6 +27,7 @@ pub mod attached;
 pub mod caretaker;
 pub mod catalog;
 pub mod chain;
+pub mod check;
 mod daemon;
 pub mod error;
 pub mod host;
@@ -38,12 +41,15 @@ pub mod limits;
 pub mod making;
 pub mod manager;
 pub mod nudge;
+pub mod offline;
 pub mod ops;
 pub mod owner;
+pub mod probe;
 pub mod progress;
 pub mod readers;
 pub mod reading;
 pub mod recover;
+pub mod reference;
 pub mod repo;
 pub mod run_folder;
 pub mod scan;

@@ -17,7 +17,7 @@ use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -30,6 +30,8 @@ const FILE_BYTES: usize = 512;
 /// Rounds of taking over before we report the SR as in use: between two
 /// locks another host may be faster each time.
 const ROUNDS_MAX: u32 = 4;
+/// How long a round waits for an exclusive lock to go.
+const PEEK_WAIT: Duration = Duration::from_millis(5);
 
 /// Which host, in which boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,7 +86,9 @@ impl Owner {
         let file = open(folder).during(what)?;
         for _ in 0..ROUNDS_MAX {
             if !try_lock(file.try_lock_shared()).during(what)? {
-                break;
+                // Somebody takes it over, or only peeks.
+                std::thread::sleep(PEEK_WAIT);
+                continue;
             }
             let found = read(&file).during(what)?;
             if let Found::Owned(content) = found
@@ -110,6 +114,25 @@ impl Owner {
             file.unlock().during(what)?;
         }
         Err(Error::SrInUse { holder: holder(&file) })
+    }
+
+    /// The host that took the SR last, and whether anybody uses it now; `None`
+    /// if nobody ever did. Makes nothing.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn peek(folder: &Path) -> Result<Option<(Uuid, bool)>> {
+        let what = || format!("owner of {}", folder.display());
+        let file = match File::open(folder.join(".coppice/owner")) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            file => file.during(what)?,
+        };
+        // For an instant we hold it: whoever takes the SR then tries again.
+        let in_use = !try_lock(file.try_lock()).during(what)?;
+        match read(&file).during(what)? {
+            Found::Owned(content) => Ok(Some((content.id.host, in_use))),
+            Found::Nothing | Found::Garbage => Ok(None),
+        }
     }
 
     /// Joins an SR that a process of this host has taken already.

@@ -24,6 +24,8 @@ use crate::run_folder::make_folder;
 pub enum SrType {
     /// A folder of image files.
     File,
+    /// Logical volumes; known by name only, and refused.
+    Lvm,
 }
 
 /// An SR this host knows.

@@ -10,6 +10,7 @@ use crate::catalog::Label;
 use crate::error::{Error, IoContext, Result};
 use crate::image;
 use crate::lease::Lease;
+use crate::probe::FeaturesView;
 use crate::repo::Repo;
 use crate::scan::{self, Scan};
 use crate::state::{KnownSr, SrType};
@@ -103,6 +104,25 @@ pub struct SrView {
     pub free: Option<u64>,
     /// VDIs, hidden nodes not counted.
     pub vdis: Option<usize>,
+    /// What its images are.
+    #[serde(flatten)]
+    pub images: Option<ImagesView>,
+    /// What its filesystem can do.
+    #[serde(flatten)]
+    pub features: Option<FeaturesView>,
+}
+
+/// What the images of an attached SR are and take. Sizes in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct ImagesView {
+    /// Base copies.
+    pub hidden: usize,
+    /// Images that cannot be used.
+    pub broken: usize,
+    /// Storage all images take. The rest of `used` is somebody else's.
+    pub physical_size: u64,
+    /// What guests may fill: above `size`, writes can find no space.
+    pub virtual_size: u64,
 }
 
 /// A node with what stands on it.
@@ -199,8 +219,19 @@ impl<'a> Look<'a> {
     /// # Errors
     /// Its room cannot be told.
     pub fn sr(&self, known: &KnownSr) -> Result<SrView> {
-        let visible = self.scan.tree.nodes.iter().filter(|node| !node.is_hidden()).count();
-        attached_sr(known, self.repo, visible)
+        let mut images = ImagesView::default();
+        let mut visible = 0;
+        for node in &self.scan.tree.nodes {
+            images.physical_size += node.allocated_bytes;
+            images.broken += usize::from(node.broken().is_some());
+            if node.is_hidden() {
+                images.hidden += 1;
+            } else {
+                visible += 1;
+                images.virtual_size = images.virtual_size.saturating_add(node.virtual_bytes);
+            }
+        }
+        Ok(SrView { images: Some(images), ..attached_sr(known, self.repo, visible)? })
     }
 
     /// Bottom up without recursion: a chain may be as long as an SR is large.
@@ -295,5 +326,7 @@ pub fn detached_sr(known: &KnownSr) -> SrView {
         used: None,
         free: None,
         vdis: None,
+        images: None,
+        features: None,
     }
 }

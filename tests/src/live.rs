@@ -6,6 +6,7 @@
 
 mod bad_input;
 mod exclusive;
+mod inspect;
 mod killed;
 mod main_job;
 mod revived;

@@ -7,8 +7,15 @@ type Route = (&'static str, &'static str, &'static str, &'static [&'static str])
 
 const ROUTES: &[Route] = &[
     ("get", "/srs", "All SRs", &[]),
-    ("post", "/srs", "Create or introduce an SR", &["name", "type", "path", "uuid?", "introduce?"]),
+    (
+        "post",
+        "/srs",
+        "Create or introduce an SR",
+        &["name", "type", "path?", "devices?", "thin?", "uuid?", "introduce?"],
+    ),
     ("get", "/srs/{sr}", "One SR", &[]),
+    ("post", "/srs/probe", "What lies at a path; changes nothing", &["type", "path?", "devices?"]),
+    ("get", "/srs/{sr}/check", "Read all metadata; changes nothing", &[]),
     ("get", "/srs/{sr}/tree", "All trees of an SR", &[]),
     ("get", "/srs/{sr}/history", "What was done, newest first", &[]),
     ("post", "/srs/{sr}/scan", "Recover, label new images, nudge the collector", &[]),

@@ -32,7 +32,9 @@ const BUSY_POLL: Duration = Duration::from_millis(50);
 pub fn router(app: App) -> Router {
     Router::new()
         .route("/srs", get(list_srs).post(add_sr))
+        .route("/srs/probe", post(probe_sr))
         .route("/srs/{sr}", get(show_sr))
+        .route("/srs/{sr}/check", get(check_sr))
         .route("/srs/{sr}/tree", get(tree))
         .route("/srs/{sr}/history", get(history))
         .route("/srs/{sr}/{verb}", post(sr_verb))
@@ -146,6 +148,22 @@ async fn list_srs(State(app): State<App>) -> Outcome {
 async fn add_sr(State(app): State<App>, body: Bytes) -> Outcome {
     let new: NewSr = read(&body)?;
     document(run(&app, move |manager| manager.view_sr(manager.add_sr(&new)?)).await?)
+}
+
+#[derive(Debug, Deserialize)]
+struct ProbeWhat {
+    #[serde(rename = "type")]
+    kind: crate::state::SrType,
+    path: Option<std::path::PathBuf>,
+}
+
+async fn probe_sr(State(app): State<App>, body: Bytes) -> Outcome {
+    let what: ProbeWhat = read(&body)?;
+    document(run(&app, move |manager| manager.probe_sr(what.kind, what.path.as_deref())).await?)
+}
+
+async fn check_sr(State(app): State<App>, Path(sr): Path<String>) -> Outcome {
+    document(run(&app, move |manager| manager.check_sr(manager.sr_uuid(&sr)?)).await?)
 }
 
 async fn show_sr(State(app): State<App>, Path(sr): Path<String>) -> Outcome {

@@ -68,6 +68,16 @@ impl SqliteLabels {
         Ok(labels)
     }
 
+    /// Uuid and name of the SR as a catalog has them, if it can be read
+    /// without changing anything.
+    #[must_use]
+    pub fn peek(folder: &Path) -> Option<(Uuid, String)> {
+        let flags = rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY | rusqlite::OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(folder.join("catalog.db"), flags).ok()?;
+        let row = |row: &Row<'_>| Ok((uuid(row, 0)?, row.get(1)?));
+        connection.query_row("SELECT uuid, name FROM sr", [], row).optional().ok()?
+    }
+
     fn upgrade(&self) -> Result<()> {
         let mut connection = self.lock();
         let taken: usize = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;

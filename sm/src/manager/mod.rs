@@ -10,6 +10,7 @@
 //!
 //! A tapdisk that died is brought back by [`crate::caretaker`].
 
+mod look;
 mod sr;
 
 use std::path::PathBuf;
@@ -23,6 +24,7 @@ use crate::chain;
 use crate::error::{Error, IoContext, Result};
 use crate::nudge::Nudge;
 use crate::owner::HostId;
+use crate::probe::FeaturesView;
 use crate::repo::Repo;
 use crate::run_folder::make_folder;
 use crate::spawn::TapProgram;
@@ -48,6 +50,8 @@ pub struct Settings {
 struct Entry {
     known: KnownSr,
     open: Option<OpenSr>,
+    /// What its filesystem can do, found out when it was attached.
+    features: Option<FeaturesView>,
 }
 
 /// All SRs of this host.
@@ -76,7 +80,8 @@ impl Manager {
         let state = State::open(&settings.state)?;
         let id = HostId::of_this_boot(state.host()).during(|| "boot id".into())?;
         make_folder(&settings.run).during(|| settings.run.display().to_string())?;
-        let entries = state.load()?.into_iter().map(|known| Entry { known, open: None }).collect();
+        let entries =
+            state.load()?.into_iter().map(|known| Entry { known, open: None, features: None }).collect();
         let manager = Self {
             state,
             run: settings.run,
@@ -187,10 +192,10 @@ impl Manager {
         let (known, open) = {
             let entries = self.entries();
             let entry = find(&entries, sr)?;
-            (entry.known.clone(), entry.open.clone())
+            (entry.known.clone(), entry.open.clone().map(|open| (open, entry.features.clone())))
         };
         match open {
-            Some(open) => Look::at(&open.repo)?.sr(&known),
+            Some((open, features)) => Ok(SrView { features, ..Look::at(&open.repo)?.sr(&known)? }),
             None => Ok(views::detached_sr(&known)),
         }
     }

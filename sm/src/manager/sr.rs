@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use uuid::Uuid;
+use vhd::storage::PosixFs;
 
 use super::{Entry, Manager, find};
 use crate::attached::{AttachedSr, OpenSr};
@@ -15,6 +16,7 @@ use crate::journal;
 use crate::ops;
 use crate::owner::Owner;
 use crate::recover::{self, Scope};
+use crate::reference;
 use crate::repo::Repo;
 use crate::scan;
 use crate::state::{KnownSr, SrType, write_json};
@@ -29,7 +31,8 @@ pub struct NewSr {
     #[serde(rename = "type")]
     pub kind: SrType,
     /// Where it lies or shall lie, an absolute path.
-    pub path: PathBuf,
+    #[serde(default)]
+    pub path: Option<PathBuf>,
     /// Its uuid; a fresh one, or the one it has, if none is given.
     #[serde(default)]
     pub uuid: Option<Uuid>,
@@ -52,17 +55,19 @@ impl Manager {
     pub fn add_sr(&self, new: &NewSr) -> Result<Uuid> {
         let _changing = self.changing();
         ops::check_label(&new.name)?;
-        if new.name.is_empty() || !new.path.is_absolute() {
+        check_kind(new.kind)?;
+        let wanted = new.path.as_deref().filter(|path| path.is_absolute() && !new.name.is_empty());
+        let Some(wanted) = wanted else {
             let reason = "an SR needs a name and an absolute path".into();
             return Err(Error::BadRequest { reason });
-        }
-        let what = || format!("SR folder {}", new.path.display());
+        };
+        let what = || format!("SR folder {}", wanted.display());
         if !new.introduce {
-            fs::create_dir_all(&new.path).during(what)?;
-        } else if !new.path.is_dir() {
+            fs::create_dir_all(wanted).during(what)?;
+        } else if !wanted.is_dir() {
             return Err(Error::NotFound { what: what() });
         }
-        let path = fs::canonicalize(&new.path).during(what)?;
+        let path = fs::canonicalize(wanted).during(what)?;
         let uuid = self.uuid_of(new, &path)?;
         let known = self.known();
         if known.iter().any(|sr| sr.uuid == uuid || sr.path == path) {
@@ -74,7 +79,7 @@ impl Manager {
         }
         let name = new.name.clone();
         let known = KnownSr { uuid, name, kind: new.kind, path, attached: false };
-        self.entries().push(Entry { known, open: None });
+        self.entries().push(Entry { known, open: None, features: None });
         if let Err(error) = self.attach_locked(uuid).and_then(|open| open.labels.set_sr(uuid, &new.name)) {
             self.entries().retain(|entry| entry.known.uuid != uuid);
             self.note()?;
@@ -142,10 +147,18 @@ impl Manager {
             recover::recover(&open.repo, Scope::All)?;
             recover::sweep(&open.repo)?;
             ops::adopt(&open.repo)?;
+            if open.repo.host.leases().during(|| "leases".into())?.is_empty() {
+                reference::repair(&open.repo, &PosixFs::new(known.path.clone()))?;
+            }
         }
         label_images(&open.repo)?;
         write_json(&AttachedSr::file(&self.run, sr), &attached).during(|| "run folder".into())?;
+        // Only said: no decision waits for it.
+        let features = PosixFs::new(known.path.clone()).features().ok();
         self.set(sr, Some(open.clone()));
+        self.entries().iter_mut().filter(|entry| entry.known.uuid == sr).for_each(|entry| {
+            entry.features = features.clone().map(Into::into);
+        });
         self.note()?;
         tracing::info!(%sr, name = known.name, epoch = attached.epoch, "SR attached");
         self.kick(sr);
@@ -266,6 +279,17 @@ impl Manager {
 
     fn note(&self) -> Result<()> {
         self.state.save(&self.known())
+    }
+}
+
+/// Refuses what is not built.
+pub(super) fn check_kind(kind: SrType) -> Result<()> {
+    match kind {
+        SrType::File => Ok(()),
+        SrType::Lvm => {
+            let what = "repositories of type lvm: use type file on a folder of a filesystem".into();
+            Err(Error::Unsupported { what })
+        }
     }
 }
 

@@ -117,6 +117,8 @@ pub struct UpArgs {
 pub enum SrType {
     /// A folder of VHD files
     File,
+    /// Logical volumes of a volume group
+    Lvm,
 }
 
 impl SrType {
@@ -124,6 +126,7 @@ impl SrType {
     pub fn word(self) -> &'static str {
         match self {
             SrType::File => "file",
+            SrType::Lvm => "lvm",
         }
     }
 }
@@ -135,12 +138,12 @@ pub enum SrCommand {
     Create {
         /// Its name
         name: String,
-        /// Its kind
-        #[arg(long = "type", value_enum)]
-        kind: SrType,
-        /// The folder it lives in
+        /// Where it lives
+        #[command(flatten)]
+        place: Place,
+        /// Volumes grow as they are written (lvm)
         #[arg(long)]
-        path: PathBuf,
+        thin: bool,
         /// Its uuid [default: a new one]
         #[arg(long)]
         uuid: Option<Uuid>,
@@ -149,12 +152,9 @@ pub enum SrCommand {
     Introduce {
         /// Its name here
         name: String,
-        /// Its kind
-        #[arg(long = "type", value_enum)]
-        kind: SrType,
-        /// The folder it lives in
-        #[arg(long)]
-        path: PathBuf,
+        /// Where it lives
+        #[command(flatten)]
+        place: Place,
         /// Its uuid [default: the one written there, or a new one]
         #[arg(long)]
         uuid: Option<Uuid>,
@@ -164,7 +164,26 @@ pub enum SrCommand {
     /// Show one
     Show(SrArg),
     /// Draw its trees of images
-    Tree(SrArg),
+    Tree {
+        /// Uuid, or name where that is unique
+        sr: String,
+        /// Draw them again every second, until Ctrl-C; with --json one
+        /// document per line
+        #[arg(long)]
+        watch: bool,
+    },
+    /// Say what lies at a path: nothing, one of ours, one of the reference's;
+    /// changes nothing
+    Probe(Place),
+    /// Read all metadata, attached or not; names each broken image with its
+    /// reason, and every leftover; changes nothing
+    Check {
+        /// Uuid, or name where that is unique
+        sr: String,
+        /// End with status 1 when an image is broken
+        #[arg(long)]
+        strict: bool,
+    },
     /// Read all headers anew and bring the catalog up to date
     Scan(SrArg),
     /// Take it into use on this host
@@ -175,6 +194,20 @@ pub enum SrCommand {
     Forget(SrArg),
     /// Delete everything of ours on it; refused while it holds disks
     Destroy(SrArg),
+}
+
+/// Where a storage repository lies.
+#[derive(Debug, Clone, Args)]
+pub struct Place {
+    /// Its kind
+    #[arg(long = "type", value_enum)]
+    pub kind: SrType,
+    /// The folder it lives in (file)
+    #[arg(long, required_unless_present = "devices", conflicts_with = "devices")]
+    pub path: Option<PathBuf>,
+    /// The devices it lives on (lvm)
+    #[arg(long = "device", value_name = "DEV", num_args = 1..)]
+    pub devices: Vec<PathBuf>,
 }
 
 /// One storage repository.

@@ -47,6 +47,11 @@ impl Daemon {
         self.ask(Method::GET, path, None, REQUEST_S_MAX)
     }
 
+    /// As [`Daemon::get`], for what reads as much as there is.
+    pub fn get_slow(&self, path: &str) -> Outcome<Value> {
+        self.ask(Method::GET, path, None, SLOW_REQUEST_S_MAX)
+    }
+
     /// Asks for something to be done.
     pub fn post(&self, path: &str, body: &Value) -> Outcome<Value> {
         self.ask(Method::POST, path, Some(body), REQUEST_S_MAX)

@@ -1,11 +1,12 @@
 //! Where words go: one document or tables on standard output, everything
 //! else on standard error.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 
 use serde_json::Value;
 
 use crate::failure::Failure;
+use crate::render::style;
 
 /// How results are printed.
 #[derive(Debug, Clone, Copy)]
@@ -21,14 +22,24 @@ impl Output {
         print(&text);
     }
 
+    /// Prints `document` as one line of many, or draws what `human` makes of
+    /// it over the last drawing.
+    pub fn frame(self, document: &Value, human: impl FnOnce() -> String) {
+        if self.json {
+            return print(&format!("{document}\n"));
+        }
+        let clear = if std::io::stdout().is_terminal() { "\u{1b}[H\u{1b}[2J" } else { "" };
+        print(&format!("{clear}{}\n", human()));
+    }
+
     /// Prints why the command failed.
     pub fn failure(self, failure: &Failure) {
         if self.json {
             print(&format!("{}\n", failure.document()));
         }
-        say(&format!("coppice: {failure}"));
+        say(&format!("{} {failure}", style::bad("coppice:")));
         if let Some(advice) = failure.advice() {
-            say(&format!("coppice: next: {advice}"));
+            say(&format!("{} {advice}", style::strong("coppice: next:")));
         }
     }
 }
@@ -36,11 +47,12 @@ impl Output {
 /// One line of progress on standard error.
 pub fn say(line: &str) {
     // Nobody listening there is no reason to stop.
-    let _ = writeln!(std::io::stderr().lock(), "{line}");
+    let _ = writeln!(anstream::stderr().lock(), "{line}");
 }
 
-/// Text on standard output.
+/// Text on standard output. Colours reach terminals only, and not where
+/// `NO_COLOR` is set.
 pub fn print(text: &str) {
     // A closed pipe (`| head`) only means that enough was read.
-    let _ = std::io::stdout().lock().write_all(text.as_bytes());
+    let _ = anstream::stdout().lock().write_all(text.as_bytes());
 }

@@ -2,6 +2,8 @@
 //!
 //! Pure: documents in, strings out. Printing is the commands' business.
 
+pub mod report;
+pub mod style;
 pub mod table;
 pub mod tree;
 
@@ -116,14 +118,14 @@ pub fn object(document: &Value) -> String {
 /// `attached`, `read-only`, why it is broken, or nothing.
 pub fn vdi_state(vdi: &Vdi) -> String {
     if let Some(why) = &vdi.broken {
-        return format!("broken: {why}");
+        return style::bad(&format!("broken: {why}"));
     }
     if vdi.down.is_object() {
-        return "attached, its tapdisk died".to_owned();
+        return style::bad("attached, its tapdisk died");
     }
     match (vdi.attached, vdi.read_only) {
-        (true, true) => "attached read-only".to_owned(),
-        (true, false) => "attached".to_owned(),
+        (true, true) => style::good("attached read-only"),
+        (true, false) => style::good("attached"),
         (false, true) => "read-only".to_owned(),
         (false, false) => dash(),
     }
@@ -143,7 +145,7 @@ fn count(value: &Value) -> String {
     }
 }
 
-fn plain(value: &Value) -> String {
+pub(crate) fn plain(value: &Value) -> String {
     match value {
         Value::Null => dash(),
         Value::String(s) if s.is_empty() => dash(),

@@ -1,5 +1,7 @@
 //! Columns as wide as their widest cell.
 
+use super::style;
+
 /// Rows of `N` cells under a heading.
 #[derive(Debug)]
 pub struct Table<const N: usize> {
@@ -23,15 +25,19 @@ impl<const N: usize> std::fmt::Display for Table<N> {
         let mut widths = [0; N];
         for row in &self.rows {
             for (width, cell) in widths.iter_mut().zip(row) {
-                *width = (*width).max(cell.chars().count());
+                *width = (*width).max(style::width(cell));
             }
         }
-        for row in &self.rows {
+        for (at, row) in self.rows.iter().enumerate() {
             let mut line = String::new();
             for (width, cell) in widths.iter().zip(row) {
-                line.push_str(&format!("{cell:width$}  "));
+                // Styles take no room.
+                let blanks = width.saturating_sub(style::width(cell)) + 2;
+                line.push_str(cell);
+                line.push_str(&" ".repeat(blanks));
             }
-            writeln!(f, "{}", line.trim_end())?;
+            let line = line.trim_end();
+            writeln!(f, "{}", if at == 0 { style::strong(line) } else { line.to_owned() })?;
         }
         Ok(())
     }
@@ -46,6 +52,8 @@ mod tests {
         let mut table = Table::new(["A", "B"]);
         table.row(["größe".into(), "1".into()]);
         table.row(["x".into(), "2".into()]);
-        assert_eq!(table.to_string(), "A      B\ngröße  1\nx      2\n");
+        table.row([style::bad("y"), "3".into()]);
+        let text = anstream::adapter::strip_str(&table.to_string()).to_string();
+        assert_eq!(text, "A      B\ngröße  1\nx      2\ny      3\n");
     }
 }

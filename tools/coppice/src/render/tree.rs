@@ -7,6 +7,7 @@
 //! └─ web             leaf      2      12 MiB    13 MiB    attached
 //! ```
 
+use super::style;
 use super::table::Table;
 use super::vdi_state;
 use crate::size::human;
@@ -52,7 +53,11 @@ fn label(node: &Node) -> String {
 
 /// One line on what the collector does or waits for.
 pub fn gc_state(gc: &GcState) -> String {
-    let mut text = gc.state.clone();
+    let mut text = match gc.state.as_str() {
+        "blocked" => style::bad("blocked"),
+        "merging" => style::good("merging"),
+        other => other.to_owned(),
+    };
     if let (Some(done), Some(total)) = (gc.bytes_done, gc.bytes_total)
         && total > 0
     {
@@ -86,6 +91,7 @@ mod tests {
                 {"name": "disk", "kind": "leaf", "depth": 2, "attached": true}]}]});
         let forest: Forest = read(&document).unwrap();
         let text = super::forest(&forest);
+        let text = anstream::adapter::strip_str(&text).to_string();
         let lines: Vec<&str> = text.lines().collect();
         assert!(lines[1].starts_with("01234567 ") && lines[1].ends_with("merging 25%, 3 s left"), "{text}");
         assert!(lines[2].starts_with("├─ snap ") && lines[2].ends_with("read-only"), "{text}");
