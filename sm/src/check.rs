@@ -257,6 +257,9 @@ fn half_done(stored: &Stored) -> Remark {
         (Intent::LeafMerge(intent), _) => {
             format!("a merge of the disk {} into its parent: it goes on or is ended", intent.vdi)
         }
+        (Intent::Make(_), _) => "a disk being filled: it is taken back unless it was complete".to_owned(),
+        (Intent::Resize(_), _) => "a resize: it is finished".to_owned(),
+        (Intent::Revert(_), _) => "a revert: it is finished or taken back".to_owned(),
     };
     remark(stored.name, why)
 }
