@@ -116,6 +116,18 @@ pub enum Error {
         /// Which operation.
         reason: String,
     },
+    /// A stream that no image can be made of.
+    #[error("the stream is no usable image: {reason}")]
+    BadStream {
+        /// Exactly why.
+        reason: String,
+    },
+    /// A delta and a base that do not belong together.
+    #[error("the base does not fit: {reason}")]
+    WrongBase {
+        /// What stands on what.
+        reason: String,
+    },
     /// Somebody asked it to stop; nothing of it is left.
     #[error("cancelled: nothing was changed")]
     Cancelled,
@@ -174,6 +186,8 @@ impl Error {
             Self::ReadOnly { .. } => "READ_ONLY",
             Self::NotRunning { .. } => "NOT_RUNNING",
             Self::Busy { .. } => "BUSY",
+            Self::BadStream { .. } => "BAD_IMAGE",
+            Self::WrongBase { .. } => "WRONG_BASE",
             Self::Cancelled => "CANCELLED",
             Self::Unsupported { .. } => "UNSUPPORTED",
             Self::BadRequest { .. } => "BAD_REQUEST",

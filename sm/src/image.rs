@@ -144,6 +144,13 @@ pub fn allocated_bytes(repo: &Repo, volume: &VolumeName) -> Result<u64> {
     Ok(blocks * u64::from(layout.block_sectors) * vhd::units::SECTOR_BYTES)
 }
 
+/// Now, as VHDs count: seconds since 2000.
+#[must_use]
+pub fn vhd_time(repo: &Repo) -> u32 {
+    let now_s = repo.ids.now_s().saturating_sub(vhd::footer::VHD_EPOCH_S);
+    u32::try_from(now_s).unwrap_or(u32::MAX)
+}
+
 /// What a new image is to be.
 #[derive(Debug, Clone)]
 pub struct NewVhd<'a> {
@@ -165,8 +172,7 @@ pub struct NewVhd<'a> {
 /// I/O errors; what is left then is a temporary for recovery to delete.
 pub fn create(repo: &Repo, new: &NewVhd<'_>) -> Result<Arc<dyn Volume>> {
     let volume = repo.volumes.create(new.volume).during(|| format!("create {}", new.volume))?;
-    let now_s = repo.ids.now_s().saturating_sub(vhd::footer::VHD_EPOCH_S);
-    let timestamp_s = u32::try_from(now_s).unwrap_or(u32::MAX);
+    let timestamp_s = vhd_time(repo);
     let kind = match new.parent {
         None => NewKind::Dynamic,
         Some((parent, uuid)) => {

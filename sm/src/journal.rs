@@ -104,6 +104,9 @@ pub struct Sibling {
     pub vdi: Uuid,
     /// Its label, here so that recovery can give it.
     pub name: String,
+    /// Whether it has content of its own, so that it is no copy of the leaf.
+    #[serde(default)]
+    pub filled: bool,
 }
 
 /// Merge of hidden nodes into their parent.

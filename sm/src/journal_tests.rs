@@ -9,7 +9,8 @@ fn image(n: u128) -> ImageRef {
 }
 
 fn snapshot(id: u128, shape: Shape) -> Intent {
-    let sibling = Sibling { image: image(5), vdi: Uuid::from_u128(6), name: "mon\"day".into() };
+    let sibling =
+        Sibling { image: image(5), vdi: Uuid::from_u128(6), name: "mon\"day".into(), filled: false };
     let member = Member { vdi: Uuid::from_u128(1), leaf_footer: Uuid::from_u128(2), shape, sibling };
     let kind = SiblingKind::Clone;
     Intent::Snapshot(SnapshotIntent { id: Uuid::from_u128(id), kind, members: vec![member] })

@@ -13,6 +13,7 @@
 //! | [`probe`](mod@probe), [`check`](mod@check), [`offline`] | looking at an SR and changing nothing |
 //! | [`reference`](mod@reference) | what the reference storage manager leaves behind |
 //! | [`image`] | single images: where the format crate is called |
+//! | [`identity`] | what names the content of a VDI, for deltas |
 //! | [`catalog`] | labels and history |
 //! | [`owner`], [`run_folder`], [`readers`], [`spawn`] | the real host: locks, leases, processes |
 //! | [`jobs`], [`turns`], [`progress`] | long operations, whose turn it is, how far they are |
@@ -31,6 +32,7 @@ pub mod check;
 mod daemon;
 pub mod error;
 pub mod host;
+pub mod identity;
 pub mod ids;
 pub mod image;
 pub mod intents;

@@ -15,9 +15,10 @@
 //! image and does 5 again.
 
 use std::fmt;
+use std::sync::Arc;
 
 use uuid::Uuid;
-use vhd::storage::VolumeName;
+use vhd::storage::{Volume, VolumeName};
 use vhd::writer::Writer;
 
 use crate::catalog::{Event, Label};
@@ -25,7 +26,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::host::Guard;
 use crate::image::{self, NewVhd};
 use crate::journal::{self, ImageRef, Intent, MakeIntent, RecordName, RecordState, volume_of};
-use crate::ops;
+use crate::ops::{self, Filled};
 use crate::repo::Repo;
 
 /// What a new VDI shall be called, and how it comes about.
@@ -63,6 +64,30 @@ impl<'a> Making<'a> {
     /// [`Error::BadRequest`] for a name no table could show,
     /// [`Error::NoSpace`], I/O errors.
     pub fn begin(repo: &'a Repo, new: &NewVdi<'_>) -> Result<Self> {
+        let virtual_bytes = new.virtual_bytes;
+        let image = |volume: &VolumeName, footer| {
+            image::create(repo, &NewVhd { volume, footer, virtual_bytes, parent: None })
+        };
+        Ok(Self::begin_with(repo, new, image)?.0)
+    }
+
+    /// As [`Self::begin`], but the volume is empty, and whoever makes it writes
+    /// all of it: for what has no size yet. The volume is locked while it is
+    /// open.
+    ///
+    /// # Errors
+    /// As [`Self::begin`].
+    pub fn begin_unmade(repo: &'a Repo, new: &NewVdi<'_>) -> Result<(Self, Arc<dyn Volume>)> {
+        Self::begin_with(repo, new, |volume, _| {
+            repo.volumes.create(volume).during(|| format!("create {volume}"))
+        })
+    }
+
+    fn begin_with(
+        repo: &'a Repo,
+        new: &NewVdi<'_>,
+        create: impl FnOnce(&VolumeName, Uuid) -> Result<Arc<dyn Volume>>,
+    ) -> Result<(Self, Arc<dyn Volume>)> {
         ops::check_label(new.name)?;
         ops::check_label(new.description)?;
         let id = repo.ids.uuid();
@@ -81,12 +106,33 @@ impl<'a> Making<'a> {
         let making = Self { repo, intent, held: Some(held) };
         let _locked = ops::lock(repo, &[])?;
         journal::put(repo.volumes.as_ref(), &Intent::Make(making.intent.clone()), "make: record")?;
-        let footer = making.intent.image.footer;
-        image::create(
-            repo,
-            &NewVhd { volume: &volume, footer, virtual_bytes: new.virtual_bytes, parent: None },
-        )?;
-        Ok(making)
+        // On an error the lock goes before the making, which takes it again.
+        let created = create(&volume, making.footer())?;
+        Ok((making, created))
+    }
+
+    /// The image's footer uuid.
+    #[must_use]
+    pub fn footer(&self) -> Uuid {
+        self.intent.image.footer
+    }
+
+    /// The image's temporary name.
+    ///
+    /// # Errors
+    /// Never, as we gave it.
+    pub fn volume(&self) -> Result<VolumeName> {
+        volume_of(&self.intent.image)
+    }
+
+    /// The image, for a clone that takes it over.
+    pub(crate) fn filled(&self) -> Result<Filled> {
+        Ok(Filled {
+            volume: self.volume()?,
+            footer: self.footer(),
+            vdi: self.intent.vdi,
+            name: self.intent.name.clone(),
+        })
     }
 
     /// The image, open for writing: step 3.
@@ -104,10 +150,32 @@ impl<'a> Making<'a> {
     ///
     /// # Errors
     /// I/O errors. If the VDI has its name already it stays.
-    pub fn finish(mut self) -> Result<Uuid> {
+    pub fn finish(self) -> Result<Uuid> {
+        self.finish_with(|_| Ok(()))
+    }
+
+    /// As [`Self::finish`]; `last` is called with the image under the SR lock
+    /// before it gets its name.
+    ///
+    /// # Errors
+    /// As [`Self::finish`], and what `last` says.
+    pub fn finish_with(mut self, last: impl FnOnce(&VolumeName) -> Result<()>) -> Result<Uuid> {
+        // On an error dropped before the making, which takes it again.
         let _sr = self.repo.host.lock_sr().during(|| format!("lock of SR {}", self.repo.name))?;
+        last(&self.volume()?)?;
         let (temporary, volume) = (volume_of(&self.intent.image)?, VolumeName::vhd(self.intent.vdi));
         self.repo.volumes.replace(&temporary, &volume).during(|| format!("name {volume}"))?;
+        recover(self.repo, &self.intent)?;
+        self.held = None;
+        Ok(self.intent.vdi)
+    }
+
+    /// Step 5 alone, after a clone has given the image its name.
+    ///
+    /// # Errors
+    /// I/O errors. The VDI stays.
+    pub fn finish_named(mut self) -> Result<Uuid> {
+        let _sr = self.repo.host.lock_sr().during(|| format!("lock of SR {}", self.repo.name))?;
         recover(self.repo, &self.intent)?;
         self.held = None;
         Ok(self.intent.vdi)

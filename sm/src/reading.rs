@@ -73,6 +73,7 @@ fn lease(repo: &Repo, vdi: Uuid, hidden: bool) -> Result<(Vec<Link>, Guard)> {
     }
     locked.no_operation_on(top)?;
     locked.no_revival(repo, vdi)?;
+    locked.no_revival(repo, vdi)?;
     // What a merge fills, or empties, is not to be read as a node of its own.
     let claimed = locked.intents.iter().find(|stored| stored.intent.names(&top.volume, top.head.footer));
     let relinking = ops::relink(repo, &links, &locked.intents)?;

@@ -123,7 +123,7 @@ fn snapshot_of_1(state: RecordState) -> Stored {
         vdi: id(1),
         leaf_footer: footer(1),
         shape: Shape::Divide { base: id(40), new_leaf: image(0, 41) },
-        sibling: Sibling { image: image(1, 42), vdi: id(42), name: "s".into() },
+        sibling: Sibling { image: image(1, 42), vdi: id(42), name: "s".into(), filled: false },
     };
     let snapshot = SnapshotIntent { id: intent, kind: SiblingKind::Snapshot, members: vec![member] };
     Stored { name: RecordName { id: intent, state }, intent: Intent::Snapshot(snapshot) }

@@ -64,6 +64,16 @@ pub trait Labels: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// The catalog cannot be written.
     fn remove(&self, vdi: Uuid) -> Result<()>;
+    /// What names the exact content of a VDI: see [`crate::identity`].
+    ///
+    /// # Errors
+    /// The catalog cannot be read.
+    fn content_id(&self, vdi: Uuid) -> Result<Option<Uuid>>;
+    /// Sets that, or with `None` forgets it.
+    ///
+    /// # Errors
+    /// The catalog cannot be written.
+    fn set_content_id(&self, vdi: Uuid, id: Option<Uuid>) -> Result<()>;
     /// Adds to the history, which drops its oldest lines at a stated length.
     ///
     /// # Errors
@@ -75,12 +85,17 @@ pub trait Labels: Send + Sync + std::fmt::Debug {
 #[derive(Debug, Default)]
 pub struct MemoryLabels {
     labels: Mutex<BTreeMap<Uuid, Label>>,
+    content_ids: Mutex<BTreeMap<Uuid, Uuid>>,
 }
 
 impl MemoryLabels {
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<Uuid, Label>> {
         // A map is whole between any two calls, so a poisoned one is usable.
         self.labels.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn content_ids(&self) -> std::sync::MutexGuard<'_, BTreeMap<Uuid, Uuid>> {
+        self.content_ids.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -100,6 +115,19 @@ impl Labels for MemoryLabels {
 
     fn remove(&self, vdi: Uuid) -> Result<()> {
         self.lock().remove(&vdi);
+        self.content_ids().remove(&vdi);
+        Ok(())
+    }
+
+    fn content_id(&self, vdi: Uuid) -> Result<Option<Uuid>> {
+        Ok(self.content_ids().get(&vdi).copied())
+    }
+
+    fn set_content_id(&self, vdi: Uuid, id: Option<Uuid>) -> Result<()> {
+        match id {
+            Some(id) => self.content_ids().insert(vdi, id),
+            None => self.content_ids().remove(&vdi),
+        };
         Ok(())
     }
 

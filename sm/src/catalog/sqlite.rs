@@ -23,6 +23,8 @@ const STEPS: &[&str] = &[
         snapshot_of TEXT, created_s INTEGER NOT NULL, read_only INTEGER NOT NULL) STRICT;
      CREATE TABLE history (id INTEGER PRIMARY KEY AUTOINCREMENT, at_s INTEGER NOT NULL,
         operation TEXT NOT NULL, vdi TEXT NOT NULL, detail TEXT NOT NULL) STRICT;",
+    // 2
+    "CREATE TABLE content (vdi TEXT PRIMARY KEY, id TEXT NOT NULL) STRICT;",
 ];
 /// How long one process waits for another's transaction.
 const BUSY_WAIT: Duration = Duration::from_secs(10);
@@ -196,7 +198,27 @@ impl Labels for SqliteLabels {
     }
 
     fn remove(&self, vdi: Uuid) -> Result<()> {
-        self.lock().execute("DELETE FROM vdi WHERE uuid = ?1", [vdi.to_string()])?;
+        let mut connection = self.lock();
+        let transaction = connection.transaction()?;
+        transaction.execute("DELETE FROM vdi WHERE uuid = ?1", [vdi.to_string()])?;
+        transaction.execute("DELETE FROM content WHERE vdi = ?1", [vdi.to_string()])?;
+        Ok(transaction.commit()?)
+    }
+
+    fn content_id(&self, vdi: Uuid) -> Result<Option<Uuid>> {
+        let sql = "SELECT id FROM content WHERE vdi = ?1";
+        Ok(self.lock().query_row(sql, [vdi.to_string()], |row| uuid(row, 0)).optional()?)
+    }
+
+    fn set_content_id(&self, vdi: Uuid, id: Option<Uuid>) -> Result<()> {
+        let vdi = vdi.to_string();
+        match id {
+            Some(id) => {
+                let sql = "INSERT OR REPLACE INTO content (vdi, id) VALUES (?1, ?2)";
+                self.lock().execute(sql, [vdi, id.to_string()])?
+            }
+            None => self.lock().execute("DELETE FROM content WHERE vdi = ?1", [vdi])?,
+        };
         Ok(())
     }
 
@@ -244,12 +266,20 @@ mod tests {
         labels.remove(b).unwrap();
         let event = Event { at_s: 5, operation: "create", vdi: a, detail: "x".into() };
         labels.note(&event).unwrap();
+        for vdi in [a, b] {
+            labels.set_content_id(vdi, Some(a)).unwrap();
+            labels.set_content_id(vdi, Some(b)).unwrap();
+        }
+        labels.remove(b).unwrap();
         drop(labels);
 
         let labels = SqliteLabels::open(folder.path()).unwrap();
         assert_eq!(labels.sr().unwrap(), Some((b, "second".into())));
         assert_eq!(labels.get(a).unwrap(), Some(full()));
         assert_eq!(labels.all().unwrap(), BTreeMap::from([(a, full())]));
+        assert_eq!((labels.content_id(a).unwrap(), labels.content_id(b).unwrap()), (Some(b), None));
+        labels.set_content_id(a, None).unwrap();
+        assert_eq!(labels.content_id(a).unwrap(), None);
         assert_eq!(labels.history(9).unwrap(), [(5, "create".into(), a, "x".into())]);
     }
 

@@ -8,6 +8,7 @@ use crate::catalog::Event;
 use crate::chain::{self, Link};
 use crate::error::{Error, IoContext, Result};
 use crate::host::{Endpoint, LeaseHold};
+use crate::identity;
 use crate::image;
 use crate::journal::{Intent, JobState, volume_of};
 use crate::lease::{Lease, Reader};
@@ -180,6 +181,7 @@ fn lease(repo: &Repo, vdi: Uuid, read_only: bool, whom: For) -> Result<Leased> {
     locked.no_operation_on(&links[0])?;
     if !read_only {
         locked.nobody_copies(vdi, &links[0])?;
+        identity::forget(repo, vdi)?;
     }
     // One that nobody alive works on was ended by the recovery above.
     if locked.leaf_merge(&links[0]).is_some() {

@@ -27,6 +27,7 @@ use crate::catalog::Event;
 use crate::chain::Link;
 use crate::error::{Error, IoContext, Result};
 use crate::host::Guard;
+use crate::identity;
 use crate::image;
 use crate::journal::{self, Intent, RecordName, RecordState, ResizeIntent, volume_of};
 use crate::repo::Repo;
@@ -84,6 +85,7 @@ fn plan(repo: &Repo, vdi: Uuid, new_bytes: u64) -> Result<Way> {
     if new_bytes == leaf.head.virtual_bytes {
         return Ok(Way::Nothing);
     }
+    identity::forget(repo, vdi)?;
     let lease = locked.lease(vdi);
     if new_bytes < leaf.head.virtual_bytes {
         may_shrink(leaf, lease.is_some())?;

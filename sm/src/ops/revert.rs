@@ -39,6 +39,7 @@ use super::{Locked, snapshot_steps};
 use crate::catalog::Event;
 use crate::chain::Link;
 use crate::error::{Error, IoContext, Result};
+use crate::identity;
 use crate::image::{self, NewVhd};
 use crate::journal::{self, ImageRef, Intent, RecordName, RecordState, RevertIntent, Swap, volume_of};
 use crate::repo::Repo;
@@ -64,6 +65,7 @@ pub fn revert(repo: &Repo, vdi: Uuid, to: Uuid) -> Result<()> {
     let _held = held.ok_or_else(|| Error::Busy { reason: format!("intent {id} is taken") })?;
     let locked = super::lock(repo, &[vdi, to])?;
     let planned = plan(repo, id, &locked, vdi, to)?;
+    identity::forget(repo, vdi)?;
     let virtual_bytes = planned.1;
     let swaps = planned.0.iter().map(|planned| planned.swap.clone()).collect();
     let intent = RevertIntent { id, vdi, snapshot: to, swaps };

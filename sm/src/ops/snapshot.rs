@@ -70,6 +70,29 @@ pub struct Wanted {
     pub name: String,
 }
 
+/// An image with content of its own that becomes the sibling of its base,
+/// instead of an empty one.
+#[derive(Debug, Clone)]
+pub(crate) struct Filled {
+    /// Its temporary name; settled, and nobody has it open.
+    pub volume: VolumeName,
+    /// Its footer uuid.
+    pub footer: Uuid,
+    /// The VDI it becomes.
+    pub vdi: Uuid,
+    /// Name of that VDI.
+    pub name: String,
+}
+
+/// How a snapshot is made.
+#[derive(Clone, Copy)]
+struct How<'a> {
+    kind: SiblingKind,
+    /// Divide leaves that look empty too.
+    divide_all: bool,
+    filled: Option<&'a Filled>,
+}
+
 /// A VDI with the tapdisk that serves it for writing.
 struct Target<'a> {
     wanted: &'a Wanted,
@@ -94,14 +117,29 @@ pub fn snapshot(repo: &Repo, kind: SiblingKind, wanted: &[Wanted]) -> Result<Vec
     check(wanted)?;
     // A leaf that looked empty may have been written to before the pause;
     // then all members are divided, which is right for an empty one as well.
-    match attempt(repo, kind, wanted, false)? {
+    let how = How { kind, divide_all: false, filled: None };
+    match attempt(repo, how, wanted)? {
         Attempt::Done(siblings) => Ok(siblings),
-        Attempt::NotEmptyAnyMore => match attempt(repo, kind, wanted, true)? {
+        Attempt::NotEmptyAnyMore => match attempt(repo, How { divide_all: true, ..how }, wanted)? {
             Attempt::Done(siblings) => Ok(siblings),
             Attempt::NotEmptyAnyMore => {
                 Err(Error::Busy { reason: "the leaf changes while it is looked at".into() })
             }
         },
+    }
+}
+
+/// A clone of `base` that is not empty: an image whose content is a delta over
+/// the base's becomes the sibling. The caller keeps the base from changing.
+///
+/// # Errors
+/// As [`snapshot`]. Up to the decision the image is deleted with the rest.
+pub(crate) fn adopt(repo: &Repo, base: Uuid, filled: &Filled) -> Result<()> {
+    let wanted = [Wanted { vdi: base, name: filled.name.clone() }];
+    let how = How { kind: SiblingKind::Clone, divide_all: false, filled: Some(filled) };
+    match attempt(repo, how, &wanted)? {
+        Attempt::Done(_) => Ok(()),
+        Attempt::NotEmptyAnyMore => Err(Error::Busy { reason: format!("VDI {base} changes") }),
     }
 }
 
@@ -124,12 +162,12 @@ fn check(wanted: &[Wanted]) -> Result<()> {
     Ok(())
 }
 
-fn attempt(repo: &Repo, kind: SiblingKind, wanted: &[Wanted], divide_all: bool) -> Result<Attempt> {
+fn attempt(repo: &Repo, how: How<'_>, wanted: &[Wanted]) -> Result<Attempt> {
     let mut targets = wanted.iter().map(|w| target(repo, w)).collect::<Result<Vec<_>>>()?;
     let id = repo.ids.uuid();
     let held = repo.host.hold_intent(id).during(|| format!("hold intent {id}"))?;
     let _held = held.ok_or_else(|| Error::Busy { reason: format!("intent {id} is taken") })?;
-    let intent = prepare(repo, id, kind, &mut targets, divide_all)?;
+    let intent = prepare(repo, id, how, &mut targets)?;
     let siblings = intent.members.iter().map(|member| member.sibling.vdi).collect();
     match decide(repo, &intent, &mut targets) {
         Ok(Decided::Yes) => {}
@@ -171,26 +209,20 @@ fn target<'a>(repo: &Repo, wanted: &'a Wanted) -> Result<Target<'a>> {
 }
 
 /// Steps 1 to 3. On an error everything is taken back.
-fn prepare(
-    repo: &Repo,
-    id: Uuid,
-    kind: SiblingKind,
-    targets: &mut [Target<'_>],
-    divide_all: bool,
-) -> Result<SnapshotIntent> {
+fn prepare(repo: &Repo, id: Uuid, how: How<'_>, targets: &mut [Target<'_>]) -> Result<SnapshotIntent> {
     let vdis: Vec<Uuid> = targets.iter().map(|target| target.wanted.vdi).collect();
     let locked = super::lock(repo, &vdis)?;
     let mut members = Vec::new();
     let mut leaves = Vec::new();
     for target in targets {
         let chain = super::visible_chain(repo, target.wanted.vdi)?;
-        members.push(plan(repo, id, &locked, target, &chain, divide_all, &mut leaves)?);
+        members.push(plan(repo, id, &locked, target, &chain, how, &mut leaves)?);
         leaves.push(chain);
     }
-    let intent = SnapshotIntent { id, kind, members };
+    let intent = SnapshotIntent { id, kind: how.kind, members };
     let record = Intent::Snapshot(intent.clone());
     let made = journal::put(repo.volumes.as_ref(), &record, "snapshot: record pending")
-        .and_then(|_| make_images(repo, &intent, &leaves));
+        .and_then(|_| make_images(repo, &intent, &leaves, how.filled));
     if let Err(error) = made {
         // Nobody has been asked to swap: this cannot lose against anybody.
         steps::decide(repo, id, Decision::Void)?;
@@ -208,7 +240,7 @@ fn plan(
     locked: &Locked,
     target: &mut Target<'_>,
     chain: &[Link],
-    divide_all: bool,
+    how: How<'_>,
     before: &mut [Vec<Link>],
 ) -> Result<Member> {
     let vdi = target.wanted.vdi;
@@ -224,13 +256,15 @@ fn plan(
     }
     steps::stop_leaf_merge(repo, locked, leaf, target.live.as_mut().map(|live| &mut live.tap))?;
     let empty = match &target.live {
-        Some(live) => live.empty && !divide_all,
+        Some(live) => live.empty && !how.divide_all,
         None => {
             // Settled when it was attached for reading; not while it is read.
             if locked.lease(vdi).is_none() {
                 image::settle(repo, &leaf.volume)?;
             }
-            image::allocated_bytes(repo, &leaf.volume)? == 0
+            // A delta needs something to stand on.
+            let alone = how.filled.is_some() && chain.len() == 1;
+            !alone && image::allocated_bytes(repo, &leaf.volume)? == 0
         }
     };
     let depth = u32::try_from(chain.len()).unwrap_or(u32::MAX);
@@ -249,18 +283,33 @@ fn plan(
     let shape =
         if empty { Shape::Empty } else { Shape::Divide { base: repo.ids.uuid(), new_leaf: prepared(0) } };
     let name = target.wanted.name.clone();
-    let sibling = Sibling { image: prepared(1), vdi: repo.ids.uuid(), name };
+    let sibling = match how.filled {
+        None => Sibling { image: prepared(1), vdi: repo.ids.uuid(), name, filled: false },
+        Some(filled) => {
+            let image = ImageRef { footer: filled.footer, ..prepared(1) };
+            Sibling { image, vdi: filled.vdi, name, filled: true }
+        }
+    };
     Ok(Member { vdi, leaf_footer: leaf.head.footer, shape, sibling })
 }
 
 /// Steps 2 and 3.
-fn make_images(repo: &Repo, intent: &SnapshotIntent, chains: &[Vec<Link>]) -> Result<()> {
+fn make_images(
+    repo: &Repo,
+    intent: &SnapshotIntent,
+    chains: &[Vec<Link>],
+    filled: Option<&Filled>,
+) -> Result<()> {
     for (member, chain) in intent.members.iter().zip(chains) {
         let virtual_bytes = chain[0].head.virtual_bytes;
         let make = |image: &ImageRef, parent: Option<(&VolumeName, Uuid)>| {
             let volume = journal::volume_of(image)?;
             let new = NewVhd { volume: &volume, footer: image.footer, virtual_bytes, parent };
             image::create(repo, &new).map(drop)
+        };
+        let sibling = |image: &ImageRef, parent: Option<(&VolumeName, Uuid)>| match (filled, parent) {
+            (Some(filled), Some((parent, footer))) => take_over(repo, filled, image, parent, footer),
+            _ => make(image, parent),
         };
         match &member.shape {
             Shape::Divide { base, new_leaf } => {
@@ -270,15 +319,29 @@ fn make_images(repo: &Repo, intent: &SnapshotIntent, chains: &[Vec<Link>]) -> Re
                     .during(|| format!("second name of {}", chain[0].volume))?;
                 let parent = Some((&base, member.leaf_footer));
                 make(new_leaf, parent)?;
-                make(&member.sibling.image, parent)?;
+                sibling(&member.sibling.image, parent)?;
             }
             Shape::Empty => {
                 let parent = chain.get(1).map(|link| (&link.volume, link.head.footer));
-                make(&member.sibling.image, parent)?;
+                sibling(&member.sibling.image, parent)?;
             }
         }
     }
     repo.volumes.sync("snapshot: children and second names").during(|| "names of a snapshot's images".into())
+}
+
+/// A filled image becomes the prepared sibling, on the parent it shall have.
+fn take_over(
+    repo: &Repo,
+    filled: &Filled,
+    image: &ImageRef,
+    parent: &VolumeName,
+    footer: Uuid,
+) -> Result<()> {
+    image::set_parent(repo, &filled.volume, parent, footer)?;
+    repo.volumes
+        .replace(&filled.volume, &journal::volume_of(image)?)
+        .during(|| format!("prepare {}", filled.volume))
 }
 
 enum Decided {

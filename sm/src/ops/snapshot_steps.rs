@@ -12,6 +12,7 @@ use crate::catalog::{Event, Label};
 use crate::chain::{self, Link};
 use crate::error::{Error, IoContext, Result};
 use crate::host::Tap;
+use crate::identity;
 use crate::image;
 use crate::journal::{
     self, ImageRef, LeafMergeState, Member, RecordName, RecordState, Shape, SiblingKind, SnapshotIntent,
@@ -158,6 +159,11 @@ fn label(repo: &Repo, kind: SiblingKind, member: &Member) -> Result<()> {
         read_only: snapshot,
     };
     repo.labels.put(member.sibling.vdi, &label)?;
+    if member.sibling.filled {
+        // The making that filled it notes what it is.
+        return Ok(());
+    }
+    identity::inherit(repo, member.vdi, member.sibling.vdi)?;
     let operation = if snapshot { "snapshot" } else { "clone" };
     let detail = member.sibling.vdi.to_string();
     repo.labels.note(&Event { at_s, operation, vdi: member.vdi, detail })

@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 #![allow(clippy::unwrap_used, reason = "a helper of tests fails by panicking")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex};
 
@@ -82,6 +82,7 @@ pub struct Fake {
     taps_volumes: Arc<dyn Volumes>,
     records: MemoryRecords,
     pub leases: Mutex<Vec<Lease>>,
+    held: Mutex<BTreeSet<Uuid>>,
     pub mood: Mutex<Mood>,
     /// Requests the tapdisks got, by name.
     pub heard: Mutex<Vec<String>>,
@@ -93,6 +94,7 @@ impl FakeHost {
             taps_volumes,
             records: MemoryRecords::default(),
             leases: Mutex::default(),
+            held: Mutex::default(),
             mood: Mutex::default(),
             heard: Mutex::default(),
         }))
@@ -111,8 +113,9 @@ impl Host for FakeHost {
     fn lock_sr(&self) -> io::Result<Guard> {
         Ok(Box::new(()))
     }
-    fn hold_intent(&self, _id: Uuid) -> io::Result<Option<Guard>> {
-        Ok(Some(Box::new(())))
+    fn hold_intent(&self, id: Uuid) -> io::Result<Option<Guard>> {
+        let mine = self.held.lock().unwrap().insert(id);
+        Ok(mine.then(|| Box::new(HeldIntent { host: self.clone(), id }) as Guard))
     }
     fn leases(&self) -> io::Result<Vec<Lease>> {
         Ok(self.leases.lock().unwrap().clone())
@@ -145,6 +148,17 @@ impl Host for FakeHost {
     }
     fn records(&self) -> &dyn RecordStore {
         &self.records
+    }
+}
+
+struct HeldIntent {
+    host: FakeHost,
+    id: Uuid,
+}
+
+impl Drop for HeldIntent {
+    fn drop(&mut self) {
+        self.host.held.lock().unwrap().remove(&self.id);
     }
 }
 

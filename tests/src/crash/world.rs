@@ -1,7 +1,7 @@
 //! A simulated machine with an SR on it: what `sm` and `gc` see of the run
 //! folder and of running tapdisks, and the guests behind those.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -120,6 +120,7 @@ struct Inner {
     guests: BTreeMap<Uuid, SharedGuest>,
     leases: BTreeMap<Uuid, Lease>,
     readers: BTreeMap<u64, Lease>,
+    held: BTreeSet<Uuid>,
     oracles: BTreeMap<Uuid, Oracle>,
     peers: u64,
 }
@@ -130,6 +131,18 @@ pub struct SimHost {
     records: SimRecords,
     seed: u64,
     inner: Arc<Mutex<Inner>>,
+}
+
+/// An intent that is worked on.
+struct HeldIntent {
+    inner: Arc<Mutex<Inner>>,
+    id: Uuid,
+}
+
+impl Drop for HeldIntent {
+    fn drop(&mut self) {
+        locked(&self.inner).held.remove(&self.id);
+    }
 }
 
 /// A lease of the operation's own.
@@ -159,8 +172,9 @@ impl Host for SimHost {
         Ok(Box::new(()))
     }
 
-    fn hold_intent(&self, _id: Uuid) -> io::Result<Option<Guard>> {
-        Ok(Some(Box::new(())))
+    fn hold_intent(&self, id: Uuid) -> io::Result<Option<Guard>> {
+        let mine = locked(&self.inner).held.insert(id);
+        Ok(mine.then(|| Box::new(HeldIntent { inner: Arc::clone(&self.inner), id }) as Guard))
     }
 
     fn leases(&self) -> io::Result<Vec<Lease>> {
