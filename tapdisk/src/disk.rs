@@ -1,9 +1,9 @@
 //! Opening: from names of volumes to what the engine works on.
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use rustc_hash::FxHashMap;
 use vhd::chain::{Chain, Node, Storage};
 use vhd::meta::Meta;
 use vhd::record::RecordStore;
@@ -27,7 +27,7 @@ pub struct Files {
 #[derive(Debug, Default)]
 struct Table {
     next: u32,
-    open: HashMap<FileId, OpenFile>,
+    open: FxHashMap<FileId, OpenFile>,
 }
 
 /// An open volume, and how drivers may use its descriptor.

@@ -8,6 +8,9 @@ pub const TICK_US: u64 = 50_000;
 pub const QUIET_TICK_US: u64 = 1_000_000;
 /// Metadata waits at most this long for a guest that went quiet.
 pub const IDLE_WRITEBACK_US: u64 = 1_000_000;
+/// A process told to end tries so long to write metadata that fails to be
+/// written; then it goes on serving.
+pub const CLOSE_TIME_MAX_US: u64 = 10_000_000;
 /// Owner runs kept in memory for blocks that no level has whole.
 pub const OWNER_RUNS_MAX: usize = 1 << 20;
 /// Blocks whose owners a refresh takes over from the generation before.

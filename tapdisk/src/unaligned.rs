@@ -31,7 +31,9 @@
 //! Absent on purpose: I/O, knowledge of connections, order among requests
 //! that do not collide.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
+
+use rustc_hash::FxHashMap;
 
 use crate::buffer::{Buffer, Pool};
 use crate::engine::{Request, RequestId, RequestKind};
@@ -131,7 +133,7 @@ pub enum Step {
 pub struct Unaligned {
     pool: Pool,
     changes: BTreeMap<RequestId, Change>,
-    parts: HashMap<RequestId, Part>,
+    parts: FxHashMap<RequestId, Part>,
     next_part: u64,
     steps: VecDeque<Step>,
 }
@@ -171,7 +173,7 @@ impl Unaligned {
         Self {
             pool,
             changes: BTreeMap::new(),
-            parts: HashMap::new(),
+            parts: FxHashMap::default(),
             next_part: PART,
             steps: VecDeque::new(),
         }

@@ -14,7 +14,6 @@
 //! Absent on purpose: order. Whatever must come after another transfer is
 //! only started once that one ended.
 
-use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
@@ -23,6 +22,7 @@ use std::time::Duration;
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use nix::poll::PollFlags;
+use rustc_hash::FxHashMap;
 
 use super::exec::{Failure, Memory, Transfer, Work};
 use crate::buffer::Arena;
@@ -74,7 +74,7 @@ pub struct Uring {
     flights: Vec<Option<(OpId, Work)>>,
     vacant: Vec<usize>,
     /// Polls in the kernel, by socket: bits of [`TAG_POLL_IN`] and so on.
-    watched: HashMap<Watch, u64>,
+    watched: FxHashMap<Watch, u64>,
     files: RegisteredFiles,
     /// The registered memory, kept as long as the ring.
     arena: Option<Arc<Arena>>,
@@ -106,7 +106,7 @@ impl Uring {
             let registered = unsafe { ring.submitter().register_buffers(&[part]) };
             registered.inspect_err(|error| tracing::info!(%error, "guest memory is not registered")).is_ok()
         });
-        let (flights, vacant, watched) = (Vec::new(), Vec::new(), HashMap::new());
+        let (flights, vacant, watched) = (Vec::new(), Vec::new(), FxHashMap::default());
         Ok(Self { ring, flights, vacant, watched, files, arena })
     }
 
@@ -282,7 +282,7 @@ unsafe fn push(ring: &mut IoUring, entry: &squeue::Entry) -> Result<(), ()> {
 /// An entry holds the description, and with it the lock of an image: so it is
 /// cleared before the file is closed, never later.
 struct RegisteredFiles {
-    slots: HashMap<FileId, RawFd>,
+    slots: FxHashMap<FileId, RawFd>,
     vacant: Vec<RawFd>,
 }
 
@@ -291,7 +291,7 @@ impl RegisteredFiles {
         let registered = ring.submitter().register_files_sparse(RING_FILES_MAX).is_ok();
         let slots = RawFd::try_from(RING_FILES_MAX).unwrap_or(0);
         let vacant = if registered { (0..slots).rev().collect() } else { Vec::new() };
-        Self { slots: HashMap::new(), vacant }
+        Self { slots: FxHashMap::default(), vacant }
     }
 
     fn slot(&mut self, ring: &IoUring, file: FileId, fd: BorrowedFd<'_>) -> Option<RawFd> {

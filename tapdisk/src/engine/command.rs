@@ -116,6 +116,10 @@ pub enum CommandError {
     /// Something else is under way.
     #[error("{0}")]
     Busy(&'static str),
+    /// The process cannot end yet without leaving what only it knows; the disk
+    /// goes on as before.
+    #[error("{0}")]
+    Unsettled(String),
     /// It went wrong; the disk goes on as before.
     #[error("{0}")]
     Failed(String),
@@ -151,7 +155,7 @@ impl Engine {
             }
             Command::Clean { second_only } => {
                 let file = if second_only { Some(self.frozen()?) } else { None };
-                self.clean.push(CleanWaiter { token, file, quiet: false });
+                self.clean.push(CleanWaiter { token, file, quiet: false, since_us: self.now_us });
             }
             Command::Fold { node, file } => self.fold(token, *node, file)?,
             Command::Refresh { lower } => {

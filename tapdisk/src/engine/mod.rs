@@ -36,6 +36,7 @@ mod writeback;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
+use rustc_hash::FxHashMap;
 use vhd::units::BlockNo;
 
 pub use api::*;
@@ -85,7 +86,7 @@ pub struct Engine {
     /// Operations in flight, oldest first.
     ops: BTreeMap<OpId, Purpose>,
     out: VecDeque<Output>,
-    active: HashMap<RequestId, Active>,
+    active: FxHashMap<RequestId, Active>,
     /// Requests that arrived while nothing may run.
     queue: VecDeque<Request>,
     parked: HashMap<Wait, Vec<Piece>>,
@@ -127,6 +128,7 @@ struct CleanWaiter {
     /// it still had in flight (the zeroing of a freed slot, say) would land in
     /// the next holder's image.
     quiet: bool,
+    since_us: u64,
 }
 
 impl Engine {
@@ -140,7 +142,7 @@ impl Engine {
             next_op: 1,
             ops: BTreeMap::new(),
             out: VecDeque::new(),
-            active: HashMap::new(),
+            active: FxHashMap::default(),
             queue: VecDeque::new(),
             parked: HashMap::new(),
             state: State::Running,

@@ -120,7 +120,7 @@ impl Engine {
                 self.answer(token, Ok(CommandReply::Done));
             }
             Then::Close(token) => {
-                self.clean.push(CleanWaiter { token, file: None, quiet: true });
+                self.clean.push(CleanWaiter { token, file: None, quiet: true, since_us: self.now_us });
                 self.progress_clean();
             }
         }

@@ -9,7 +9,8 @@ use vhd::units::Slot;
 
 use super::image::Purpose;
 use super::merge::PARENT;
-use super::{Barrier, CommandReply, Engine, FileId, Op, RequestId};
+use super::{Barrier, CleanWaiter, CommandError, CommandReply, Engine, FileId, Op, RequestId};
+use crate::limits::CLOSE_TIME_MAX_US;
 
 /// Where an image's write-back stands.
 #[derive(Debug)]
@@ -25,7 +26,7 @@ enum State {
     Running(Cycle),
     /// A metadata write failed (no space, say). The record keeps everything;
     /// the same capture is written again when somebody asks.
-    Failed(Captured),
+    Failed(Captured, i32),
 }
 
 #[derive(Debug)]
@@ -62,6 +63,14 @@ impl WriteBack {
         matches!(self.state, State::Idle)
     }
 
+    /// The errno with which a metadata write failed and was not yet repeated.
+    fn failure(&self) -> Option<i32> {
+        match self.state {
+            State::Failed(_, errno) => Some(errno),
+            State::Idle | State::Running(_) => None,
+        }
+    }
+
     pub(super) fn done(&self) -> u64 {
         self.done
     }
@@ -87,7 +96,7 @@ impl Engine {
                 image.writeback.state = State::Running(cycle);
                 return;
             }
-            State::Failed(captured) => captured,
+            State::Failed(captured, _) => captured,
             State::Idle if !image.rw.is_dirty() && !image.unflushed => return,
             State::Idle => {
                 // The other half is empty: every capture was dropped.
@@ -115,7 +124,7 @@ impl Engine {
         let later = u64::from(image.rw.is_dirty() || image.unflushed);
         match image.writeback.state {
             State::Idle => image.writeback.done + later,
-            State::Running(_) | State::Failed(_) => image.writeback.done + 1 + later,
+            State::Running(_) | State::Failed(..) => image.writeback.done + 1 + later,
         }
     }
 
@@ -204,7 +213,7 @@ impl Engine {
             image.record.poison();
         }
         let cycle_number = image.writeback.done + 1;
-        image.writeback.state = State::Failed(cycle.captured);
+        image.writeback.state = State::Failed(cycle.captured, errno);
         let poisoned = image.poisoned;
         // Those that wait for a later cycle wait for this one too; left alone
         // they would have it tried again at once, for ever.
@@ -317,12 +326,15 @@ impl Engine {
                 .collect();
             if let Some(poisoned) = indexes.iter().find(|index| self.stack[**index].poisoned) {
                 let detail = format!("a flush of {} failed", self.stack[*poisoned].name);
-                self.answer(waiter.token, Err(super::CommandError::Failed(detail)));
+                self.answer(waiter.token, Err(CommandError::Failed(detail)));
             } else if indexes.iter().all(|index| self.stack[*index].is_clean())
                 && (!waiter.quiet || self.ops.is_empty() && self.barriers.is_empty())
             {
                 let plans = indexes.iter().map(|index| self.settle_plan(*index)).collect();
                 self.answer(waiter.token, Ok(CommandReply::Clean(plans)));
+            } else if let Some(error) = self.given_up(&waiter, &indexes) {
+                self.release();
+                self.answer(waiter.token, Err(error));
             } else {
                 for index in indexes {
                     // A failed cycle is tried again by the tick.
@@ -335,10 +347,24 @@ impl Engine {
         }
     }
 
+    /// Why a process that is to end does not, when metadata cannot be written
+    /// for so long: nothing is lost, but only here is it known.
+    fn given_up(&self, waiter: &CleanWaiter, indexes: &[usize]) -> Option<CommandError> {
+        if !waiter.quiet || self.now_us < waiter.since_us + CLOSE_TIME_MAX_US {
+            return None;
+        }
+        let failed = |index: &usize| {
+            let image = &self.stack[*index];
+            let error = std::io::Error::from_raw_os_error(image.writeback.failure()?);
+            Some(format!("metadata of {} cannot be written: {error}", image.name))
+        };
+        indexes.iter().find_map(failed).map(CommandError::Unsettled)
+    }
+
     /// Tries failed cycles again.
     pub(super) fn retry_failed(&mut self) {
         for index in 0..self.stack.len() {
-            if matches!(self.stack[index].writeback.state, State::Failed(_)) {
+            if matches!(self.stack[index].writeback.state, State::Failed(..)) {
                 self.start_writeback(index);
             }
         }

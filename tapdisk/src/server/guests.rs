@@ -3,8 +3,9 @@
 //! Most go straight to the core and back. Those that begin or end within a
 //! sector, and what collides with them, go through [`Unaligned`].
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
+use rustc_hash::FxHashMap;
 use tapdisk_control::Stats;
 
 use super::clients::ClientId;
@@ -44,7 +45,7 @@ pub struct Answered {
 /// All of them. Their number is bounded by what the connections let in.
 #[derive(Debug)]
 pub struct Guests {
-    all: HashMap<RequestId, Guest>,
+    all: FxHashMap<RequestId, Guest>,
     next_id: u64,
     pool: Pool,
     unaligned: Unaligned,
@@ -57,7 +58,7 @@ impl Guests {
     /// buffers of `pool`.
     pub fn new(pool: Pool) -> Self {
         Self {
-            all: HashMap::new(),
+            all: FxHashMap::default(),
             next_id: 0,
             unaligned: Unaligned::new(pool.clone()),
             pool,
@@ -149,6 +150,6 @@ impl Guests {
 }
 
 /// What the requests in flight change.
-fn in_flight(all: &HashMap<RequestId, Guest>) -> impl Iterator<Item = (RequestId, Cut)> {
+fn in_flight(all: &FxHashMap<RequestId, Guest>) -> impl Iterator<Item = (RequestId, Cut)> {
     all.iter().filter_map(|(id, guest)| Some((*id, changes(guest.kind, guest.offset, guest.len)?)))
 }

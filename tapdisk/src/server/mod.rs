@@ -80,6 +80,8 @@ pub struct Parts {
 pub struct Server<C: Core> {
     core: C,
     started: Instant,
+    /// When this turn began, in microseconds since the start.
+    now_us: u64,
     workers: Workers<C::JobDone>,
     volumes: Arc<dyn Volumes>,
     files: Arc<Files>,
@@ -145,6 +147,7 @@ impl<C: Core> Server<C> {
         Ok(Self {
             core,
             started: Instant::now(),
+            now_us: 0,
             workers: Workers::start()?,
             volumes: parts.volumes,
             files: parts.files,
@@ -171,10 +174,11 @@ impl<C: Core> Server<C> {
         self.settle_turn();
         while !self.ending {
             self.wait()?;
+            self.turn_begins();
             for happening in std::mem::take(&mut self.happened) {
                 self.handle(happening);
             }
-            let now_us = self.now_us();
+            let now_us = self.now_us;
             if self.core.tick_due_us().is_some_and(|due_us| due_us <= now_us) {
                 self.core.tick(now_us);
             }
@@ -186,8 +190,9 @@ impl<C: Core> Server<C> {
         Ok(())
     }
 
-    fn now_us(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX)
+    /// What happens in one turn happens at one time.
+    fn turn_begins(&mut self) {
+        self.now_us = u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX);
     }
 
     /// Waits until something can be done.
@@ -231,7 +236,7 @@ impl<C: Core> Server<C> {
             Source::NbdTcp => self.tcp.iter().for_each(|tcp| self.clients.accept_tcp(tcp)),
             Source::Control => self.peers.accept(&self.control),
             Source::Client(id) => {
-                let now_us = self.now_us();
+                let now_us = self.now_us;
                 let Self { clients, core, guests, .. } = self;
                 clients.serve(id, flags, |request| {
                     guests.submit(core, now_us, id, request);
@@ -247,12 +252,12 @@ impl<C: Core> Server<C> {
             self.failures.note(&failure);
             Completion::Failed(failure.errno())
         });
-        self.core.complete(self.now_us(), id, completion);
+        self.core.complete(self.now_us, id, completion);
     }
 
     fn take_ended(&mut self) {
         self.workers.drain_wake();
-        let now_us = self.now_us();
+        let now_us = self.now_us;
         for _ in 0..COMPLETIONS_PER_TURN {
             match self.workers.next_ended() {
                 None => return,
@@ -286,7 +291,7 @@ impl<C: Core> Server<C> {
             stopping.next_attempt = now + STOP_RETRY;
             let call = Call { id: 0, request: ControlRequest::Stop { force: true } };
             let stats = self.guests.stats(self.clients.transmitting());
-            self.core.call(self.now_us(), PeerId::SELF, call, &stats);
+            self.core.call(self.now_us, PeerId::SELF, call, &stats);
         }
     }
 
@@ -302,7 +307,7 @@ impl<C: Core> Server<C> {
                 self.clients.finish(client, slot, result, &extents);
             }
             self.peers.flush();
-            let now_us = self.now_us();
+            let now_us = self.now_us;
             let mut handed_over = self.peers.take_calls(|event| match event {
                 peers::Event::Call(peer, call) => {
                     let stats = self.guests.stats(self.clients.transmitting());
@@ -328,7 +333,7 @@ impl<C: Core> Server<C> {
                 self.guests.extents(id, extents);
             }
             Effect::Engine(Output::Done(id, result)) => {
-                let now_us = self.now_us();
+                let now_us = self.now_us;
                 self.guests.done(&mut self.core, now_us, id, result);
             }
             Effect::Engine(Output::Close(file)) => {
@@ -352,12 +357,12 @@ impl<C: Core> Server<C> {
         match prepare(op, &tables, buffer_of) {
             Ok(work) => match self.reactor.start(id, work) {
                 Started::UnderWay => {}
-                Started::Done(completion) => self.core.complete(self.now_us(), id, completion),
+                Started::Done(completion) => self.core.complete(self.now_us, id, completion),
                 Started::ForWorker(work) => self.workers.start_op(id, work),
             },
             Err(errno) => {
                 tracing::error!(?id, errno, "an operation names what is not there");
-                self.core.complete(self.now_us(), id, Completion::Failed(errno));
+                self.core.complete(self.now_us, id, Completion::Failed(errno));
             }
         }
     }

@@ -73,11 +73,15 @@ impl Service {
         let refusal = match error {
             CommandError::Busy(detail) => busy(detail),
             CommandError::Failed(detail) => Refusal::Failed { detail: detail.clone() },
+            CommandError::Unsettled(detail) => {
+                let detail = format!("{detail}; it is still attached: make room, then detach again");
+                Refusal::Failed { detail }
+            }
         };
         let mut steps = caller.map(|caller| answer(caller, Err(refusal))).into_iter().collect::<Vec<_>>();
-        // A disk whose metadata cannot be written must still be able to end;
-        // its record stays for whoever opens it next.
-        if matches!(doing, Doing::Closing) {
+        // A disk whose flush failed must still be able to end; its record stays
+        // for whoever opens it next.
+        if matches!((doing, error), (Doing::Closing, CommandError::Failed(_))) {
             steps.push(Step::Exit);
         }
         steps

@@ -132,7 +132,9 @@ impl Service {
     ) -> Vec<super::Step> {
         let refusal = match error {
             CommandError::Busy(detail) => busy(detail),
-            CommandError::Failed(detail) => Refusal::Failed { detail: detail.clone() },
+            CommandError::Failed(detail) | CommandError::Unsettled(detail) => {
+                Refusal::Failed { detail: detail.clone() }
+            }
         };
         let held = matches!((step, error), (Step::Hold(_), CommandError::Failed(_)));
         if held {

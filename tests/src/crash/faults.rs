@@ -39,3 +39,30 @@ fn a_commit_is_answered_whatever_write_fails_meanwhile() {
         }
     }
 }
+
+/// A detach while metadata cannot be written: refused with what to do, and the
+/// disk goes on; once there is room again, it ends.
+#[test]
+fn a_disk_that_cannot_be_settled_stays_attached() {
+    let (world, guest, _) = emptied_leaf(1);
+    let mut guest = locked(&guest);
+    guest.drain();
+    let answer = |guest: &mut super::guest::Guest, id: u64| {
+        guest.tap.call(CALLER, id, Request::Stop { force: true });
+        let answered = (0..5_000).find_map(|_| {
+            guest.tap.step();
+            guest.tap.take_answer(CALLER)
+        });
+        answered.expect("an answer").outcome
+    };
+    guest.replace_block();
+    world.disk.inject(Fault { class: Some(OpClass::Write), after: 0, times: u64::MAX, errno: NO_SPACE });
+    let refused = answer(&mut guest, 1).expect_err("metadata cannot be written");
+    assert!(refused.to_string().contains("make room"), "{refused}");
+    assert!(!guest.tap.exited());
+    world.disk.clear_faults();
+    guest.run(20);
+    assert!(guest.failures.is_empty(), "{:?}", guest.failures);
+    answer(&mut guest, 2).expect("settled");
+    assert!(guest.tap.exited());
+}

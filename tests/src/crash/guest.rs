@@ -97,8 +97,14 @@ impl Guest {
         self.drain();
     }
 
-    /// Trims a block and writes into it; then starts a flush, answered or not.
+    /// [`Self::replace_block`]; then starts a flush, answered or not.
     pub fn replace_block_then_flush(&mut self) {
+        self.replace_block();
+        self.submit_flush();
+    }
+
+    /// Trims a block and writes into it: metadata waits then.
+    pub fn replace_block(&mut self) {
         self.drain();
         self.submit(RequestKind::Trim { fua: false }, 0, 4096, 0, false, Vec::new());
         self.drain();
@@ -106,7 +112,6 @@ impl Guest {
         let bytes = stamp(self.next_value, 0).to_vec();
         self.submit(RequestKind::Write { fua: false }, 0, 1, self.next_value, false, bytes);
         self.drain();
-        self.submit_flush();
     }
 
     fn submit_flush(&mut self) {
