@@ -11,17 +11,21 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::Context;
 use clap::Parser;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use uuid::Uuid;
+use vhd::meta::Meta;
 use vhd::record::TmpfsRecords;
 use vhd::storage::{FileVolumes, PosixFs, VolumeName};
 
 use crate::datapath::DataPath;
 use crate::disk::{Files, Opener};
+use crate::engine::Engine;
+use crate::limits::{LOCK_RETRY, LOCK_WAIT_MAX};
 use crate::nbd::Export;
 use crate::server::{DriverChoice, Parts, Server};
 use crate::service::Service;
@@ -151,7 +155,7 @@ fn open(args: &Args, signals: SignalFd) -> anyhow::Result<(Server<DataPath>, Opt
         records: Arc::new(TmpfsRecords::new(args.records.clone(), args.boot_id, args.epoch)),
         files: Arc::new(Files::default()),
     };
-    let (engine, meta) = opener.open(&top, args.read_only)?;
+    let (engine, meta) = open_in_time(&opener, &top, args.read_only)?;
     let leaf = engine.stack().first().and_then(|image| opener.files.get(image.file));
     let export = Export {
         name: args.export.clone().unwrap_or_else(|| args.vdi.to_string()),
@@ -194,6 +198,24 @@ fn listen(args: &Args) -> anyhow::Result<(Option<TcpListener>, Option<Tls>)> {
     }
     let tcp = TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
     Ok((Some(tcp), tls))
+}
+
+/// Opens the chain. A process that was killed keeps its lock until the kernel
+/// has ended what it had in flight; that is waited for.
+fn open_in_time(
+    opener: &Opener,
+    top: &VolumeName,
+    read_only: bool,
+) -> vhd::error::Result<(Engine, Option<Meta>)> {
+    let deadline = Instant::now() + LOCK_WAIT_MAX;
+    loop {
+        match opener.open(top, read_only) {
+            Err(error) if error.is_locked() && Instant::now() < deadline => {
+                std::thread::sleep(LOCK_RETRY);
+            }
+            opened => return opened,
+        }
+    }
 }
 
 /// Binds a socket, taking the place of one left by a process that died.

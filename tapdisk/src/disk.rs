@@ -13,9 +13,10 @@ use vhd::writer::{Settled, open_rw, settle_files};
 use crate::engine::{Engine, FileId, Image, Known, Lower, SettlePlan};
 use crate::limits::RELEARN_TIME_MAX;
 
-/// Guest requests are whole sectors, in bytes.
-const SECTOR_UNIT: u32 = 512;
-/// For files only read, what does not fit the unit goes through the cache.
+/// Guest requests are whole sectors, in bytes: a file that is written goes
+/// past the page cache only if every one of them can.
+const WRITE_UNIT_MAX: u32 = 512;
+/// In files only read, what does not fit the unit goes through the cache.
 const READ_UNIT_MAX: u32 = 4096;
 
 /// The open volumes, by the names the engine uses for them.
@@ -38,22 +39,33 @@ pub struct OpenFile {
     /// What transfers by its descriptor must be multiples of, in bytes: 1
     /// through the page cache, more past it ([`Volume::go_direct`]).
     pub unit: u32,
+    /// Whether its description carries the lock of a writer.
+    pub locked: bool,
 }
 
 impl Files {
-    /// Takes in a volume, to be used through the page cache.
+    /// Takes in a volume open for writing, to be used through the page cache.
     pub fn add(&self, volume: Arc<dyn Volume>) -> FileId {
-        self.insert(OpenFile { volume, unit: 1 })
+        self.insert(OpenFile { volume, unit: 1, locked: true })
     }
 
-    /// Takes in a volume whose guest data goes past the page cache, if that
-    /// can be done in units of `unit_max` bytes or less.
+    /// Takes in a volume open for writing, whose guest data goes past the page
+    /// cache if it can.
     ///
     /// # Errors
     /// What the system says to a descriptor more.
-    pub fn add_direct(&self, volume: Arc<dyn Volume>, unit_max: u32) -> std::io::Result<FileId> {
-        let unit = volume.go_direct(unit_max)?.unwrap_or(1);
-        Ok(self.insert(OpenFile { volume, unit }))
+    pub fn add_direct(&self, volume: Arc<dyn Volume>) -> std::io::Result<FileId> {
+        let unit = volume.go_direct(WRITE_UNIT_MAX)?.unwrap_or(1);
+        Ok(self.insert(OpenFile { volume, unit, locked: true }))
+    }
+
+    /// The same of a volume that is only read.
+    ///
+    /// # Errors
+    /// As [`Self::add_direct`].
+    pub fn add_read_only(&self, volume: Arc<dyn Volume>) -> std::io::Result<FileId> {
+        let unit = volume.go_direct(READ_UNIT_MAX)?.unwrap_or(1);
+        Ok(self.insert(OpenFile { volume, unit, locked: false }))
     }
 
     fn insert(&self, file: OpenFile) -> FileId {
@@ -153,7 +165,7 @@ impl Opener {
         // holds guest data and metadata, and every sector goes past the cache,
         // or everything goes through it.
         let file = if rw.slots().page_aligned() {
-            let added = self.files.add_direct(open.volume, SECTOR_UNIT);
+            let added = self.files.add_direct(open.volume);
             added.map_err(|e| vhd::error::Error::from(e).of(name))?
         } else {
             self.files.add(open.volume)
@@ -183,7 +195,7 @@ impl Opener {
             }
         }
         let add = |node: &Node| {
-            let added = self.files.add_direct(Arc::clone(&node.volume), READ_UNIT_MAX);
+            let added = self.files.add_read_only(Arc::clone(&node.volume));
             added.map_err(|e| vhd::error::Error::from(e).of(&node.name))
         };
         let files = chain.nodes().rev().map(add).collect::<Result<_, _>>()?;
@@ -217,7 +229,7 @@ impl Opener {
     /// What opening said.
     pub fn as_level(&self, name: &VolumeName, meta: &Meta) -> std::io::Result<(Node, FileId)> {
         let volume = self.volumes.open(name, Access::Read)?;
-        let file = self.files.add_direct(Arc::clone(&volume), READ_UNIT_MAX)?;
+        let file = self.files.add_read_only(Arc::clone(&volume))?;
         let node = Node {
             name: name.clone(),
             uuid: meta.uuid(),

@@ -143,5 +143,9 @@ pub const STOP_RETRY: Duration = Duration::from_millis(100);
 /// Time after a signal until the process ends all the same, as if killed: it
 /// loses nothing that was acknowledged, and the next opening settles.
 pub const STOP_TIME_MAX: Duration = Duration::from_secs(60);
+/// Time a starting process waits for the lock of its image.
+pub const LOCK_WAIT_MAX: Duration = Duration::from_secs(3);
+/// And how long between two attempts.
+pub const LOCK_RETRY: Duration = Duration::from_millis(5);
 /// Failed operations are logged at most this often.
 pub const FAILURE_LOG_PAUSE: Duration = Duration::from_secs(1);

@@ -102,7 +102,7 @@ impl Work {
 
     /// The transfer this is, if it is one that a ring can carry out.
     pub fn transfer(&mut self) -> Option<Transfer<'_>> {
-        let (file_id, file, offset, memory) = match &mut self.0 {
+        let (id, file, offset, memory) = match &mut self.0 {
             Task::ReadGuest { id, file, offset, into } => (*id, &*file, *offset, Memory::Fill(into)),
             Task::WriteGuest { id, file, offset, from } => (*id, &*file, *offset, Memory::Take(from)),
             _ => return None,
@@ -111,7 +111,8 @@ impl Work {
         let bytes = memory.bytes();
         let unit = u64::from(file.unit);
         let aligned = [offset, bytes.as_ptr() as u64, bytes.len() as u64];
-        aligned.iter().all(|n| n.is_multiple_of(unit)).then_some(Transfer { file_id, fd, offset, memory })
+        let registrable = (!file.locked).then_some(id);
+        aligned.iter().all(|n| n.is_multiple_of(unit)).then_some(Transfer { registrable, fd, offset, memory })
     }
 
     /// Carries it out; blocks.
@@ -135,8 +136,9 @@ impl Work {
 /// descriptor wants it.
 #[derive(Debug)]
 pub struct Transfer<'a> {
-    /// The engine's name for the file.
-    pub file_id: FileId,
+    /// The engine's name for the file, if the ring may keep the file open by
+    /// itself.
+    pub registrable: Option<FileId>,
     /// Its descriptor.
     pub fd: BorrowedFd<'a>,
     /// Byte offset in the file.

@@ -141,7 +141,7 @@ impl Uring {
             Memory::Take(from) => (from.as_ptr().cast_mut(), from.len(), false),
         };
         let registered = self.arena.as_ref().is_some_and(|arena| arena.contains(start, len));
-        let slot = self.files.slot(&self.ring, transfer.file_id, transfer.fd);
+        let slot = transfer.registrable.and_then(|id| self.files.slot(&self.ring, id, transfer.fd));
         let fd = Fd(slot.unwrap_or_else(|| transfer.fd.as_raw_fd()));
         let offset = transfer.offset;
         // The largest buffer is far below 4 GiB.
@@ -279,8 +279,9 @@ unsafe fn push(ring: &mut IoUring, entry: &squeue::Entry) -> Result<(), ()> {
 
 /// The ring's own table of descriptors, which spares a look-up per transfer.
 ///
-/// An entry holds the description, and with it the lock of an image: so it is
-/// cleared before the file is closed, never later.
+/// An entry keeps the file open, and the kernel takes a ring apart some time
+/// after its process has died. So only files without a lock stand here: after
+/// a kill the next holder of an image must not wait for that.
 struct RegisteredFiles {
     slots: FxHashMap<FileId, RawFd>,
     vacant: Vec<RawFd>,

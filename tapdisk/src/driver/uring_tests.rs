@@ -31,7 +31,7 @@ impl Bench {
         std::fs::write(folder.path().join("disk.raw"), vec![9; FILE_BYTES as usize]).unwrap();
         let fs: Arc<dyn Fs> = Arc::new(PosixFs::new(folder.path().to_path_buf()));
         let files = Files::default();
-        let file = files.add_direct(fs.open("disk.raw", Access::Write).unwrap(), 512).unwrap();
+        let file = files.add_direct(fs.open("disk.raw", Access::Write).unwrap()).unwrap();
         let (pool, arena) = Pool::with_arena().unwrap();
         let ring = match Uring::new(Some(arena)) {
             Ok(ring) => ring,
@@ -123,13 +123,12 @@ fn what_the_ring_cannot_do_comes_back() {
 }
 
 #[test]
-fn a_forgotten_file_lets_go_of_its_lock() {
+fn a_lock_ends_with_the_file_whatever_the_ring_keeps() {
     let Some(mut bench) = Bench::new() else { return };
     let buffer = bench.pool.take(4096).unwrap();
     let op = bench.read(0, &buffer);
     bench.start(1, op, &buffer).unwrap();
     bench.events(1);
-    bench.ring.forget(bench.file);
     bench.files.close(bench.file);
     let name = vhd::storage::VolumeName::new("disk.raw").unwrap();
     bench.volumes.open(&name, Access::Write).unwrap();
@@ -164,4 +163,20 @@ fn sockets_are_reported_for_what_is_asked() {
         matches!(events[..], [Event::Ready(_, flags)] if flags.contains(PollFlags::POLLHUP)),
         "{events:?}"
     );
+}
+
+#[test]
+fn a_file_that_is_only_read_is_registered_until_it_is_forgotten() {
+    let Some(mut bench) = Bench::new() else { return };
+    let name = vhd::storage::VolumeName::new("disk.raw").unwrap();
+    let file = bench.files.add_read_only(bench.volumes.open(&name, Access::Read).unwrap()).unwrap();
+    let buffer = bench.pool.take(4096).unwrap();
+    for id in 0..3 {
+        let op = Op::ReadGuest { file, offset: 4096 * id, into: whole(&buffer) };
+        bench.start(id, op, &buffer).unwrap();
+        assert!(matches!(bench.events(1)[..], [Event::Ended(_, Ok(_))]));
+    }
+    assert!(bench.ring.files.slots.contains_key(&file));
+    bench.ring.forget(file);
+    assert!(bench.ring.files.slots.is_empty());
 }

@@ -157,7 +157,7 @@ impl Running {
         std::fs::File::create(folder.path().join("disk.raw")).unwrap().set_len(DISK_BYTES).unwrap();
         let fs: Arc<dyn Fs> = Arc::new(PosixFs::new(folder.path().to_path_buf()));
         let files = Arc::new(Files::default());
-        let file = files.add_direct(fs.open("disk.raw", Access::Write).unwrap(), 512).unwrap();
+        let file = files.add_direct(fs.open("disk.raw", Access::Write).unwrap()).unwrap();
         let parts = Parts {
             export: Export {
                 name: "disk".into(),

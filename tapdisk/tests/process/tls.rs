@@ -113,9 +113,8 @@ fn clients_with_certificates_get_in_and_others_do_not() {
         assert!(said.contains("export-size: 67108864"), "{said}");
     }
     copies(&place, &uri("client"));
-    for (uri, word) in
-        [(format!("nbd://{address}/disk"), "TLS"), (uri("stranger"), "alert"), (uri("psk"), "")]
-    {
+    // Whether a stranger still reads the alert before the end is a race.
+    for (uri, word) in [(format!("nbd://{address}/disk"), "TLS"), (uri("stranger"), ""), (uri("psk"), "")] {
         let Some((fine, said)) = try_client("nbdinfo", &[&uri]) else { return };
         assert!(!fine && said.contains(word), "{uri}: {said}");
     }
