@@ -5,3 +5,6 @@ pub mod guest;
 pub mod host;
 pub mod pace;
 pub mod programs;
+pub mod sectors;
+pub mod tap;
+pub mod verifier;

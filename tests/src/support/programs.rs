@@ -7,10 +7,13 @@ use std::sync::OnceLock;
 
 /// The `coppice` program, built from this tree on first use: cargo builds
 /// programs only for tests of their own package. It is the release build,
-/// which is what people run.
+/// which is what people run. `COPPICE_PROGRAM` names another to test.
 pub fn coppice() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {
+        if let Some(program) = std::env::var_os("COPPICE_PROGRAM") {
+            return program.into();
+        }
         let target = target_dir();
         let status = Command::new(env!("CARGO"))
             .args(["build", "--quiet", "--package", "coppice", "--release", "--target-dir"])

@@ -45,6 +45,7 @@ const CMD_READ: u16 = 0;
 const CMD_WRITE: u16 = 1;
 const CMD_DISCONNECT: u16 = 2;
 const CMD_FLUSH: u16 = 3;
+const CMD_TRIM: u16 = 4;
 const CMD_WRITE_ZEROES: u16 = 6;
 const FLAG_FUA: u16 = 1;
 
@@ -125,6 +126,14 @@ impl Client {
     /// As [`Client::write`].
     pub fn write_zeroes(&mut self, offset: u64, len: u32) -> io::Result<Ticket> {
         self.send(CMD_WRITE_ZEROES, 0, offset, len, 0, &[])
+    }
+
+    /// Says that `len` bytes at `offset` are not needed any more.
+    ///
+    /// # Errors
+    /// As [`Client::write`].
+    pub fn trim(&mut self, offset: u64, len: u32) -> io::Result<Ticket> {
+        self.send(CMD_TRIM, 0, offset, len, 0, &[])
     }
 
     /// Makes everything answered before durable.
