@@ -11,6 +11,7 @@ use vhd::create::{NewImage, NewKind};
 use vhd::meta::{FooterState, Meta, ParentRef};
 use vhd::reparent::ParentLink;
 use vhd::storage::{Access, Volume, VolumeName, Why};
+use vhd::units::BLOCK_BYTES;
 
 use crate::error::{Error, IoContext, Result};
 use crate::repo::Repo;
@@ -149,6 +150,33 @@ pub fn allocated_bytes(repo: &Repo, volume: &VolumeName) -> Result<u64> {
 pub fn vhd_time(repo: &Repo) -> u32 {
     let now_s = repo.ids.now_s().saturating_sub(vhd::footer::VHD_EPOCH_S);
     u32::try_from(now_s).unwrap_or(u32::MAX)
+}
+
+/// The blocks of 2 MiB of which an image has a part of its own, in order. As
+/// [`allocated_bytes`], what is on disk.
+///
+/// # Errors
+/// As [`meta`].
+pub fn blocks(repo: &Repo, volume: &VolumeName) -> Result<Vec<u32>> {
+    let opened = open(repo, volume, Access::Read)?;
+    let all = |bytes: u64| (0..u32::try_from(bytes.div_ceil(BLOCK_BYTES)).unwrap_or(u32::MAX)).collect();
+    if volume.is_raw() {
+        return opened.len().during(|| format!("length of {volume}")).map(all);
+    }
+    let meta = Meta::read(opened.as_ref()).map_err(|e| bad(volume, e))?;
+    let Some(layout) = &meta.layout else {
+        return Ok(all(meta.virtual_bytes()));
+    };
+    let bat = read_bat(opened.as_ref(), layout).map_err(|e| bad(volume, e))?;
+    // Images of others may have blocks of another size.
+    let bytes = u64::from(layout.block_sectors) * vhd::units::SECTOR_BYTES;
+    let held = (0..).zip(&bat).filter(|(_, entry)| **entry != BAT_FREE).map(|(block, _): (u64, _)| block);
+    let mut blocks: Vec<u32> = held
+        .flat_map(|block| block * bytes / BLOCK_BYTES..((block + 1) * bytes).div_ceil(BLOCK_BYTES))
+        .filter_map(|block| u32::try_from(block).ok())
+        .collect();
+    blocks.dedup();
+    Ok(blocks)
 }
 
 /// What a new image is to be.

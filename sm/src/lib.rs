@@ -9,6 +9,7 @@
 //! | [`ops`] | create, snapshot, clone, delete, attach, detach, one file each |
 //! | [`making`] | a new VDI that takes long to fill: copies, imports |
 //! | [`recover`] | finishing or undoing what a dead process left |
+//! | [`places`] | where the bytes of a VDI lie, attached or not |
 //! | [`reading`] | a whole chain, read under a lease by this process |
 //! | [`probe`](mod@probe), [`check`](mod@check), [`offline`] | looking at an SR and changing nothing |
 //! | [`reference`](mod@reference) | what the reference storage manager leaves behind |
@@ -46,6 +47,7 @@ pub mod nudge;
 pub mod offline;
 pub mod ops;
 pub mod owner;
+pub mod places;
 pub mod probe;
 pub mod progress;
 pub mod readers;

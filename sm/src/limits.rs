@@ -72,6 +72,13 @@ pub const COPY_PIECE_BYTES: usize = 1 << 20;
 /// Bytes a copy writes before it makes them durable: what it keeps in memory
 /// of bitmaps, and the system of pages, is bounded by it.
 pub const COPY_COMMIT_BYTES: u64 = 256 << 20;
+/// Bytes of the disk that one answer about its map, or about what changed,
+/// looks at: at most so many bitmaps are read for it.
+pub const LOOK_BYTES_MAX: u64 = 128 << 30;
+/// Extents in one answer about a map; the next one goes on from there.
+pub const MAP_EXTENTS_MAX: usize = 16_384;
+/// Ranges in one answer about what changed, likewise.
+pub const CHANGED_RANGES_MAX: usize = 65_536;
 /// Copies, exports and comparisons of one SR at a time: each holds a lease.
 pub const READERS_MAX: usize = 256;
 /// Rows kept in the operation history of an SR.

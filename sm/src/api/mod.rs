@@ -3,6 +3,7 @@
 //! ```text
 //!   listener.rs   who may connect (peer credentials)
 //!   routes.rs     which request calls what; `GET /openapi.json` lists them
+//!   disks.rs      resize, revert, copy, map, changed
 //!   jobs.rs       long operations: begun, looked at, stopped
 //!   answer.rs     results and errors as JSON
 //!   status.rs     how we do; Prometheus text
@@ -12,6 +13,7 @@
 //! number at once; the others wait.
 
 mod answer;
+mod disks;
 mod jobs;
 mod listener;
 mod openapi;

@@ -14,7 +14,7 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::answer::{Failure, Outcome, document};
-use super::{App, jobs, status};
+use super::{App, disks, jobs, status};
 use crate::error::{Error, Result};
 use crate::journal::SiblingKind;
 use crate::limits::{BODY_BYTES_MAX, BUSY_RETRY_MS_MAX, TURN_WAIT_MS_MAX};
@@ -26,7 +26,7 @@ use crate::views::Look;
 
 /// How often an operation that found another process at work (the collector,
 /// say) is tried again. Operations of this process queue instead.
-const BUSY_POLL: Duration = Duration::from_millis(50);
+pub(super) const BUSY_POLL: Duration = Duration::from_millis(50);
 
 /// All routes.
 pub fn router(app: App) -> Router {
@@ -46,6 +46,11 @@ pub fn router(app: App) -> Router {
         .route("/vdis/{vdi}/rename", post(rename))
         .route("/vdis/{vdi}/attach", post(attach))
         .route("/vdis/{vdi}/detach", post(detach))
+        .route("/vdis/{vdi}/resize", post(disks::resize))
+        .route("/vdis/{vdi}/revert", post(disks::revert))
+        .route("/vdis/{vdi}/copy", post(disks::copy))
+        .route("/vdis/{vdi}/map", get(disks::map))
+        .route("/vdis/{vdi}/changed", get(disks::changed))
         .route("/jobs", get(jobs::list))
         .route("/jobs/{job}", get(jobs::show))
         .route("/jobs/{job}/cancel", post(jobs::cancel))
@@ -87,7 +92,7 @@ pub(super) async fn run<T: Send + 'static>(
 
 /// As [`run`], for an operation on one VDI: in its turn, and with its words in
 /// every log line.
-async fn run_on<T: Send + 'static>(
+pub(super) async fn run_on<T: Send + 'static>(
     app: &App,
     operation: &'static str,
     vdi: String,
@@ -103,7 +108,7 @@ async fn run_on<T: Send + 'static>(
 }
 
 /// The turn of a request on some VDIs.
-async fn turn(app: &App, operation: &'static str, on: &[Uuid]) -> Result<Turn, Failure> {
+pub(super) async fn turn(app: &App, operation: &'static str, on: &[Uuid]) -> Result<Turn, Failure> {
     let limit = Duration::from_millis(TURN_WAIT_MS_MAX);
     app.turns.take(operation, on, Some(limit)).await.map_err(|error| {
         app.counters.refused.fetch_add(1, Ordering::Relaxed);
@@ -113,7 +118,7 @@ async fn turn(app: &App, operation: &'static str, on: &[Uuid]) -> Result<Turn, F
 
 /// Runs an operation on one VDI, with its words in every log line. Whoever
 /// calls it has its turn.
-fn on_vdi<T>(
+pub(super) fn on_vdi<T>(
     manager: &Manager,
     operation: &'static str,
     vdi: &str,
@@ -133,7 +138,7 @@ fn on_vdi<T>(
 }
 
 /// The body as JSON; an empty one counts as `{}`.
-fn read<T: DeserializeOwned>(body: &Bytes) -> Result<T> {
+pub(super) fn read<T: DeserializeOwned>(body: &Bytes) -> Result<T> {
     let bytes: &[u8] = if body.is_empty() { b"{}" } else { body };
     serde_json::from_slice(bytes).map_err(|e| Error::BadRequest { reason: e.to_string() })
 }

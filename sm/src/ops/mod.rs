@@ -6,11 +6,13 @@
 //! same tree.
 
 mod attach;
+mod changed;
 mod copy;
 mod create;
 mod delete;
 mod export;
 mod import;
+mod map;
 mod rename;
 mod resize;
 mod revert;
@@ -20,11 +22,13 @@ mod stat;
 
 pub(crate) use attach::relink;
 pub use attach::{Attached, adopt, attach, detach, revive, settle_all};
+pub use changed::{Changed, ChangedRange, changed};
 pub use copy::copy;
 pub use create::{VIRTUAL_BYTES_MIN, create};
 pub use delete::{Deleted, delete};
 pub use export::{Format, export};
 pub use import::{Wanted as ImportWanted, import};
+pub use map::{Map, MapExtent, map};
 pub use rename::rename;
 pub(crate) use resize::recover as recover_resize;
 pub use resize::resize;

@@ -12,10 +12,11 @@ use sm::ids::CountedIds;
 use sm::lease::Lease;
 use sm::limits::Limits;
 use sm::{Repo, image, journal};
-use tapdisk_control::{Answer, ClientError, ImageRef, IntentNames, Refusal, Reply, Request, Stats};
+use tapdisk_control::{Answer, ClientError, Extent, ImageRef, IntentNames, Refusal, Reply, Request, Stats};
 use uuid::Uuid;
 use vhd::chain::Chain;
 use vhd::meta::Meta;
+use vhd::placed::Placed;
 use vhd::record::{Owner, PendingRecord, RECORD_WORDS, RecordStore, Words};
 use vhd::storage::{Access, VolumeName, Volumes};
 use vhd::units::{BLOCK_BYTES, BlockNo, SectorRun};
@@ -213,11 +214,15 @@ impl FakeTap {
         let mood = *self.host.mood.lock().unwrap();
         let busy = || Refusal::Busy { detail: "in a bad mood".into() };
         match request {
-            Request::Stats => Ok(Reply::Stats(Box::new(Stats {
-                leaf_blocks: self.open(&self.leaf()).blocks().len() as u64,
-                read_only: self.lease.read_only,
-                ..Stats::default()
-            }))),
+            Request::Stats => {
+                let leaf = self.open(&self.leaf());
+                Ok(Reply::Stats(Box::new(Stats {
+                    virtual_bytes: leaf.meta().virtual_bytes(),
+                    leaf_blocks: leaf.blocks().len() as u64,
+                    read_only: self.lease.read_only,
+                    ..Stats::default()
+                })))
+            }
             Request::Prepare { child, .. } => {
                 self.child = child;
                 Ok(Reply::Done)
@@ -257,6 +262,21 @@ impl FakeTap {
                 }
             }
             Request::MergeStop => Ok(Reply::Done),
+            Request::Extents { offset, length } => {
+                let chain = Chain::open(self.host.taps_volumes.as_ref(), &self.leaf()).unwrap();
+                let runs = chain.placed(BlockNo::of_byte(offset)).unwrap();
+                let runs = runs.iter().filter_map(|run| run.within(offset, offset + length));
+                let extent =
+                    |run: Placed| Extent { length: run.len, at: run.at.map(|at| (at.image, at.offset)) };
+                Ok(Reply::Extents { extents: runs.map(extent).collect() })
+            }
+            Request::LeafBlocks { from } => {
+                // One run an answer, so that callers must ask on.
+                let blocks = self.open(&self.leaf()).blocks();
+                let mut left = blocks.iter().map(|block| block.0).filter(|block| *block >= from);
+                let runs = left.next().map(|block| (block, 1)).into_iter().collect();
+                Ok(Reply::Blocks { runs, next: left.next() })
+            }
             Request::Stop { .. } => {
                 self.host.leases.lock().unwrap().retain(|lease| lease.vdi != self.lease.vdi);
                 Ok(Reply::Done)

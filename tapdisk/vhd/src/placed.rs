@@ -49,6 +49,13 @@ impl Placed {
         self.offset + self.len
     }
 
+    /// The part of the run that lies in a range, if any does.
+    #[must_use]
+    pub fn within(&self, from: u64, end: u64) -> Option<Self> {
+        let (from, end) = (self.offset.max(from), self.end().min(end));
+        (from < end).then(|| Self { offset: from, len: end - from, at: self.at_byte(from) })
+    }
+
     /// The place of a byte inside the run.
     fn at_byte(&self, byte: u64) -> Option<At> {
         self.at.map(|at| At { offset: at.offset + (byte - self.offset), ..at })
