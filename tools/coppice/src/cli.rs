@@ -270,6 +270,53 @@ pub enum VdiCommand {
         /// The new name
         name: String,
     },
+    /// Change its size: larger at any time, smaller only without a parent and
+    /// detached
+    Resize {
+        /// The disk
+        vdi: String,
+        /// Virtual size: bytes, or with KiB, MiB, GiB, TiB
+        #[arg(long)]
+        size: Size,
+    },
+    /// Take it back to one of its snapshots; what was written since is lost
+    Revert {
+        /// The disk, detached
+        vdi: String,
+        /// A snapshot of it
+        #[arg(long, value_name = "SNAPSHOT")]
+        to: String,
+    },
+    /// Copy it, as one image without a parent, to any storage repository
+    Copy {
+        /// The disk or snapshot, not attached for writing
+        vdi: String,
+        /// Storage repository
+        #[arg(long, value_name = "SR")]
+        to: String,
+        /// Name of the copy
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// List the ranges in which it can differ from another
+    Changed {
+        /// The disk, snapshot or hidden node
+        vdi: String,
+        /// The one to compare with, of the same storage repository
+        #[arg(long, value_name = "VDI")]
+        since: String,
+    },
+    /// Show which node of its chain has which bytes, and where in its image
+    Map {
+        /// The disk, snapshot or hidden node
+        vdi: String,
+        /// First byte [default: 0]
+        offset: Option<Size>,
+        /// Bytes [default: to the end]
+        length: Option<Size>,
+    },
+    /// Show what it takes, shares and could give back; what deleting it frees
+    Stat(VdiArg),
     /// Serve it over NBD
     Attach {
         /// The disk

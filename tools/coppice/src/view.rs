@@ -103,6 +103,68 @@ pub struct GcState {
     pub eta_s: Option<f64>,
 }
 
+/// A range of a disk that can differ from another. In bytes.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(default)]
+pub struct ChangedRange {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+}
+
+/// A run of a disk and where it lies. In bytes.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct MapExtent {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+    /// The node that has it; nobody: zeros.
+    pub node: Option<String>,
+    /// The node's volume.
+    pub volume: Option<String>,
+    /// Where in the volume.
+    pub file_offset: Option<u64>,
+    /// 1 is the disk itself, 0 nobody.
+    pub depth: u64,
+}
+
+/// What a disk takes. In bytes.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Stat {
+    /// In its own image.
+    pub own_bytes: u64,
+    /// Below it, read by others too.
+    pub shared_bytes: u64,
+    /// What merges of its chain would free.
+    pub reclaimable_bytes: u64,
+    /// What nobody would read without it.
+    pub freed_if_deleted_bytes: u64,
+    /// What a merge would free then.
+    pub freed_by_merge_then_bytes: u64,
+    /// In its chain.
+    pub chain_bytes: u64,
+    /// Images, leaf first.
+    pub chain: Vec<StatNode>,
+}
+
+/// One image of a chain.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct StatNode {
+    /// The node.
+    pub uuid: String,
+    /// Its data.
+    pub allocated_bytes: u64,
+    /// Whether it is hidden.
+    pub hidden: bool,
+    /// What stands on it.
+    pub children: u64,
+}
+
 /// The trees of one storage repository.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]

@@ -1,6 +1,7 @@
 //! Each command as a few requests to a daemon.
 
 pub mod gc;
+pub mod looks;
 pub mod paperwork;
 pub mod sr;
 pub mod status;

@@ -2,10 +2,11 @@
 
 use serde_json::{Value, json};
 
-use super::Context;
+use super::{Context, looks};
 use crate::cli::VdiCommand;
 use crate::client::escaped;
 use crate::failure::Outcome;
+use crate::jobs;
 use crate::render;
 use crate::resolve;
 use crate::view::{self, Vdi};
@@ -43,6 +44,23 @@ pub fn run(context: &Context, command: VdiCommand) -> Outcome<()> {
         VdiCommand::Rename { vdi, name } => {
             verb(context, &vdi, "rename", &json!({"name": name}))?;
         }
+        VdiCommand::Resize { vdi, size } => {
+            verb(context, &vdi, "resize", &json!({"virtual_size": size.0}))?;
+        }
+        VdiCommand::Revert { vdi, to } => {
+            let to = resolve::vdi(smd, &to)?;
+            verb(context, &vdi, "revert", &json!({"to": to}))?;
+        }
+        VdiCommand::Copy { vdi, to, name } => {
+            let (vdi, sr) = (resolve::vdi(smd, &vdi)?, resolve::sr(smd, &to)?);
+            let job = smd.post(&format!("/vdis/{vdi}/copy"), &json!({"sr": sr, "name": name}))?;
+            show(context, &jobs::follow(context, &job)?);
+        }
+        VdiCommand::Changed { vdi, since } => looks::changed(context, &vdi, &since)?,
+        VdiCommand::Map { vdi, offset, length } => {
+            looks::map(context, &vdi, offset.map_or(0, |offset| offset.0), length.map(|length| length.0))?;
+        }
+        VdiCommand::Stat(arg) => looks::stat(context, &arg.vdi)?,
         VdiCommand::Attach { vdi, read_only } => {
             verb(context, &vdi, "attach", &json!({"read_only": read_only}))?;
         }

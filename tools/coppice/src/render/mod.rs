@@ -2,6 +2,7 @@
 //!
 //! Pure: documents in, strings out. Printing is the commands' business.
 
+pub mod places;
 pub mod report;
 pub mod style;
 pub mod table;
