@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use nix::sys::uio::{pread, pwrite};
 use vhd::storage::{Volume, VolumeName, Volumes, Why};
 
 use super::cached::CachedReads;
@@ -119,8 +120,12 @@ impl Work {
     ///
     /// # Errors
     /// What failed, and how.
-    pub fn run(self) -> Result<Completion, Failure> {
+    pub fn run(mut self) -> Result<Completion, Failure> {
         let (what, offset, len) = self.0.label();
+        if let Some(transfer) = self.transfer() {
+            let moved = transfer.run().map(|()| Completion::Done);
+            return moved.map_err(|error| Failure { what, offset, len, error });
+        }
         self.0.run().map_err(|error| Failure { what, offset, len, error })
     }
 
@@ -145,6 +150,55 @@ pub struct Transfer<'a> {
     pub offset: u64,
     /// The guest's memory.
     pub memory: Memory<'a>,
+}
+
+impl Transfer<'_> {
+    /// By the descriptor and not by the volume: a file that is written past
+    /// the page cache by one driver must not be written through it by another,
+    /// or a page with older neighbours would come over what was written.
+    fn run(self) -> io::Result<()> {
+        let Self { fd, mut offset, memory, .. } = self;
+        let short = |kind: io::ErrorKind| io::Error::new(kind, "the file ends here");
+        match memory {
+            Memory::Fill(mut rest) => {
+                while !rest.is_empty() {
+                    let at = offset_of(offset)?;
+                    let n = uninterrupted(|| pread(fd, rest, at))?;
+                    if n == 0 {
+                        return Err(short(io::ErrorKind::UnexpectedEof));
+                    }
+                    rest = rest.get_mut(n..).unwrap_or_default();
+                    offset += n as u64;
+                }
+            }
+            Memory::Take(mut rest) => {
+                while !rest.is_empty() {
+                    let at = offset_of(offset)?;
+                    let n = uninterrupted(|| pwrite(fd, rest, at))?;
+                    if n == 0 {
+                        return Err(short(io::ErrorKind::WriteZero));
+                    }
+                    rest = rest.get(n..).unwrap_or_default();
+                    offset += n as u64;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A call that a signal broke off is made again.
+fn uninterrupted(mut call: impl FnMut() -> nix::Result<usize>) -> io::Result<usize> {
+    loop {
+        match call() {
+            Err(nix::Error::EINTR) => {}
+            other => return Ok(other?),
+        }
+    }
+}
+
+fn offset_of(bytes: u64) -> io::Result<libc::off_t> {
+    libc::off_t::try_from(bytes).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))
 }
 
 /// Which way a [`Transfer`] goes.

@@ -114,11 +114,17 @@ impl PosixVolume {
 
     fn write_zeros(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
         let end = offset.saturating_add(len_bytes);
-        let buffer = vec![0u8; ZERO_BUFFER_BYTES.min(usize_of(len_bytes))];
+        let run_max = ZERO_BUFFER_BYTES.min(usize_of(len_bytes));
+        let zeros = vec![0u8; run_max + DIRECT_UNIT_SAFE as usize];
+        // Guest sectors go the one way guest data goes: see `go_direct`.
+        let skip = zeros.as_ptr().align_offset(DIRECT_UNIT_SAFE as usize);
+        let buffer = zeros.get(skip..).and_then(|aligned| aligned.get(..run_max)).unwrap_or(&zeros);
+        let sectors = offset.is_multiple_of(512) && len_bytes.is_multiple_of(512);
+        let file = if sectors { &self.file } else { self.io() };
         let mut at = offset;
         while at < end {
             let run = buffer.len().min(usize_of(end - at));
-            self.io().write_all_at(&buffer[..run], at)?;
+            file.write_all_at(&buffer[..run], at)?;
             at += run as u64;
         }
         Ok(())
