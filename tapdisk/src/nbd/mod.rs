@@ -24,12 +24,12 @@ use std::sync::Arc;
 
 use zerocopy::IntoBytes;
 
-mod fuzz;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 pub mod handshake;
 pub mod proto;
 pub mod transmission;
 
-pub use fuzz::fuzz;
 pub use handshake::{Export, Security};
 
 use crate::buffer::{Buffer, Exclusive, Pool, Shared};

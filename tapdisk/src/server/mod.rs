@@ -32,6 +32,8 @@ use vhd::storage::Volumes;
 
 mod clients;
 mod counters;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 mod guests;
 mod peers;
 mod reactor;

@@ -71,19 +71,22 @@ impl Peers {
                     return;
                 }
             };
-            if self.all.len() >= CONTROL_PEERS_MAX {
-                tracing::warn!(limit = CONTROL_PEERS_MAX, "control peer turned away: too many");
-                continue;
-            }
-            if let Err(error) = socket.set_nonblocking(true) {
-                tracing::warn!(%error, "control peer turned away");
-                continue;
-            }
-            self.last_id += 1; // the first is 1: 0 is the process itself
-            let (input, output) = (Vec::new(), Vec::new());
-            let peer = Peer { socket, input, output, hung_up: false, state: State::Idle };
-            self.all.insert(PeerId(self.last_id), peer);
+            self.admit(socket);
         }
+    }
+
+    /// Takes one, if there is room.
+    pub(super) fn admit(&mut self, socket: UnixStream) {
+        if self.all.len() >= CONTROL_PEERS_MAX {
+            return tracing::warn!(limit = CONTROL_PEERS_MAX, "control peer turned away: too many");
+        }
+        if let Err(error) = socket.set_nonblocking(true) {
+            return tracing::warn!(%error, "control peer turned away");
+        }
+        self.last_id += 1; // the first is 1: 0 is the process itself
+        let (input, output) = (Vec::new(), Vec::new());
+        let peer = Peer { socket, input, output, hung_up: false, state: State::Idle };
+        self.all.insert(PeerId(self.last_id), peer);
     }
 
     /// What to poll for.

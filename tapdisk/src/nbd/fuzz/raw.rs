@@ -1,15 +1,15 @@
-//! The entry point of the fuzzer, also used by the tests.
+//! Bytes as they come.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::{Connection, Export, Piece, Security};
 use crate::buffer::Pool;
 use crate::engine::Extent;
+use crate::nbd::{Connection, Export, Piece, Security};
 
-/// For fuzzing: plays a client that sends `bytes` and a disk that answers
+/// Plays a client that sends `bytes` and a disk that answers
 /// some requests at once, some later and some never. Must not panic.
-pub fn fuzz(bytes: &[u8]) {
+pub fn raw(bytes: &[u8]) {
     let export = Export {
         name: "disk".to_owned(),
         description: "fuzzed".to_owned(),
