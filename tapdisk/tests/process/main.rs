@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+mod hostile;
+mod interop;
 mod life;
 mod support;
 mod tls;

@@ -11,9 +11,12 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tapdisk_control::{Client, Reply, Request, Stats};
 use uuid::Uuid;
-use vhd::create::{NewImage, NewKind, create};
+use vhd::create::{NewImage, NewKind, ParentLink, create};
 use vhd::meta::Meta;
+use vhd::record::TmpfsRecords;
 use vhd::storage::{Access, FileVolumes, PosixFs, VolumeName, Volumes};
+use vhd::units::{BLOCK_BYTES, BlockNo, SectorRun};
+use vhd::writer::Writer;
 
 pub const DISK_BYTES: u64 = 64 << 20;
 pub const VDI: Uuid = Uuid::from_u128(7);
@@ -40,6 +43,40 @@ impl Place {
         let volume = place.volumes().create(&VolumeName::vhd(VDI)).unwrap();
         create(volume.as_ref(), &image).unwrap();
         place
+    }
+
+    /// With a base that has its first block and some sectors of its third,
+    /// under an empty leaf.
+    pub fn with_parent() -> Self {
+        let place = Self { folder: tempfile::tempdir().unwrap() };
+        for folder in ["sr", "run", "records"] {
+            std::fs::create_dir(place.path(folder)).unwrap();
+        }
+        let base = VolumeName::vhd(Uuid::from_u128(8));
+        let image = NewImage {
+            uuid: Uuid::from_u128(2),
+            virtual_bytes: DISK_BYTES,
+            kind: NewKind::Dynamic,
+            bat_entries_max: None,
+            hidden: true,
+            timestamp_s: 0,
+        };
+        let parent = ParentLink { uuid: image.uuid, volume: base.clone(), timestamp_s: 0 };
+        let volumes = place.volumes();
+        create(volumes.create(&base).unwrap().as_ref(), &image).unwrap();
+        let records = TmpfsRecords::new(place.path("records"), Uuid::from_u128(9), 1);
+        let mut writer = Writer::open(&volumes, &base, &records).unwrap();
+        writer.write(BlockNo(0), SectorRun::BLOCK, &vec![1; BLOCK_BYTES as usize], false).unwrap();
+        writer.write(BlockNo(2), SectorRun { first: 8, count: 8 }, &[2; 4096], true).unwrap();
+        writer.settle(Some(true)).unwrap();
+        let leaf =
+            NewImage { uuid: Uuid::from_u128(1), kind: NewKind::Child { parent }, hidden: false, ..image };
+        create(volumes.create(&VolumeName::vhd(VDI)).unwrap().as_ref(), &leaf).unwrap();
+        place
+    }
+
+    pub fn uri(&self) -> String {
+        format!("nbd+unix:///{VDI}?socket={}", self.path("run/nbd.sock").display())
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
