@@ -11,18 +11,19 @@
 mod answers;
 mod ends;
 mod growth;
+mod pause;
 mod places;
+mod refresh;
 
 use std::collections::HashMap;
 
 use tapdisk_control::{Answer, ImageRef, IntentNames, Refusal, Reply, Request, Stats};
 use vhd::meta::Meta;
-use vhd::reparent::{ParentLink, set_parent};
 use vhd::storage::VolumeName;
 
-use self::answers::{answer, busy, merge_status, more, stale, stats, volume_name};
+use self::answers::{answer, busy, merge_status, stale, stats, volume_name};
 use crate::disk::{OpenImage, Opener};
-use crate::engine::{Command, Engine, FileId, Known, NewLeaf, SettlePlan, Token};
+use crate::engine::{Command, Engine, FileId, Known, SettlePlan, Token};
 
 /// A control connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -257,69 +258,6 @@ impl Service {
         Ok(own)
     }
 
-    fn prepare(
-        &mut self,
-        caller: (Connection, u64),
-        intent: IntentNames,
-        leaf: &ImageRef,
-        child: Option<ImageRef>,
-    ) -> Result<Vec<Step>, Refusal> {
-        let bytes = self.leaf_checked(leaf)?.1.virtual_bytes();
-        self.drop_prepared();
-        let Some(child) = child else {
-            self.prepared = Some((intent, caller.0, None));
-            return Ok(vec![answer(caller, Ok(Reply::Done))]);
-        };
-        let name = volume_name(&child.volume)?;
-        let opener = self.opener.clone();
-        let job = move || match opener.image(&name) {
-            Err(error) => JobResult::Failed(error.to_string()),
-            Ok(open) if open.meta.uuid() != child.footer => JobResult::Failed(format!(
-                "{name} has footer uuid {}, not {}",
-                open.meta.uuid(),
-                child.footer
-            )),
-            Ok(open) if open.meta.virtual_bytes() != bytes || open.image.rw.allocated_blocks() != 0 => {
-                JobResult::Failed(format!("{name} is not an empty image of {bytes} bytes"))
-            }
-            Ok(open) => JobResult::Child(Box::new(open)),
-        };
-        Ok(self.job(caller, Doing::Preparing(intent), job))
-    }
-
-    fn resume(
-        &mut self,
-        caller: (Connection, u64),
-        intent: &IntentNames,
-        swap: bool,
-    ) -> Result<Vec<Step>, Refusal> {
-        match &self.lease {
-            Some(lease) if lease.intent == *intent => {}
-            _ => return Err(Refusal::Voided),
-        }
-        Ok(self.end_pause(Some(caller), swap))
-    }
-
-    /// Ends a pause one way or the other.
-    fn end_pause(&mut self, caller: Option<(Connection, u64)>, swap: bool) -> Vec<Step> {
-        self.lease = None;
-        let leaf_name = self.leaf.as_ref().map(|(name, _)| name.clone());
-        let child = self.prepared.take().and_then(|(_, _, child)| child);
-        let (swapped, command) = match (swap, child, leaf_name) {
-            (true, Some(child), Some(name)) => {
-                let leaf = Box::new(NewLeaf { image: child.image, name });
-                (Some(Box::new(child.meta)), Command::Resume { swap: Some(leaf) })
-            }
-            (_, child, _) => {
-                if let Some(child) = child {
-                    self.opener.files.close(child.image.file);
-                }
-                (None, Command::Resume { swap: None })
-            }
-        };
-        self.start(caller, Doing::Resuming { swapped }, command)
-    }
-
     fn settle_base(
         &mut self,
         engine: &Engine,
@@ -362,74 +300,6 @@ impl Service {
             }
         };
         self.start_job(caller, Doing::SettlingBase, job)
-    }
-
-    /// The header first, then the chain is read anew while requests go on.
-    /// The leaf's header and locator sectors are written by nobody else.
-    fn refresh(
-        &mut self,
-        engine: &Engine,
-        caller: (Connection, u64),
-        leaf: &ImageRef,
-        parent: Option<ImageRef>,
-    ) -> Result<Vec<Step>, Refusal> {
-        if self.leaf.is_none() {
-            return self.refresh_read_only(engine, caller, leaf, parent);
-        }
-        let meta = self.leaf_checked(leaf)?.1.clone();
-        self.known = engine.lower().known();
-        let Some(parent) = parent else {
-            let mut steps = vec![more(caller, Reply::HeaderDurable)];
-            steps.extend(self.reread(Some(caller)));
-            return Ok(steps);
-        };
-        let link = ParentLink { uuid: parent.footer, volume: volume_name(&parent.volume)?, timestamp_s: 0 };
-        let volume = engine.stack().first().and_then(|image| self.opener.files.get(image.file));
-        let volume = volume.ok_or_else(|| stale("the leaf is not open for writing"))?;
-        let job = move || {
-            let mut meta = meta;
-            match set_parent(volume.as_ref(), &mut meta, &link) {
-                Ok(()) => JobResult::Reparented(Box::new(meta)),
-                Err(error) => JobResult::Failed(error.to_string()),
-            }
-        };
-        Ok(self.job(caller, Doing::Reparenting, job))
-    }
-
-    /// A disk that is only read: the whole chain is read anew. Its leaf's
-    /// header is not ours to write.
-    fn refresh_read_only(
-        &mut self,
-        engine: &Engine,
-        caller: (Connection, u64),
-        leaf: &ImageRef,
-        parent: Option<ImageRef>,
-    ) -> Result<Vec<Step>, Refusal> {
-        if parent.is_some() {
-            return Err(stale("this disk is attached read-only"));
-        }
-        let top = volume_name(&leaf.volume)?;
-        if engine.images().first().is_none_or(|(name, footer)| *name != top || *footer != leaf.footer) {
-            return Err(stale("that image is not the top of the chain"));
-        }
-        let (opener, known) = (self.opener.clone(), engine.lower().known());
-        let job = move || match opener.whole(&top, known) {
-            Ok((_, lower)) => JobResult::Below(Box::new(lower)),
-            Err(error) => JobResult::Failed(error.to_string()),
-        };
-        let mut steps = vec![more(caller, Reply::HeaderDurable)];
-        steps.extend(self.start_job(Some(caller), Doing::Rereading, job));
-        Ok(steps)
-    }
-
-    fn reread(&mut self, caller: Option<(Connection, u64)>) -> Vec<Step> {
-        let Some((name, meta)) = self.leaf.clone() else { return Vec::new() };
-        let (opener, known) = (self.opener.clone(), std::mem::take(&mut self.known));
-        let job = move || match opener.below(&name, &meta, known) {
-            Ok(lower) => JobResult::Below(Box::new(lower)),
-            Err(error) => JobResult::Failed(error.to_string()),
-        };
-        self.start_job(caller, Doing::Rereading, job)
     }
 
     fn merge_start(
@@ -496,32 +366,6 @@ impl Service {
         match &self.lease {
             Some(lease) if now_us >= lease.deadline_us => self.lease_ends(),
             _ => Vec::new(),
-        }
-    }
-
-    /// Whoever paused is gone or late. The intent is renamed from pending to
-    /// void; if that finds it decided already, the swap is completed. Only
-    /// one of the two renames can win, so both sides agree.
-    fn lease_ends(&mut self) -> Vec<Step> {
-        if !self.operations.is_empty() {
-            return Vec::new();
-        }
-        let Some(lease) = &self.lease else { return Vec::new() };
-        let (volumes, intent) = (self.opener.volumes.clone(), lease.intent.clone());
-        let job = move || {
-            let decided = match volumes.rename_record(&intent.pending, &intent.void) {
-                Ok(true) => false,
-                // Not pending any more, or unreadable: decided only if it says so.
-                Ok(false) | Err(_) => matches!(volumes.record(&intent.decided), Ok(Some(_))),
-            };
-            JobResult::Decided { swap: decided }
-        };
-        self.start_job(None, Doing::Deciding, job)
-    }
-
-    fn drop_prepared(&mut self) {
-        if let Some((_, _, Some(child))) = self.prepared.take() {
-            self.opener.files.close(child.image.file);
         }
     }
 

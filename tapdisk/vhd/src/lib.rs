@@ -34,6 +34,7 @@ pub mod limits;
 pub mod locator;
 pub mod merge;
 pub mod meta;
+mod owners;
 pub mod placed;
 pub mod record;
 mod record_files;
