@@ -207,6 +207,15 @@ impl Jobs {
         })
     }
 
+    /// Resolves when somebody asks a job to stop.
+    pub async fn cancelled(&self, id: Uuid) {
+        match self.with(id, |entry| entry.cancel.subscribe()) {
+            Ok(mut asked) => drop(asked.wait_for(|asked| *asked).await),
+            // Only ended jobs are forgotten.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
     /// Asks all of them.
     pub fn cancel_all(&self) {
         for entry in self.table().jobs.values() {
@@ -281,16 +290,6 @@ impl Job {
         &self.progress
     }
 
-    /// Resolves when somebody asks it to stop.
-    pub async fn cancelled(&self) {
-        let asked = self.jobs.with(self.id, |entry| entry.cancel.subscribe());
-        match asked {
-            Ok(mut asked) => drop(asked.wait_for(|asked| *asked).await),
-            // Only ended jobs are forgotten.
-            Err(_) => std::future::pending().await,
-        }
-    }
-
     /// It works from now on.
     pub fn begin(&self) {
         // An entry that is alive is there.
@@ -298,7 +297,7 @@ impl Job {
     }
 
     /// It has ended so.
-    pub fn end(self, outcome: Result<Value>) {
+    pub fn end(self, outcome: Result<Value, &Error>) {
         self.note(match outcome {
             Ok(result) => JobState::Done { result },
             Err(Error::Cancelled) => JobState::Cancelled,
@@ -362,7 +361,7 @@ mod tests {
         let jobs = Jobs::default();
         let job = jobs.add(about(), None).unwrap();
         let failed = job.id();
-        job.end(Err(Error::NoSpace { what: "x".into() }));
+        job.end(Err(&Error::NoSpace { what: "x".into() }));
         let shown = serde_json::to_value(jobs.show(failed).unwrap()).unwrap();
         assert_eq!((&shown["state"], &shown["error"]["code"]), (&json!("failed"), &json!("NO_SPACE")));
         let lost = jobs.add(about(), None).unwrap().id();
@@ -376,13 +375,13 @@ mod tests {
         let job = jobs.add(about(), None).unwrap();
         let id = job.id();
         jobs.cancel(id).unwrap();
-        job.cancelled().await;
+        jobs.cancelled(id).await;
         let stopped = job.progress().go_on();
         let waits = tokio::spawn({
             let jobs = jobs.clone();
             async move { jobs.wait(id, Duration::from_secs(30)).await }
         });
-        job.end(stopped.map(|()| Value::Null));
+        job.end(stopped.as_ref().map(|()| Value::Null));
         assert_eq!(waits.await.unwrap().unwrap().state, JobState::Cancelled);
     }
 

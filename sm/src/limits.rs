@@ -65,6 +65,9 @@ pub const JOBS_MAX: usize = 256;
 pub const JOBS_AT_ONCE_MAX: usize = 16;
 /// Ended jobs that are remembered; the oldest goes first.
 pub const JOBS_KEPT_MAX: usize = 256;
+/// Pieces of a stream between the socket and the disk, of 2 MiB or some more
+/// at the front of a VHD.
+pub const STREAM_PIECES_MAX: usize = 4;
 /// How long a look at a job may wait for its end, in milliseconds.
 pub const JOB_LOOK_MS_MAX: u64 = 60_000;
 /// Bytes a copy reads at a time.

@@ -8,6 +8,7 @@ use axum::http::StatusCode;
 use axum::response::IntoResponse;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use super::App;
@@ -32,39 +33,50 @@ pub(super) fn start(
     let shown = app.jobs.show(job.id())?;
     let app = app.clone();
     tokio::spawn(async move {
-        let outcome = tokio::select! {
-            outcome = ready(&app, &job, &on) => outcome,
-            () = job.cancelled() => Err(Error::Cancelled),
-        };
-        match outcome {
-            Ok((place, turn)) => carry_out(&app, job, turn, place, work),
-            Err(error) => job.end(Err(error)),
+        // What came of it is in the job.
+        if let Ok((job, place, turn)) = wait_for_turn(&app, job, &on).await {
+            drop(carry_out(&app, job, turn, place, work));
         }
     });
     Ok((StatusCode::ACCEPTED, Json(shown)).into_response())
 }
 
-/// Waits for the job's turn, and then for a free place.
-pub(super) async fn ready(app: &App, job: &Job, on: &[Uuid]) -> Result<(Place, Turn)> {
-    let operation = app.jobs.show(job.id())?.about.operation;
-    let turn = app.turns.take(operation, on, None).await?;
-    let ends = |_| Error::NotRunning { what: "smd".into(), reason: "it ends".into() };
-    let place = app.job_places.clone().acquire_owned().await.map_err(ends)?;
-    Ok((place, turn))
-}
-
 /// One of the jobs that may work at once.
 pub(super) type Place = tokio::sync::OwnedSemaphorePermit;
 
-/// Runs a job whose turn it is on a thread of its own, and notes its end.
+/// Waits for the job's turn, and then for a free place; a job that is stopped
+/// meanwhile has ended.
+pub(super) async fn wait_for_turn(app: &App, job: Job, on: &[Uuid]) -> Result<(Job, Place, Turn)> {
+    let ready = async {
+        let turn = app.turns.take(app.jobs.show(job.id())?.about.operation, on, None).await?;
+        let ends = |_| Error::NotRunning { what: "smd".into(), reason: "it ends".into() };
+        let place = app.job_places.clone().acquire_owned().await.map_err(ends)?;
+        Ok((place, turn))
+    };
+    let ready = tokio::select! {
+        ready = ready => ready,
+        () = app.jobs.cancelled(job.id()) => Err(Error::Cancelled),
+    };
+    match ready {
+        Ok((place, turn)) => Ok((job, place, turn)),
+        Err(error) => {
+            job.end(Err(&error));
+            Err(error)
+        }
+    }
+}
+
+/// Runs a job whose turn it is on a thread of its own, and notes its end,
+/// which whoever waits for it gets too.
 pub(super) fn carry_out(
     app: &App,
     job: Job,
     turn: Turn,
     place: Place,
     work: impl FnOnce(&Manager, &Progress, Turn) -> Result<Value> + Send + 'static,
-) {
+) -> oneshot::Receiver<Result<Value>> {
     let manager = app.manager.clone();
+    let (tell, told) = oneshot::channel();
     job.begin();
     tokio::task::spawn_blocking(move || {
         let _place = place;
@@ -78,8 +90,11 @@ pub(super) fn carry_out(
             }
             outcome
         });
-        job.end(outcome);
+        job.end(outcome.as_ref().map(Value::clone));
+        // Nobody may be waiting.
+        let _ = tell.send(outcome);
     });
+    told
 }
 
 pub(super) async fn list(State(app): State<App>) -> Outcome {

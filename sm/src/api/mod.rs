@@ -6,6 +6,7 @@
 //!   disks.rs      resize, revert, copy, map, changed
 //!   jobs.rs       long operations: begun, looked at, stopped
 //!   answer.rs     results and errors as JSON
+//!   streams.rs    exports and imports
 //!   status.rs     how we do; Prometheus text
 //! ```
 //!
@@ -19,6 +20,7 @@ mod listener;
 mod openapi;
 mod routes;
 mod status;
+mod streams;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -48,6 +48,18 @@ const ROUTES: &[Route] = &[
         "Ranges that can differ from ?since= (a VDI or node); go on with ?offset= from `next`",
         &[],
     ),
+    (
+        "get",
+        "/vdis/{vdi}/export",
+        "Its content as a stream: ?format=vhd (as a delta over ?base=), raw, or extents (raw without holes); ?job= names its job",
+        &[],
+    ),
+    (
+        "post",
+        "/srs/{sr}/import",
+        "A new VDI called ?name= from the body: ?format=, ?base= for a delta, ?job=",
+        &[],
+    ),
     ("get", "/jobs", "Long operations, newest first: state queued, running, done, failed or cancelled", &[]),
     ("get", "/jobs/{job}", "One of them; with ?wait_ms= as soon as it has ended or the time is up", &[]),
     ("post", "/jobs/{job}/cancel", "Stop it, leaving nothing behind", &[]),

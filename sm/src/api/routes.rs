@@ -14,7 +14,7 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::answer::{Failure, Outcome, document};
-use super::{App, disks, jobs, status};
+use super::{App, disks, jobs, status, streams};
 use crate::error::{Error, Result};
 use crate::journal::SiblingKind;
 use crate::limits::{BODY_BYTES_MAX, BUSY_RETRY_MS_MAX, TURN_WAIT_MS_MAX};
@@ -37,11 +37,13 @@ pub fn router(app: App) -> Router {
         .route("/srs/{sr}/check", get(check_sr))
         .route("/srs/{sr}/tree", get(tree))
         .route("/srs/{sr}/history", get(history))
+        .route("/srs/{sr}/import", post(streams::import))
         .route("/srs/{sr}/{verb}", post(sr_verb))
         .route("/vdis", get(list_vdis).post(create_vdi))
         .route("/vdis/snapshot", post(snapshot))
         .route("/vdis/{vdi}", get(show_vdi).delete(delete_vdi))
         .route("/vdis/{vdi}/stat", get(stat))
+        .route("/vdis/{vdi}/export", get(streams::export))
         .route("/vdis/{vdi}/clone", post(clone))
         .route("/vdis/{vdi}/rename", post(rename))
         .route("/vdis/{vdi}/attach", post(attach))
