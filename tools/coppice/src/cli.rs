@@ -224,6 +224,25 @@ pub struct VdiArg {
     pub vdi: String,
 }
 
+/// Form of an exported disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum StreamFormat {
+    /// Every byte of the disk
+    Raw,
+    /// A dynamic VHD, or over a base a differencing one
+    Vhd,
+}
+
+impl StreamFormat {
+    /// The word the API uses.
+    pub fn word(self) -> &'static str {
+        match self {
+            StreamFormat::Raw => "raw",
+            StreamFormat::Vhd => "vhd",
+        }
+    }
+}
+
 /// Verbs of `vdi`.
 #[derive(Debug, Subcommand)]
 pub enum VdiCommand {
@@ -260,6 +279,44 @@ pub enum VdiCommand {
         /// Name of the clone
         #[arg(long)]
         name: Option<String>,
+    },
+    /// Write a disk to a file or a pipe
+    ///
+    /// A snapshot, or a disk that is not attached for writing. With --base only
+    /// what differs from another disk, snapshot or hidden node of the same
+    /// storage repository: laid over that one it reads as this one. A file gets
+    /// its name when all of it is there; raw files keep their holes.
+    Export {
+        /// The disk
+        vdi: String,
+        /// Write only what differs from this one
+        #[arg(long, value_name = "VDI")]
+        base: Option<String>,
+        /// Form of the file [default: raw for .raw and .img, else vhd]
+        #[arg(long, value_enum)]
+        format: Option<StreamFormat>,
+        /// The file, or - for standard output
+        file: PathBuf,
+    },
+    /// Make a new disk of a file or a pipe
+    ///
+    /// With --base the file is a delta, and that disk holds what it was made
+    /// over; the new disk shares everything else with it. Interrupted, nothing
+    /// is left.
+    Import {
+        /// Storage repository
+        sr: String,
+        /// Its name
+        name: String,
+        /// What the delta stands on: a snapshot, a hidden node, or a disk that
+        /// was not changed since it was imported or exported
+        #[arg(long, value_name = "VDI")]
+        base: Option<String>,
+        /// Form of the file [default: raw for .raw and .img, else vhd]
+        #[arg(long, value_enum)]
+        format: Option<StreamFormat>,
+        /// The file, or - for standard input
+        file: PathBuf,
     },
     /// Delete a disk or a snapshot
     Delete(VdiArg),

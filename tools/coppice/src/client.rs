@@ -111,7 +111,13 @@ impl Daemon {
             .map_err(|e| Failure::new("IO_ERROR", format!("{} answered {path} with no JSON: {e}", self.name)))
     }
 
-    fn unreachable(&self, error: &std::io::Error) -> Failure {
+    /// Where it listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The failure of not reaching it.
+    pub fn unreachable(&self, error: &std::io::Error) -> Failure {
         let socket = self.socket.display();
         match error.kind() {
             ErrorKind::NotFound | ErrorKind::ConnectionRefused => {

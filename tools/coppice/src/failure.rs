@@ -64,6 +64,9 @@ impl Failure {
                 "free space on the storage repository, or delete snapshots and run `coppice gc run --wait`"
             }
             "CHAIN_TOO_LONG" => "delete snapshots you no longer need and run `coppice gc run --wait`",
+            "WRONG_BASE" => {
+                "name the disk or snapshot that holds what the delta was made over, or import a full export first"
+            }
             "SR_DETACHED" => "attach it first: `coppice sr attach`",
             "SR_IN_USE" => "detach it on the host that uses it",
             "BAD_IMAGE" => {

@@ -14,6 +14,7 @@ pub mod client;
 pub mod commands;
 pub mod daemon;
 pub mod demo;
+pub mod disk_file;
 pub mod failure;
 pub mod host;
 pub mod jobs;
@@ -23,6 +24,7 @@ pub mod progress;
 pub mod render;
 pub mod resolve;
 pub mod size;
+pub mod stream;
 pub mod up;
 pub mod view;
 
@@ -52,7 +54,7 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(failure) => {
             output.failure(&failure);
-            ExitCode::from(EXIT_FAILED)
+            ExitCode::from(if failure.code == "USAGE" { EXIT_USAGE } else { EXIT_FAILED })
         }
     }
 }

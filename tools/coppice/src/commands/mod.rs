@@ -5,6 +5,7 @@ pub mod looks;
 pub mod paperwork;
 pub mod sr;
 pub mod status;
+pub mod transfer;
 pub mod vdi;
 
 use std::path::Path;

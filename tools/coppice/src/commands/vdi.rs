@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Context, looks};
+use super::{Context, looks, transfer};
 use crate::cli::VdiCommand;
 use crate::client::escaped;
 use crate::failure::Outcome;
@@ -37,6 +37,14 @@ pub fn run(context: &Context, command: VdiCommand) -> Outcome<()> {
             }
         }
         VdiCommand::Clone { vdi, name } => verb(context, &vdi, "clone", &json!({"name": name}))?,
+        VdiCommand::Export { vdi, base, format, file } => {
+            let base = base.as_deref();
+            transfer::export(context, &transfer::Export { vdi: &vdi, base, format, file: &file })?;
+        }
+        VdiCommand::Import { sr, name, base, format, file } => {
+            let base = base.as_deref();
+            transfer::import(context, &transfer::Import { sr: &sr, name: &name, base, format, file: &file })?;
+        }
         VdiCommand::Delete(arg) => {
             let vdi = resolve::vdi(smd, &arg.vdi)?;
             show(context, &smd.delete(&format!("/vdis/{vdi}"))?);
