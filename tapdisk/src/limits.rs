@@ -59,6 +59,9 @@ pub const BUFFER_BYTES_MAX: usize = 2 * REQUEST_BYTES_MAX;
 /// Buffers for the sectors that unaligned writes change in part: two for each
 /// request that all clients together may have.
 pub const EDGE_BYTES_MAX: usize = 2 * CLIENTS_MAX * CLIENT_REQUESTS_MAX * crate::buffer::BUFFER_ALIGN;
+/// Bytes of a request without data that the core has at one time; the rest of
+/// a longer one waits its turn. A multiple of the sector.
+pub const CORE_BYTES_MAX: u64 = 1 << 30;
 /// A refused write's data is read and dropped up to this many bytes, to stay
 /// in step; a client that announces more is disconnected.
 pub const DISCARD_BYTES_MAX: u32 = 128 << 20;

@@ -10,8 +10,7 @@
 //! [`Handshake::option`] takes one whole option and appends its replies; it
 //! does no I/O and keeps nothing but what was agreed on so far.
 //!
-//! Absent on purpose: TLS itself (whoever owns the socket does it), extended
-//! headers (answered as unknown).
+//! Absent on purpose: TLS itself (whoever owns the socket does it).
 
 use zerocopy::IntoBytes;
 
@@ -59,18 +58,30 @@ impl Export {
                 flags |= flag::SEND_FAST_ZERO;
             }
         }
-        if agreed.structured {
+        if agreed.mode != Mode::Simple {
             flags |= flag::SEND_DF;
         }
         flags
     }
 }
 
+/// What requests and replies look like.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// A reply is an error or data.
+    #[default]
+    Simple,
+    /// A reply is made of chunks.
+    Structured,
+    /// The same, and all lengths have 64 bits.
+    Extended,
+}
+
 /// What client and server agreed on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Agreed {
-    /// Replies are structured.
-    pub structured: bool,
+    /// What requests and replies look like.
+    pub mode: Mode,
     /// `BLOCK_STATUS` reports [`Context::Allocation`].
     pub allocation: bool,
     /// `BLOCK_STATUS` reports [`Context::Depth`].
@@ -177,19 +188,25 @@ impl Handshake {
                     return Next::Transmission;
                 }
             }
-            option::STRUCTURED_REPLY => {
-                if data.is_empty() {
-                    self.agreed.structured = true;
-                    replies.push(option_reply::ACK, &[]);
-                } else {
-                    replies.refuse(option_reply::ERR_INVALID, "STRUCTURED_REPLY takes no data");
-                }
-            }
+            option::STRUCTURED_REPLY => self.replies_in(Mode::Structured, data, &mut replies),
+            option::EXTENDED_HEADERS => self.replies_in(Mode::Extended, data, &mut replies),
             option::LIST_META_CONTEXT => self.contexts(export, data, &mut replies, false),
             option::SET_META_CONTEXT => self.contexts(export, data, &mut replies, true),
             _ => replies.refuse(option_reply::ERR_UNSUP, "option not supported"),
         }
         Next::Option
+    }
+
+    fn replies_in(&mut self, mode: Mode, data: &[u8], replies: &mut Replies<'_>) {
+        if !data.is_empty() {
+            return replies.refuse(option_reply::ERR_INVALID, "this option takes no data");
+        }
+        if (mode, self.agreed.mode) == (Mode::Structured, Mode::Extended) {
+            let text = "extended headers were agreed on";
+            return replies.refuse(option_reply::ERR_EXT_HEADER_REQD, text);
+        }
+        self.agreed.mode = mode;
+        replies.push(option_reply::ACK, &[]);
     }
 
     fn export_name(&self, export: &Export, name: &[u8], out: &mut Vec<u8>) -> Next {
@@ -242,7 +259,7 @@ impl Handshake {
     fn contexts(&mut self, export: &Export, data: &[u8], replies: &mut Replies<'_>, choose: bool) {
         if choose {
             // A failed choice leaves nothing chosen.
-            self.agreed = Agreed { structured: self.agreed.structured, ..Agreed::default() };
+            self.agreed = Agreed { mode: self.agreed.mode, ..Agreed::default() };
         }
         let Some((name, queries)) = parse_queries(data) else {
             return replies.refuse(option_reply::ERR_INVALID, "malformed metadata query");
@@ -250,7 +267,7 @@ impl Handshake {
         if !export.is_called(name) {
             return replies.refuse(option_reply::ERR_UNKNOWN, "no such export");
         }
-        if choose && !self.agreed.structured {
+        if choose && self.agreed.mode == Mode::Simple {
             let text = "metadata contexts need structured replies";
             return replies.refuse(option_reply::ERR_INVALID, text);
         }
@@ -432,6 +449,7 @@ mod tests {
             (option::INFO, named("disk", &[0, 0, 0])),
             (option::LIST, vec![1]),
             (option::STRUCTURED_REPLY, vec![1]),
+            (option::EXTENDED_HEADERS, vec![1]),
             (option::SET_META_CONTEXT, named("disk", &[0, 0, 0, 1])),
             (option::LIST_META_CONTEXT, named("disk", &u32::MAX.to_be_bytes())),
         ] {
@@ -439,7 +457,7 @@ mod tests {
             assert_eq!((next, said.len()), (Next::Option, 1), "{option}");
             assert_eq!(said[0].0, option_reply::ERR_INVALID, "{option}");
         }
-        for unknown in [0, 4, 11, u32::MAX] {
+        for unknown in [0, 4, 12, u32::MAX] {
             let (_, said) = ask(&mut handshake, unknown, b"anything");
             assert_eq!(said[0].0, option_reply::ERR_UNSUP);
         }
@@ -460,6 +478,18 @@ mod tests {
         let (_, said) = ask(&mut handshake, option::SET_META_CONTEXT, &queries(&["base:"]));
         assert_eq!(said.len(), 1);
         assert!(!handshake.agreed.allocation && !handshake.agreed.depth);
+    }
+
+    #[test]
+    fn extended_headers_include_structured_replies() {
+        let mut handshake = Handshake::default();
+        assert_eq!(ask(&mut handshake, option::STRUCTURED_REPLY, &[]).1[0].0, option_reply::ACK);
+        assert_eq!(ask(&mut handshake, option::EXTENDED_HEADERS, &[]).1[0].0, option_reply::ACK);
+        let (_, said) = ask(&mut handshake, option::STRUCTURED_REPLY, &[]);
+        assert_eq!(said[0].0, option_reply::ERR_EXT_HEADER_REQD);
+        assert_eq!(handshake.agreed.mode, Mode::Extended);
+        ask(&mut handshake, option::SET_META_CONTEXT, &queries(&["base:allocation"]));
+        assert!(handshake.agreed.allocation);
     }
 
     #[test]

@@ -28,6 +28,7 @@ use zerocopy::IntoBytes;
 pub mod fuzz;
 pub mod handshake;
 pub mod proto;
+pub mod reply;
 pub mod transmission;
 
 pub use handshake::{Export, Security};
@@ -36,8 +37,8 @@ use crate::buffer::{Buffer, Exclusive, Pool, Shared};
 use crate::engine::{Extent, RequestKind};
 use crate::limits::{CLIENT_BYTES_MAX, CLIENT_REQUESTS_MAX, OPTION_BYTES_MAX};
 use handshake::{Agreed, Handshake};
-use proto::{Greeting, NbdError, OptionHeader, RequestHeader, handshake_flag};
-use transmission::{Asked, Expects};
+use proto::{Greeting, NbdError, OptionHeader, handshake_flag};
+use transmission::{Asked, Expects, Header};
 
 /// Bytes read ahead: the longest option with its header, and many requests.
 const STAGING_BYTES: usize = 16 << 10;
@@ -59,7 +60,7 @@ pub struct GuestRequest {
     /// First byte on the virtual disk.
     pub offset: u64,
     /// Bytes.
-    pub len: u32,
+    pub len: u64,
     /// The data of a write, or where that of a read goes, within all the
     /// sectors it touches: [`crate::unaligned::Cut`].
     pub buffer: Option<Buffer>,
@@ -264,7 +265,7 @@ impl Connection {
             self.release(slot);
             return;
         };
-        let head = transmission::reply_head(&asked, agreed, result, extents);
+        let head = reply::reply_head(&asked, agreed, result, extents);
         self.output.push_back(Piece { head, data, slot: Some(slot) });
     }
 
@@ -360,7 +361,7 @@ impl Connection {
         match self.phase {
             Phase::Over | Phase::Goodbye(_) | Phase::StartTls { .. } => true,
             // A header that is here and was not taken waits for room.
-            Phase::Request(_) => self.end - self.start >= size_of::<RequestHeader>(),
+            Phase::Request(agreed) => self.end - self.start >= Header::size(agreed.mode),
             _ => false,
         }
     }

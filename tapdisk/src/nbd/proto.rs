@@ -14,10 +14,15 @@ pub const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 /// First word of a request.
 pub const REQUEST_MAGIC: u32 = 0x2560_9513;
+/// First word of an extended request.
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
 /// First word of a simple reply.
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// First word of a structured reply's chunk.
 pub const CHUNK_MAGIC: u32 = 0x668e_33ef;
+
+/// First word of a chunk of a reply to an extended request.
+pub const EXTENDED_CHUNK_MAGIC: u32 = 0x6e8a_278c;
 
 /// Handshake flags, ours and the client's (same bits).
 pub mod handshake_flag {
@@ -47,6 +52,8 @@ pub mod option {
     pub const LIST_META_CONTEXT: u32 = 9;
     /// Chooses metadata contexts.
     pub const SET_META_CONTEXT: u32 = 10;
+    /// Requests and replies have room for 64-bit lengths.
+    pub const EXTENDED_HEADERS: u32 = 11;
 }
 
 /// Kinds of option reply.
@@ -69,6 +76,8 @@ pub mod option_reply {
     pub const ERR_UNKNOWN: u32 = 0x8000_0006;
     /// The option is too long.
     pub const ERR_TOO_BIG: u32 = 0x8000_0009;
+    /// Extended headers were agreed on, which say more.
+    pub const ERR_EXT_HEADER_REQD: u32 = 0x8000_000a;
 }
 
 /// Kinds of information in an `INFO` reply.
@@ -139,6 +148,8 @@ pub mod command_flag {
     pub const REQ_ONE: u16 = 1 << 3;
     /// Fail rather than write zeros slowly.
     pub const FAST_ZERO: u16 = 1 << 4;
+    /// The length is that of data that follows (extended headers only).
+    pub const PAYLOAD_LEN: u16 = 1 << 5;
 }
 
 /// Kinds of chunk in a structured reply.
@@ -151,6 +162,8 @@ pub mod chunk {
     pub const OFFSET_DATA: u16 = 1;
     /// Extents of one metadata context.
     pub const BLOCK_STATUS: u16 = 5;
+    /// The same with 64-bit lengths.
+    pub const BLOCK_STATUS_EXT: u16 = 6;
     /// The request failed.
     pub const ERROR: u16 = 0x8001;
 }
@@ -284,6 +297,42 @@ pub struct RequestHeader {
     pub len: U32,
 }
 
+/// A request with extended headers.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct ExtendedRequestHeader {
+    /// [`EXTENDED_REQUEST_MAGIC`].
+    pub magic: U32,
+    /// [`command_flag`]s.
+    pub flags: U16,
+    /// One of [`command`].
+    pub command: U16,
+    /// Chosen by the client, repeated in the reply.
+    pub cookie: U64,
+    /// First byte on the disk.
+    pub offset: U64,
+    /// Bytes.
+    pub len: U64,
+}
+
+/// In front of a chunk's data, with extended headers.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct ExtendedChunkHeader {
+    /// [`EXTENDED_CHUNK_MAGIC`].
+    pub magic: U32,
+    /// [`chunk::FLAG_DONE`] or 0.
+    pub flags: U16,
+    /// One of [`chunk`].
+    pub kind: U16,
+    /// The request's cookie.
+    pub cookie: U64,
+    /// The request's offset.
+    pub offset: U64,
+    /// Bytes of data that follow.
+    pub len: U64,
+}
+
 /// A simple reply; after a successful read the data follows.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
@@ -326,6 +375,8 @@ mod tests {
         assert_eq!(size_of::<RequestHeader>(), 28);
         assert_eq!(size_of::<SimpleReply>(), 16);
         assert_eq!(size_of::<ChunkHeader>(), 20);
+        assert_eq!(size_of::<ExtendedRequestHeader>(), 32);
+        assert_eq!(size_of::<ExtendedChunkHeader>(), 32);
     }
 
     #[test]

@@ -4,9 +4,9 @@
 use zerocopy::FromBytes;
 
 use super::handshake::{self, Agreed, Handshake, Next};
-use super::proto::{self, NbdError, OptionHeader, RequestHeader, handshake_flag};
-use super::transmission::{self, Asked, Decision, Expects};
-use super::{Connection, GuestRequest, InFlight, Phase, Piece, Slot};
+use super::proto::{self, NbdError, OptionHeader, handshake_flag};
+use super::transmission::{self, Asked, Decision, Expects, Header};
+use super::{Connection, GuestRequest, InFlight, Phase, Piece, Slot, reply};
 use crate::buffer::{Buffer, Exclusive};
 use crate::engine::RequestKind;
 use crate::limits::{CLIENT_BYTES_MAX, OPTION_BYTES_MAX, OPTION_SKIP_BYTES_MAX, OPTIONS_MAX};
@@ -120,19 +120,23 @@ impl Connection {
     }
 
     fn request(&mut self, agreed: Agreed) -> Step {
-        let Ok((header, _)) = RequestHeader::read_from_prefix(self.staged()) else {
+        let size = Header::size(agreed.mode);
+        if self.end - self.start < size {
             self.phase = Phase::Request(agreed);
             return Step::Wait;
+        }
+        let Some(header) = Header::read(self.staged(), agreed.mode) else {
+            return Step::Wait; // out of step
         };
         let decision = transmission::decide(&header, agreed, &self.export);
         let asked = Asked {
-            cookie: header.cookie.get(),
-            offset: header.offset.get(),
-            len: header.len.get(),
+            cookie: header.cookie,
+            offset: header.offset,
+            len: header.len,
             expects: match decision {
                 Decision::Submit(RequestKind::Read) => Expects::Data,
                 Decision::Submit(RequestKind::BlockStatus) => {
-                    Expects::Extents { one: header.flags.get() & proto::command_flag::REQ_ONE != 0 }
+                    Expects::Extents { one: header.flags & proto::command_flag::REQ_ONE != 0 }
                 }
                 _ => Expects::Outcome,
             },
@@ -143,7 +147,7 @@ impl Connection {
             self.phase = Phase::Request(agreed);
             return Step::Wait;
         }
-        self.start += size_of::<RequestHeader>();
+        self.start += size;
         match decision {
             Decision::OutOfStep => return Step::Wait,
             Decision::Disconnect => self.phase = Phase::Goodbye(agreed),
@@ -162,7 +166,7 @@ impl Connection {
         if carries_data(kind) {
             buffer = self.pool.take(asked.cut().len() as usize);
             if buffer.is_none() {
-                let left = if writes { asked.len } else { 0 };
+                let left = if writes { asked.len as u32 } else { 0 };
                 let error = NbdError::NoMem;
                 self.phase = Phase::Discard { agreed, asked, error, left };
                 return Step::Again;
@@ -219,7 +223,7 @@ impl Connection {
         if let Some(Some(request)) = slot.and_then(|slot| self.slots.get_mut(usize::from(slot.0))) {
             request.open = false;
         }
-        let head = transmission::reply_head(asked, agreed, Err(error), &[]);
+        let head = reply::reply_head(asked, agreed, Err(error), &[]);
         self.output.push_back(Piece { head, data: None, slot });
     }
 

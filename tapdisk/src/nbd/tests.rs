@@ -4,7 +4,7 @@
 use rand::rngs::SmallRng;
 use rand::{Rng, RngCore, SeedableRng};
 
-use super::proto::{ChunkHeader, OptionReply, SimpleReply, chunk, command, option};
+use super::proto::{ChunkHeader, OptionReply, RequestHeader, SimpleReply, chunk, command, option};
 use super::*;
 use crate::limits::{OPTIONS_MAX, REQUEST_BYTES_MAX};
 use zerocopy::FromBytes;

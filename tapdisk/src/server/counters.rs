@@ -24,7 +24,7 @@ impl Counters {
     }
 
     /// A request of `bytes` was answered `took_us` after it came.
-    pub fn answered(&mut self, kind: RequestKind, bytes: u32, took_us: u64, failed: bool) {
+    pub fn answered(&mut self, kind: RequestKind, bytes: u64, took_us: u64, failed: bool) {
         let of_kind = match kind {
             RequestKind::Read => &mut self.read,
             RequestKind::Write { .. } => &mut self.write,
@@ -35,7 +35,7 @@ impl Counters {
             RequestKind::Cache => &mut self.cache,
         };
         of_kind.count += 1;
-        of_kind.bytes += u64::from(bytes);
+        of_kind.bytes = of_kind.bytes.saturating_add(bytes);
         of_kind.errors += u64::from(failed);
         of_kind.total_us = of_kind.total_us.saturating_add(took_us);
         of_kind.longest_us = of_kind.longest_us.max(took_us);

@@ -1,7 +1,8 @@
 //! The guest requests that the core has.
 //!
 //! Most go straight to the core and back. Those that begin or end within a
-//! sector, and what collides with them, go through [`Unaligned`].
+//! sector, and what collides with them, go through [`Unaligned`]. Very long
+//! ones go piece by piece ([`CORE_BYTES_MAX`]), each a request of its own.
 
 use std::collections::VecDeque;
 
@@ -13,8 +14,9 @@ use super::counters::Counters;
 use crate::buffer::{Buffer, Pool};
 use crate::driver::Core;
 use crate::engine::{BufferRange, Extent, Request, RequestId, RequestKind};
+use crate::limits::CORE_BYTES_MAX;
 use crate::nbd::{GuestRequest, Slot};
-use crate::unaligned::{Cut, Step, Unaligned, changes};
+use crate::unaligned::{Cut, SECTOR_BYTES, Step, Unaligned, changes};
 
 /// A guest request that the core has.
 #[derive(Debug)]
@@ -24,8 +26,12 @@ struct Guest {
     extents: Vec<Extent>,
     buffer: Option<Buffer>,
     kind: RequestKind,
+    /// What the core has of it.
     offset: u64,
     len: u32,
+    /// Bytes asked for after that.
+    rest: u64,
+    bytes_asked: u64,
     arrived_us: u64,
 }
 
@@ -69,15 +75,25 @@ impl Guests {
 
     /// Gives a client's request to the core, at once or when its turn has come.
     pub fn submit<C: Core>(&mut self, core: &mut C, now_us: u64, client: ClientId, request: GuestRequest) {
+        let GuestRequest { slot, kind, offset, len: bytes_asked, buffer } = request;
+        let len = first_of(kind, offset, bytes_asked);
+        // Only a part is promised of what changes nothing.
+        let rest = if changes(kind, offset, len).is_some() { bytes_asked - u64::from(len) } else { 0 };
+        let extents = Vec::new();
+        let arrived_us = now_us;
+        let guest = Guest { client, slot, extents, buffer, kind, offset, len, rest, bytes_asked, arrived_us };
+        self.begin(core, now_us, guest);
+        self.follow(core, now_us);
+    }
+
+    fn begin<C: Core>(&mut self, core: &mut C, now_us: u64, guest: Guest) {
         let id = RequestId(self.next_id);
         self.next_id += 1;
-        let GuestRequest { slot, kind, offset, len, buffer } = request;
+        let Guest { kind, offset, len, .. } = guest;
         let cut = Cut::new(offset, len.into());
         let alone = cut.is_whole() && self.unaligned.is_idle();
         let direct = alone || changes(kind, offset, len).is_none();
-        let data = buffer.clone().filter(|_| !direct);
-        let extents = Vec::new();
-        let guest = Guest { client, slot, extents, buffer, kind, offset, len, arrived_us: now_us };
+        let data = guest.buffer.clone().filter(|_| !direct);
         self.all.insert(id, guest);
         self.counters.in_flight(self.all.len());
         if direct {
@@ -87,7 +103,6 @@ impl Guests {
         }
         let all = &self.all;
         self.unaligned.submit(Request { id, kind, offset, len }, data, || in_flight(all));
-        self.follow(core, now_us);
     }
 
     /// The buffer that a piece belongs to.
@@ -106,7 +121,7 @@ impl Guests {
     /// The core answered a request. The error is an errno.
     pub fn done<C: Core>(&mut self, core: &mut C, now_us: u64, id: RequestId, result: Result<(), i32>) {
         if !self.unaligned.part_done(id, result) {
-            self.finished(now_us, id, result);
+            self.finished(core, now_us, id, result);
         }
         self.follow(core, now_us);
     }
@@ -116,22 +131,29 @@ impl Guests {
         while let Some(step) = self.unaligned.next_step() {
             match step {
                 Step::Start(request) => core.submit(now_us, request),
-                Step::Done(id, result) => self.finished(now_us, id, result),
+                Step::Done(id, result) => self.finished(core, now_us, id, result),
             }
         }
     }
 
-    /// A request is over: it is counted and answered.
-    fn finished(&mut self, now_us: u64, id: RequestId, result: Result<(), i32>) {
-        let Some(guest) = self.all.remove(&id) else { return };
-        let took_us = now_us.saturating_sub(guest.arrived_us);
-        self.counters.answered(guest.kind, guest.len, took_us, result.is_err());
-        let Guest { client, slot, extents, .. } = guest;
-        self.answered.push_back(Answered { client, slot, result, extents });
+    /// What the core had of a request is over: the rest follows, or it is
+    /// counted and answered.
+    fn finished<C: Core>(&mut self, core: &mut C, now_us: u64, id: RequestId, result: Result<(), i32>) {
+        let Some(mut guest) = self.all.remove(&id) else { return };
         if !self.unaligned.is_idle() {
             let all = &self.all;
             self.unaligned.finished(id, || in_flight(all));
         }
+        if result.is_ok() && guest.rest > 0 {
+            guest.offset += u64::from(guest.len);
+            guest.len = first_of(guest.kind, guest.offset, guest.rest);
+            guest.rest -= u64::from(guest.len);
+            return self.begin(core, now_us, guest);
+        }
+        let took_us = now_us.saturating_sub(guest.arrived_us);
+        self.counters.answered(guest.kind, guest.bytes_asked, took_us, result.is_err());
+        let Guest { client, slot, extents, .. } = guest;
+        self.answered.push_back(Answered { client, slot, result, extents });
     }
 
     /// The next request to answer, until there is none.
@@ -147,6 +169,16 @@ impl Guests {
             ..self.counters.stats(clients)
         }
     }
+}
+
+/// How much of a request the core is given at first: all of most; of a long
+/// one up to a sector's end.
+fn first_of(kind: RequestKind, offset: u64, bytes: u64) -> u32 {
+    let most = match kind {
+        RequestKind::Read | RequestKind::Write { .. } => bytes,
+        _ => bytes.min(CORE_BYTES_MAX - offset % SECTOR_BYTES),
+    };
+    u32::try_from(most).unwrap_or(u32::MAX)
 }
 
 /// What the requests in flight change.

@@ -1,5 +1,9 @@
 //! Other people's clients against a chain of two images.
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
 use super::support::*;
 
 const PYTHON: &str = "/usr/bin/python3";
@@ -194,6 +198,86 @@ fn qemu_is_content() {
         client("qemu-img", &["convert", "-n", "-W", "-f", "raw", "-O", "raw", raw, &uri]);
         client("qemu-img", &["compare", "-f", "raw", "-F", "raw", &uri, raw]);
         client("qemu-img", &["map", "--output=json", "-f", "raw", &uri]);
+    }
+}
+
+/// A client with extended headers, in a few lines.
+struct Extended(UnixStream);
+
+impl Extended {
+    fn new(place: &Place) -> Self {
+        let mut socket = UnixStream::connect(place.path("run/nbd.sock")).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let name = b"base:allocation";
+        let query = [&[0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, name.len() as u8], name.as_slice()].concat();
+        let mut words = b"\0\0\0\x03IHAVEOPT\0\0\0\x0b\0\0\0\0IHAVEOPT\0\0\0\x0a\0\0\0".to_vec();
+        words.push(query.len() as u8);
+        words.extend(&query);
+        words.extend(b"IHAVEOPT\0\0\0\x07\0\0\0\x06\0\0\0\0\0\0");
+        socket.write_all(&words).unwrap();
+        // Greeting; ACK; context, ACK; export, block sizes, ACK.
+        socket.read_exact(&mut [0; 18 + 20 + (20 + 4 + 15) + 20 + (20 + 12) + (20 + 14) + 20]).unwrap();
+        Self(socket)
+    }
+
+    /// Kind and data of the reply's one chunk.
+    fn ask(&mut self, command: u16, offset: u64, len: u64, data: &[u8]) -> (u16, Vec<u8>) {
+        let mut words = 0x21e4_1c71u32.to_be_bytes().to_vec();
+        words.extend((if data.is_empty() { 0u16 } else { 32 }).to_be_bytes());
+        words.extend(command.to_be_bytes());
+        words.extend([9; 8]);
+        words.extend(offset.to_be_bytes());
+        words.extend(len.to_be_bytes());
+        words.extend(data);
+        self.0.write_all(&words).unwrap();
+        let mut head = [0; 32];
+        self.0.read_exact(&mut head).unwrap();
+        assert_eq!(head[..6], [0x6e, 0x8a, 0x27, 0x8c, 0, 1]);
+        assert_eq!(head[8..24], [[9; 8], offset.to_be_bytes()].concat());
+        let mut data = vec![0; u64::from_be_bytes(head[24..].try_into().unwrap()) as usize];
+        self.0.read_exact(&mut data).unwrap();
+        (u16::from_be_bytes([head[6], head[7]]), data)
+    }
+}
+
+#[test]
+fn one_request_may_be_longer_than_four_gibibytes() {
+    const GIB: u64 = 1 << 30;
+    let place = Place::of(20 * GIB);
+    let _tapdisk = place.ready();
+    let mut client = Extended::new(&place);
+    let places = [0, GIB - 5, 2 * GIB - 700, 9 * GIB + 3];
+    for at in places {
+        assert_eq!(client.ask(1, at, 1000, &[7; 1000]), (0, vec![]));
+    }
+    let (kind, status) = client.ask(7, 0, 20 * GIB, &[]);
+    assert_eq!((kind, &status[..8]), (6, &[0, 0, 0, 1, 0, 0, 0, (status.len() / 16) as u8][..]));
+    assert_eq!(client.ask(6, 5, 9 * GIB + 1, &[]), (0, vec![]));
+    let zeros_then = |n: usize, sevens: usize| (1, [vec![0; n], vec![7; sevens]].concat());
+    let (kind, mut read) = client.ask(0, 0, 1000, &[]);
+    assert_eq!(
+        (kind, read.drain(..13).collect::<Vec<_>>()),
+        (1, vec![0, 0, 0, 0, 0, 0, 0, 0, 7, 7, 7, 7, 7])
+    );
+    assert!(read.iter().all(|byte| *byte == 0));
+    for at in [GIB - 5, 2 * GIB - 700] {
+        let (_, read) = client.ask(0, at, 1000, &[]);
+        assert_eq!(read[8..], [0; 1000]);
+    }
+    let (kind, read) = client.ask(0, 9 * GIB + 3, 1000, &[]);
+    assert_eq!((kind, read[8..].to_vec()), (1, zeros_then(3, 997).1));
+    assert_eq!(client.ask(4, 0, 20 * GIB, &[]), (0, vec![]));
+    assert_eq!(client.ask(0, 9 * GIB + 3, 1000, &[]).1[8..], [0; 1000]);
+    let stats = place.stats();
+    assert_eq!((stats.trim.count, stats.trim.bytes, stats.write_zeroes.count), (1, 20 * GIB, 1));
+    // Whoever knows of them uses them by himself.
+    let uri = place.uri();
+    let commands = ["write -P 5 7G 100k", "write -z -u -n 1000 9G", "read -P 0 7G 100k", "discard 0 2000M"];
+    let mut args = vec!["-f", "raw", "-t", "none"];
+    args.extend(commands.iter().flat_map(|command| ["-c", command]));
+    args.push(&uri);
+    if let Some(said) = super::support::client("qemu-io", &args) {
+        assert!(!said.contains("failed"), "{said}");
     }
 }
 

@@ -28,13 +28,18 @@ pub struct Place {
 
 impl Place {
     pub fn new() -> Self {
+        Self::of(DISK_BYTES)
+    }
+
+    /// The same with a disk of another size.
+    pub fn of(virtual_bytes: u64) -> Self {
         let place = Self { folder: tempfile::tempdir().unwrap() };
         for folder in ["sr", "run", "records"] {
             std::fs::create_dir(place.path(folder)).unwrap();
         }
         let image = NewImage {
             uuid: Uuid::from_u128(1),
-            virtual_bytes: DISK_BYTES,
+            virtual_bytes,
             kind: NewKind::Dynamic,
             bat_entries_max: None,
             hidden: false,

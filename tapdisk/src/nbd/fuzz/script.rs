@@ -13,7 +13,7 @@ use zerocopy::IntoBytes;
 use crate::buffer::{Buffer, Pool};
 use crate::engine::{Extent, Request, RequestId, RequestKind};
 use crate::limits::{CLIENT_BYTES_MAX, CLIENT_REQUESTS_MAX, EDGE_BYTES_MAX};
-use crate::nbd::proto::{self, OptionHeader, RequestHeader};
+use crate::nbd::proto::{self, ExtendedRequestHeader, OptionHeader, RequestHeader};
 use crate::nbd::{Connection, Export, GuestRequest, Security};
 use crate::unaligned::{Cut, Step, Unaligned, changes};
 
@@ -67,6 +67,8 @@ struct World {
     /// Given to the disk.
     disk: Vec<Request>,
     bytes: Vec<u8>,
+    /// The client writes extended headers.
+    extended: bool,
     /// Sent by the client, not yet taken in.
     said: Vec<u8>,
 }
@@ -94,13 +96,16 @@ impl World {
             next_id: 0,
             disk: Vec::new(),
             bytes: vec![0; DISK_BYTES as usize],
+            extended: false,
             said: Vec::new(),
         };
         if config & 16 != 0 {
             // Past the handshake, to get on with it.
             world.said.extend([0, 0, 0, 3]);
             if config & 32 != 0 {
-                world.option(proto::option::STRUCTURED_REPLY, &[]);
+                world.extended = config & 64 != 0;
+                let both = [proto::option::STRUCTURED_REPLY, proto::option::EXTENDED_HEADERS];
+                world.option(both[usize::from(world.extended)], &[]);
                 let name = b"base:allocation";
                 let query = [&[0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, name.len() as u8], name.as_slice()].concat();
                 world.option(proto::option::SET_META_CONTEXT, &query);
@@ -147,15 +152,28 @@ impl World {
         let command = u16::from(script.byte() % 9);
         let offset = u64::from(script.number() % (DISK_BYTES as u32 + 600));
         let len = script.number() >> (script.byte() % 32);
-        let header = RequestHeader {
-            magic: proto::REQUEST_MAGIC.into(),
-            flags: u16::from(script.byte() & 31).into(),
-            command: command.into(),
-            cookie: u64::from(script.number()).into(),
-            offset: offset.into(),
-            len: len.into(),
-        };
-        self.said.extend_from_slice(header.as_bytes());
+        let (flags, cookie) = (u16::from(script.byte() & 63), u64::from(script.number()));
+        if self.extended {
+            let header = ExtendedRequestHeader {
+                magic: proto::EXTENDED_REQUEST_MAGIC.into(),
+                flags: flags.into(),
+                command: command.into(),
+                cookie: cookie.into(),
+                offset: offset.into(),
+                len: u64::from(len).into(),
+            };
+            self.said.extend_from_slice(header.as_bytes());
+        } else {
+            let header = RequestHeader {
+                magic: proto::REQUEST_MAGIC.into(),
+                flags: flags.into(),
+                command: command.into(),
+                cookie: cookie.into(),
+                offset: offset.into(),
+                len: len.into(),
+            };
+            self.said.extend_from_slice(header.as_bytes());
+        }
         if command == proto::command::WRITE {
             let fill = script.byte();
             let sent = if fill & 1 == 0 { len.min(100_000) } else { len / 2 % 5000 };
@@ -185,9 +203,9 @@ impl World {
         let id = RequestId(self.next_id);
         self.next_id += 1;
         let GuestRequest { kind, offset, len, buffer, .. } = &request;
-        assert!(offset + u64::from(*len) <= DISK_BYTES, "outside the disk");
-        let cut = Cut::new(*offset, (*len).into());
-        let (kind, offset, len, buffer) = (*kind, *offset, *len, buffer.clone());
+        assert!(offset + len <= DISK_BYTES, "outside the disk");
+        let cut = Cut::new(*offset, *len);
+        let (kind, offset, len, buffer) = (*kind, *offset, *len as u32, buffer.clone());
         self.asked.insert(id, Asked { request, extents: Vec::new() });
         if changes(kind, offset, len).is_none() {
             let len = u32::try_from(cut.len()).unwrap_or(u32::MAX);
@@ -286,7 +304,7 @@ impl World {
 fn in_flight(all: &BTreeMap<RequestId, Asked>) -> impl Iterator<Item = (RequestId, Cut)> {
     all.iter().filter_map(|(id, asked)| {
         let GuestRequest { kind, offset, len, .. } = asked.request;
-        Some((*id, changes(kind, offset, len)?))
+        Some((*id, changes(kind, offset, len as u32)?))
     })
 }
 
