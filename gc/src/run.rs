@@ -204,6 +204,11 @@ impl Job<'_> {
             };
             match tap {
                 Some((vdi, tap)) => {
+                    self.repo.heads.expect(
+                        self.repo,
+                        &sm::journal::volume_of(child)?,
+                        intent.parent.footer,
+                    )?;
                     let order = Request::Refresh { leaf: child.clone(), parent: Some(intent.parent.clone()) };
                     draining.push(begin_refresh(vdi, tap, order)?);
                 }

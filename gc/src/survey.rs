@@ -36,7 +36,12 @@ pub fn glance(repo: &Repo) -> sm::Result<Forest> {
         let _lock = repo.host.lock_sr().map_err(|e| sm::Error::io("lock the SR", e))?;
         leases(repo)?
     };
-    survey(repo, &readers)
+    let forest = survey(repo, &readers)?;
+    if let Err(error) = repo.heads.note(repo) {
+        // Knowing less only makes more wait.
+        tracing::warn!(sr = %repo.uuid, %error, "what images stand on is not noted");
+    }
+    Ok(forest)
 }
 
 /// The live leases. The caller holds the SR lock.
@@ -55,7 +60,10 @@ fn nodes(tree: &VdiTree) -> Vec<Node> {
         };
         let link = match (node.parent.and_then(|ix| tree.nodes.get(ix)), node.broken()) {
             (Some(parent), _) => Link::Child(parent.uuid),
-            (None, Some(Broken::Unreadable { .. })) => Link::Unknown,
+            (None, Some(Broken::Unreadable { .. })) => match &node.may_stand_on {
+                Some(parents) => Link::OneOf(parents.iter().map(|ix| tree.nodes[*ix].uuid).collect()),
+                None => Link::Unknown,
+            },
             (None, _) => Link::Root,
         };
         Node {

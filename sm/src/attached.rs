@@ -11,6 +11,7 @@ use vhd::storage::{FileVolumes, PosixFs};
 
 use crate::catalog::SqliteLabels;
 use crate::error::{Error, IoContext, Result};
+use crate::heads::Heads;
 use crate::ids::SystemIds;
 use crate::limits::Limits;
 use crate::owner::{HostId, Owner};
@@ -18,6 +19,7 @@ use crate::repo::Repo;
 use crate::run_folder::RunFolder;
 use crate::spawn::TapProgram;
 use crate::state::{self, SrType};
+use crate::verified::Verified;
 
 /// An SR that this host uses in this boot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,13 +95,15 @@ impl AttachedSr {
         }
         let host = RunFolder::open(run, self.uuid, &self.path, self.id, Arc::new(owner), program)
             .during(|| format!("run folder {}", run.display()))?;
-        let labels = Arc::new(SqliteLabels::open(&self.path.join(".coppice"))?);
+        let dot = self.path.join(".coppice");
+        let labels = Arc::new(SqliteLabels::open(&dot)?);
         let repo = Repo {
             uuid: self.uuid,
             name: self.name.clone(),
             volumes: Arc::new(FileVolumes::new(Arc::new(PosixFs::new(self.path.clone())))),
             host: Arc::new(host),
             labels: labels.clone(),
+            heads: Arc::new(Heads::with(Verified::open(&dot)?)),
             ids: Arc::new(SystemIds),
             limits: Limits::default(),
         };

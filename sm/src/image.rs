@@ -83,6 +83,7 @@ pub fn look(repo: &Repo, volume: &VolumeName) -> Option<Image> {
         physical_bytes: 0,
         allocated_bytes: 0,
         head: Err(reason),
+        may_stand_on: None,
     };
     let opened = match repo.volumes.open(volume, Access::Read) {
         Ok(opened) => opened,
@@ -92,7 +93,7 @@ pub fn look(repo: &Repo, volume: &VolumeName) -> Option<Image> {
     let physical_bytes = opened.len().unwrap_or(0);
     let allocated_bytes = opened.allocated().unwrap_or(0);
     let head = if volume.is_raw() { Ok(raw_head(physical_bytes)) } else { read_head(opened.as_ref()) };
-    Some(Image { volume: volume.clone(), physical_bytes, allocated_bytes, head })
+    Some(Image { volume: volume.clone(), physical_bytes, allocated_bytes, head, may_stand_on: None })
 }
 
 fn raw_head(virtual_bytes: u64) -> Head {
@@ -286,6 +287,7 @@ pub fn set_parent(repo: &Repo, volume: &VolumeName, parent: &VolumeName, footer:
     if meta.parent.as_ref().is_some_and(|now| now.uuid == footer) {
         make_durable(volume, opened.as_ref(), "reparent: found so")?;
     }
+    repo.heads.expect(repo, volume, footer)?;
     let link = ParentLink { uuid: footer, volume: parent.clone(), timestamp_s: meta.footer.timestamp };
     vhd::reparent::set_parent(opened.as_ref(), &mut meta, &link).map_err(|e| bad(volume, e))
 }

@@ -13,6 +13,7 @@
 //! | [`reading`] | a whole chain, read under a lease by this process |
 //! | [`probe`](mod@probe), [`check`](mod@check), [`offline`] | looking at an SR and changing nothing |
 //! | [`reference`](mod@reference) | what the reference storage manager leaves behind |
+//! | [`heads`], [`verified`] | images known without reading them; what an unreadable one may stand on |
 //! | [`image`] | single images: where the format crate is called |
 //! | [`identity`] | what names the content of a VDI, for deltas |
 //! | [`catalog`] | labels and history |
@@ -32,6 +33,7 @@ pub mod chain;
 pub mod check;
 mod daemon;
 pub mod error;
+pub mod heads;
 pub mod host;
 pub mod identity;
 pub mod ids;
@@ -61,6 +63,7 @@ pub mod spawn;
 pub mod state;
 pub mod tree;
 pub mod turns;
+pub mod verified;
 pub mod views;
 pub mod wanted;
 

@@ -50,6 +50,13 @@ pub const REVIVES_AT_ONCE_MAX: usize = 8;
 /// How often attached VDIs are looked at, in milliseconds. The death of a
 /// tapdisk that is watched already is noticed at once.
 pub const CARETAKER_LOOK_MS: u64 = 1_000;
+/// Images remembered per SR; more are read each time.
+pub const KNOWN_IMAGES_MAX: usize = 200_000;
+/// How long after its last change a file's stamp is trusted, in nanoseconds:
+/// clocks of filesystems tick in steps, those of old network ones by seconds.
+pub const STAMP_SETTLES_NS: i128 = 1_100_000_000;
+/// Rows of the last verified record written in one hold of the SR lock.
+pub const NOTED_PER_LOCK_MAX: usize = 500;
 /// Bytes of an API request body.
 pub const BODY_BYTES_MAX: usize = 1 << 20;
 /// Requests the API works on at once; more wait.

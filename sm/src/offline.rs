@@ -29,6 +29,7 @@ pub fn look(folder: &Path, sr: Uuid, name: &str) -> Repo {
         volumes: Arc::new(FileVolumes::new(Arc::new(PosixFs::new(folder.to_owned())))),
         host: Arc::new(Nobody(NoRecords)),
         labels: Arc::new(MemoryLabels::default()),
+        heads: Arc::default(),
         ids: Arc::new(SystemIds),
         limits: Limits::default(),
     }

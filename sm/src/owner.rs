@@ -68,6 +68,8 @@ pub struct Owner {
     file: File,
     /// The attach epoch.
     pub epoch: u64,
+    /// Whether another host had it before us, or nobody knows who.
+    pub elsewhere: bool,
 }
 
 impl Owner {
@@ -84,6 +86,7 @@ impl Owner {
     pub fn acquire(folder: &Path, id: HostId) -> Result<Self> {
         let what = || format!("owner of {}", folder.display());
         let file = open(folder).during(what)?;
+        let mut elsewhere = false;
         for _ in 0..ROUNDS_MAX {
             if !try_lock(file.try_lock_shared()).during(what)? {
                 // Somebody takes it over, or only peeks.
@@ -94,7 +97,7 @@ impl Owner {
             if let Found::Owned(content) = found
                 && content.id == id
             {
-                return Ok(Self { file, epoch: content.epoch });
+                return Ok(Self { file, epoch: content.epoch, elsewhere });
             }
             file.unlock().during(what)?;
             if !try_lock(file.try_lock()).during(what)? {
@@ -103,7 +106,9 @@ impl Owner {
             // Under the exclusive lock nobody else can have changed it since
             // this read; and nobody uses the SR. flock cannot go from here to
             // a shared lock without a gap, so the next round looks again.
-            let epoch = match read(&file).during(what)? {
+            let before = read(&file).during(what)?;
+            elsewhere |= !matches!(&before, Found::Owned(content) if content.id.host == id.host);
+            let epoch = match before {
                 Found::Owned(content) if content.id == id => content.epoch,
                 Found::Owned(content) => content.epoch + 1,
                 Found::Nothing => 1,
@@ -146,7 +151,7 @@ impl Owner {
             && let Found::Owned(content) = read(&file).during(what)?
             && content == (Content { id, epoch })
         {
-            return Ok(Self { file, epoch });
+            return Ok(Self { file, epoch, elsewhere: false });
         }
         Err(Error::SrInUse { holder: holder(&file) })
     }

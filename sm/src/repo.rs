@@ -6,6 +6,7 @@ use uuid::Uuid;
 use vhd::storage::Volumes;
 
 use crate::catalog::Labels;
+use crate::heads::Heads;
 use crate::host::Host;
 use crate::ids::Ids;
 use crate::limits::Limits;
@@ -24,6 +25,8 @@ pub struct Repo {
     pub host: Arc<dyn Host>,
     /// Names and history.
     pub labels: Arc<dyn Labels>,
+    /// Images known without reading them.
+    pub heads: Arc<Heads>,
     /// Fresh uuids and the time.
     pub ids: Arc<dyn Ids>,
     /// What bounds every operation.

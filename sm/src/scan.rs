@@ -1,16 +1,14 @@
 //! Reads the headers of a whole SR.
 //!
-//! Headers are read without the SR lock, several at a time; the result is a
+//! Headers are read without the SR lock, several at a time, and only those that
+//! changed since this process read them ([`crate::heads`]); the result is a
 //! picture that may be stale the moment it exists. Whoever acts on it takes
 //! the lock and looks again at what it is about to change.
 
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
+use uuid::Uuid;
 use vhd::storage::VolumeName;
 
 use crate::error::{IoContext, Result};
-use crate::image;
 use crate::journal::{self, Stored};
 use crate::repo::Repo;
 use crate::tree::{Image, VdiTree};
@@ -36,33 +34,40 @@ pub struct Scan {
 pub fn scan(repo: &Repo) -> Result<Scan> {
     let mut known = journal::load(repo.volumes.as_ref())?;
     let names = repo.volumes.list().during(|| format!("list SR {}", repo.name))?;
-    let images = look_at_all(repo, &names);
+    let images = repo.heads.images(repo, &names);
     let intents = journal::load(repo.volumes.as_ref())?;
     known.retain(|old| intents.iter().all(|new| new.name.id != old.name.id));
     known.extend(intents.iter().cloned());
     Ok(Scan { tree: VdiTree::build(images, &known), intents })
 }
 
-/// Looks at every volume with a few threads; in order.
-fn look_at_all(repo: &Repo, names: &[VolumeName]) -> Vec<Image> {
-    let threads = repo.limits.scan_threads.min(names.len());
-    if threads <= 1 {
-        return names.iter().filter_map(|name| image::look(repo, name)).collect();
-    }
-    let next = AtomicUsize::new(0);
-    let seen = Mutex::new(Vec::with_capacity(names.len()));
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                let mut mine = Vec::new();
-                while let Some(name) = names.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    mine.extend(image::look(repo, name));
-                }
-                seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner).append(&mut mine);
-            });
+/// As [`scan`], of one VDI's chain only; `None` when that cannot be told
+/// without the rest: it is broken, or not there.
+///
+/// # Errors
+/// The journal cannot be read.
+pub fn scan_chain(repo: &Repo, vdi: Uuid) -> Result<Option<Scan>> {
+    let mut known = journal::load(repo.volumes.as_ref())?;
+    let raw = || VolumeName::new(&format!("{vdi}.raw"));
+    let leaf = VolumeName::vhd(vdi);
+    let Some(leaf) = repo.heads.image(repo, &leaf).or_else(|| repo.heads.image(repo, &raw()?)) else {
+        return Ok(None);
+    };
+    let mut images = vec![leaf];
+    while let Some(parent) = match images.last().map(|image| &image.head) {
+        Some(Ok(head)) => head.parent.clone(),
+        _ => return Ok(None),
+    } {
+        let fits = |image: &Image| image.head.as_ref().is_ok_and(|head| head.footer == parent.footer);
+        let found = parent.candidates.iter().find_map(|name| repo.heads.image(repo, name).filter(fits));
+        match found {
+            Some(image) if images.iter().all(|known| known.volume != image.volume) => images.push(image),
+            _ => return Ok(None),
         }
-    });
-    let mut seen = seen.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-    seen.sort_unstable_by(|a, b| a.volume.cmp(&b.volume));
-    seen
+    }
+    let intents = journal::load(repo.volumes.as_ref())?;
+    known.retain(|old| intents.iter().all(|new| new.name.id != old.name.id));
+    known.extend(intents.iter().cloned());
+    let tree = VdiTree::build(images, &known);
+    Ok(tree.by_uuid(vdi).is_some().then_some(Scan { tree, intents }))
 }

@@ -20,7 +20,7 @@ use std::fmt;
 use uuid::Uuid;
 use vhd::storage::VolumeName;
 
-use crate::journal::{Intent, RecordState, Shape, Stored};
+use crate::journal::{Intent, JobState, RecordState, Shape, Stored};
 
 /// One volume as a scan found it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +33,9 @@ pub struct Image {
     pub allocated_bytes: u64,
     /// What its headers say, or why they cannot be read.
     pub head: Result<Head, String>,
+    /// Footer uuids of what an unreadable image stood on when it was read last;
+    /// `None`: nobody knows (invariant 11).
+    pub may_stand_on: Option<Vec<Uuid>>,
 }
 
 /// The part of an image's headers that the tree needs.
@@ -156,6 +159,8 @@ pub struct Node {
     pub depth: u32,
     /// An intent that names it.
     pub intent: Option<Uuid>,
+    /// What it may stand on, if it is unreadable and that is known.
+    pub may_stand_on: Option<Vec<NodeIx>>,
 }
 
 impl Node {
@@ -202,13 +207,15 @@ enum Role {
 impl VdiTree {
     /// Builds the trees.
     #[must_use]
-    pub fn build(images: Vec<Image>, intents: &[Stored]) -> Self {
+    pub fn build(mut images: Vec<Image>, intents: &[Stored]) -> Self {
+        images.sort_unstable_by(|a, b| a.volume.cmp(&b.volume));
         let footers: BTreeMap<VolumeName, Uuid> = images
             .iter()
             .filter_map(|image| Some((image.volume.clone(), image.head.as_ref().ok()?.footer)))
             .collect();
         let mut tree = Self::default();
         let mut parents = Vec::new();
+        let mut unreadable = Vec::new();
         for image in images {
             let role = role(&image.volume, &footers, intents);
             let uuid = match (role, image.volume.uuid()) {
@@ -223,12 +230,14 @@ impl VdiTree {
                 (Role::Hidden, Some(uuid)) => (uuid, true),
                 (Role::Ordinary, Some(uuid)) => (uuid, false),
             };
+            unreadable.extend(recorded_parents(&image, intents).map(|footers| (tree.nodes.len(), footers)));
             let (node, parent) = node(image, uuid.0, uuid.1, intents);
             tree.nodes.push(node);
             parents.push(parent);
         }
         tree.mark_shared_footers();
         tree.link(&parents);
+        tree.suspect(unreadable);
         tree.measure();
         tree
     }
@@ -236,13 +245,14 @@ impl VdiTree {
     /// The node of a volume.
     #[must_use]
     pub fn by_volume(&self, volume: &VolumeName) -> Option<NodeIx> {
-        self.nodes.iter().position(|node| node.volume == *volume)
+        self.nodes.binary_search_by(|node| node.volume.cmp(volume)).ok()
     }
 
     /// The node of a VDI.
     #[must_use]
     pub fn by_uuid(&self, vdi: Uuid) -> Option<NodeIx> {
-        self.nodes.iter().position(|node| node.uuid == vdi)
+        let raw = || VolumeName::new(&format!("{vdi}.raw"));
+        self.by_volume(&VolumeName::vhd(vdi)).or_else(|| self.by_volume(&raw()?))
     }
 
     /// From a node down to its root.
@@ -257,7 +267,9 @@ impl VdiTree {
         self.nodes
             .iter()
             .filter_map(|node| match node.broken() {
-                Some(Broken::Unreadable { reason }) => Some((&node.volume, reason.as_str())),
+                Some(Broken::Unreadable { reason }) if node.may_stand_on.is_none() => {
+                    Some((&node.volume, reason.as_str()))
+                }
                 _ => None,
             })
             .chain(self.prepared.iter().filter_map(|image| {
@@ -316,6 +328,21 @@ impl VdiTree {
         }
     }
 
+    /// Finds what unreadable images may stand on. If one of those is not there
+    /// the record is older than the trees, and worth nothing.
+    fn suspect(&mut self, unreadable: Vec<(NodeIx, Vec<Uuid>)>) {
+        if unreadable.is_empty() {
+            return;
+        }
+        let by_footer: BTreeMap<Uuid, NodeIx> =
+            self.nodes.iter().enumerate().map(|(ix, node)| (node.footer, ix)).collect();
+        for (ix, footers) in unreadable {
+            let found: Option<BTreeSet<NodeIx>> =
+                footers.iter().map(|footer| by_footer.get(footer).copied()).collect();
+            self.nodes[ix].may_stand_on = found.map(|found| found.into_iter().collect());
+        }
+    }
+
     /// Depths from the roots up, and broken ancestors. What is never reached
     /// from a root is on a cycle.
     fn measure(&mut self) {
@@ -370,8 +397,25 @@ fn node(image: Image, uuid: Uuid, hidden: bool, intents: &[Stored]) -> (Node, Op
         children: Vec::new(),
         depth: 0,
         intent: intent.map(|s| s.intent.id()),
+        may_stand_on: None,
     };
     (node, parent)
+}
+
+/// What an unreadable image may stand on: what its record says, and what merges
+/// that are rewriting its parent say.
+fn recorded_parents(image: &Image, intents: &[Stored]) -> Option<Vec<Uuid>> {
+    image.head.as_ref().err()?;
+    let mut footers = image.may_stand_on.clone()?;
+    for stored in intents {
+        if let Intent::Inner(inner) = &stored.intent
+            && let JobState::Relinking { children } = &inner.state
+            && children.iter().any(|child| child.volume == image.volume.as_str())
+        {
+            footers.push(inner.parent.footer);
+        }
+    }
+    Some(footers)
 }
 
 /// The first candidate with the right uuid: while a parent link is being

@@ -12,7 +12,13 @@ fn footer(n: u128) -> Uuid {
 fn vhd(n: u128, parent: Option<u128>) -> Image {
     let parent = parent.map(|p| ParentName { footer: footer(p), candidates: vec![VolumeName::vhd(id(p))] });
     let head = Head { footer: footer(n), virtual_bytes: 1 << 21, hidden: false, created_s: 0, parent };
-    Image { volume: VolumeName::vhd(id(n)), physical_bytes: 3584, allocated_bytes: 4096, head: Ok(head) }
+    Image {
+        volume: VolumeName::vhd(id(n)),
+        physical_bytes: 3584,
+        allocated_bytes: 4096,
+        head: Ok(head),
+        may_stand_on: None,
+    }
 }
 
 fn change(mut image: Image, change: impl FnOnce(&mut Head)) -> Image {
@@ -77,6 +83,44 @@ fn every_kind_of_breakage_is_named_and_stays_in_its_tree() {
 }
 
 #[test]
+fn an_unreadable_image_with_known_parents_holds_back_those_only() {
+    let unreadable = |known: Option<Vec<Uuid>>| {
+        let mut image = vhd(20, None);
+        image.head = Err("bad footer checksum".into());
+        image.may_stand_on = known;
+        VdiTree::build(vec![hidden(vhd(1, None)), hidden(vhd(2, None)), vhd(3, Some(2)), image], &[])
+    };
+    let maybe = |tree: &VdiTree| tree.nodes[tree.by_uuid(id(20)).unwrap()].may_stand_on.clone();
+    let known = unreadable(Some(vec![footer(1), footer(2)]));
+    assert_eq!((known.parents_unknown().count(), maybe(&known)), (0, Some(vec![0, 1])));
+    let root = unreadable(Some(Vec::new()));
+    assert_eq!((root.parents_unknown().count(), maybe(&root)), (0, Some(vec![])));
+    // A parent that is not there any more says that the record is old.
+    for unknown in [None, Some(vec![footer(1), footer(50)])] {
+        let tree = unreadable(unknown);
+        assert_eq!((tree.parents_unknown().count(), maybe(&tree)), (1, None));
+    }
+}
+
+#[test]
+fn a_merge_that_relinks_an_unreadable_image_names_its_parents_too() {
+    let mut image = vhd(20, None);
+    image.head = Err("torn".into());
+    image.may_stand_on = Some(vec![footer(2)]);
+    let named = |n: u128| ImageRef { volume: VolumeName::vhd(id(n)).as_str().into(), footer: footer(n) };
+    let intent = Intent::Inner(crate::journal::InnerIntent {
+        id: id(90),
+        nodes: vec![named(2)],
+        parent: named(1),
+        state: crate::journal::JobState::Relinking { children: vec![named(20)] },
+    });
+    let stored = Stored { name: RecordName { id: id(90), state: RecordState::Job }, intent };
+    let tree = VdiTree::build(vec![hidden(vhd(1, None)), hidden(vhd(2, Some(1))), image], &[stored]);
+    let node = &tree.nodes[tree.by_uuid(id(20)).unwrap()];
+    assert_eq!(node.may_stand_on, Some(vec![0, 1]));
+}
+
+#[test]
 fn the_candidate_with_the_right_uuid_is_the_parent() {
     let both = change(vhd(3, Some(1)), |h| {
         h.parent.as_mut().unwrap().candidates = vec![VolumeName::vhd(id(2)), VolumeName::vhd(id(1))];
@@ -105,6 +149,7 @@ fn a_raw_parent_is_named_by_a_nil_uuid() {
             created_s: 0,
             parent: None,
         }),
+        may_stand_on: None,
     };
     let volume = raw.volume.clone();
     let child = change(vhd(2, Some(1)), |h| {

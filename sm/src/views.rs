@@ -8,7 +8,7 @@ use vhd::storage::VolumeName;
 
 use crate::catalog::Label;
 use crate::error::{Error, IoContext, Result};
-use crate::image;
+use crate::heads::in_parallel;
 use crate::lease::Lease;
 use crate::probe::FeaturesView;
 use crate::repo::Repo;
@@ -150,8 +150,9 @@ pub struct Look<'a> {
     repo: &'a Repo,
     scan: Scan,
     labels: BTreeMap<Uuid, Label>,
-    leases: Vec<Lease>,
-    wanted: Vec<Wanted>,
+    /// Of tapdisks that serve, by VDI.
+    leases: BTreeMap<Uuid, Lease>,
+    wanted: BTreeMap<Uuid, Wanted>,
 }
 
 impl<'a> Look<'a> {
@@ -160,17 +161,41 @@ impl<'a> Look<'a> {
     /// # Errors
     /// The SR, its journal or the run folder cannot be read.
     pub fn at(repo: &'a Repo) -> Result<Self> {
-        let scan = scan::scan(repo)?;
-        let labels = repo.labels.all()?;
-        let _sr = repo.host.lock_sr().during(|| format!("lock of SR {}", repo.name))?;
-        let leases = repo.host.leases().during(|| "leases".into())?;
+        Self::with(repo, scan::scan(repo)?, repo.labels.all()?)
+    }
+
+    /// The same for what one VDI needs to be shown: as many headers as its
+    /// chain is long, unless that is broken.
+    ///
+    /// # Errors
+    /// As [`Look::at`].
+    pub fn of(repo: &'a Repo, vdi: Uuid) -> Result<Self> {
+        let Some(scan) = scan::scan_chain(repo, vdi)? else {
+            return Self::at(repo);
+        };
+        Self::with(repo, scan, repo.labels.get(vdi)?.map(|label| (vdi, label)).into_iter().collect())
+    }
+
+    fn with(repo: &'a Repo, scan: Scan, labels: BTreeMap<Uuid, Label>) -> Result<Self> {
+        let leases = {
+            let _sr = repo.host.lock_sr().during(|| format!("lock of SR {}", repo.name))?;
+            repo.host.leases().during(|| "leases".into())?
+        };
+        let serving = leases.into_iter().filter(|lease| lease.pid != 0 && lease.serves(lease.vdi));
         let wanted = repo.host.wanted().during(|| "run folder".into())?;
-        Ok(Self { repo, scan, labels, leases, wanted })
+        Ok(Self {
+            repo,
+            scan,
+            labels,
+            leases: serving.map(|lease| (lease.vdi, lease)).collect(),
+            wanted: wanted.into_iter().map(|wanted| (wanted.vdi, wanted)).collect(),
+        })
     }
 
     /// All visible nodes; with `hidden` the others too.
     #[must_use]
     pub fn vdis(&self, hidden: bool) -> Vec<VdiView> {
+        self.read_ahead();
         let nodes = &self.scan.tree.nodes;
         nodes.iter().filter(|node| hidden || !node.is_hidden()).map(|node| self.vdi(node)).collect()
     }
@@ -183,7 +208,7 @@ impl<'a> Look<'a> {
         let not_found = || Error::NotFound { what: format!("VDI {vdi}") };
         match self.scan.tree.by_uuid(vdi) {
             Some(ix) => Ok(self.vdi(&self.scan.tree.nodes[ix])),
-            None if self.wanted.iter().any(|wanted| wanted.vdi == vdi) => Ok(self.missing(vdi)),
+            None if self.wanted.contains_key(&vdi) => Ok(self.missing(vdi)),
             None => Err(not_found()),
         }
     }
@@ -205,12 +230,14 @@ impl<'a> Look<'a> {
             children: Vec::new(),
             depth: 0,
             intent: None,
+            may_stand_on: None,
         })
     }
 
     /// All trees.
     #[must_use]
     pub fn roots(&self) -> Vec<NodeView> {
+        self.read_ahead();
         self.scan.tree.roots.iter().map(|&ix| self.node(ix)).collect()
     }
 
@@ -234,6 +261,15 @@ impl<'a> Look<'a> {
         Ok(SrView { images: Some(images), ..attached_sr(known, self.repo, visible)? })
     }
 
+    /// Reads the block tables that are not known yet, several at a time.
+    fn read_ahead(&self) {
+        let names: Vec<&VolumeName> = self.scan.tree.nodes.iter().map(|node| &node.volume).collect();
+        in_parallel(self.repo.limits.scan_threads, &names, |name| {
+            // What cannot be read is shown as broken, or as holding nothing.
+            let _ = self.repo.heads.data_bytes(self.repo, name);
+        });
+    }
+
     /// Bottom up without recursion: a chain may be as long as an SR is large.
     fn node(&self, root: NodeIx) -> NodeView {
         let tree = &self.scan.tree;
@@ -255,10 +291,9 @@ impl<'a> Look<'a> {
 
     fn vdi(&self, node: &Node) -> VdiView {
         let label = self.labels.get(&node.uuid).cloned().unwrap_or_default();
-        let lease = self.leases.iter().find(|lease| lease.serves(node.uuid) && lease.pid != 0);
+        let lease = self.leases.get(&node.uuid);
         // Wanted and without a tapdisk: it is attached, and not served.
-        let wanted =
-            self.wanted.iter().find(|wanted| wanted.vdi == node.uuid && !wanted.starting && lease.is_none());
+        let wanted = self.wanted.get(&node.uuid).filter(|wanted| !wanted.starting && lease.is_none());
         let snapshot = label.snapshot_of.is_some() || label.read_only;
         let kind = match (node.is_hidden(), snapshot) {
             (true, _) => Kind::Hidden,
@@ -266,8 +301,11 @@ impl<'a> Look<'a> {
             (false, false) => Kind::Leaf,
         };
         let parent = node.parent.and_then(|ix| self.scan.tree.nodes.get(ix));
-        let data =
-            if node.broken().is_none() { image::allocated_bytes(self.repo, &node.volume).ok() } else { None };
+        let data = if node.broken().is_none() {
+            self.repo.heads.data_bytes(self.repo, &node.volume).ok()
+        } else {
+            None
+        };
         VdiView {
             uuid: node.uuid,
             name: label.name,
@@ -311,6 +349,12 @@ pub fn attached_sr(known: &KnownSr, repo: &Repo, vdis: usize) -> Result<SrView> 
         attached: true,
         ..detached_sr(known)
     })
+}
+
+/// An SR as it is known without looking at it.
+#[must_use]
+pub fn known_sr(known: &KnownSr) -> SrView {
+    SrView { attached: known.attached, ..detached_sr(known) }
 }
 
 /// An SR this host knows and does not use.

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 type Route = (&'static str, &'static str, &'static str, &'static [&'static str]);
 
 const ROUTES: &[Route] = &[
-    ("get", "/srs", "All SRs", &[]),
+    ("get", "/srs", "All SRs; with ?name= what is known of those without looking", &[]),
     (
         "post",
         "/srs",
@@ -23,7 +23,12 @@ const ROUTES: &[Route] = &[
     ("post", "/srs/{sr}/detach", "Stop using an SR", &[]),
     ("post", "/srs/{sr}/forget", "Forget a detached SR", &[]),
     ("post", "/srs/{sr}/destroy", "Destroy an SR without VDIs", &[]),
-    ("get", "/vdis", "All VDIs of attached SRs, or of ?sr=; hidden nodes with ?hidden=true", &[]),
+    (
+        "get",
+        "/vdis",
+        "All VDIs of attached SRs, or of ?sr=, or of ?name=; hidden nodes with ?hidden=true",
+        &[],
+    ),
     ("post", "/vdis", "Create a VDI", &["sr", "name", "virtual_size"]),
     ("post", "/vdis/snapshot", "Snapshot VDIs at one instant", &["vdis", "name?"]),
     ("get", "/vdis/{vdi}", "One VDI or hidden node", &[]),

@@ -145,9 +145,21 @@ pub(super) fn read<T: DeserializeOwned>(body: &Bytes) -> Result<T> {
     serde_json::from_slice(bytes).map_err(|e| Error::BadRequest { reason: e.to_string() })
 }
 
-async fn list_srs(State(app): State<App>) -> Outcome {
-    let srs = run(&app, |manager| {
-        manager.known().iter().map(|sr| manager.view_sr(sr.uuid)).collect::<Result<Vec<_>>>()
+#[derive(Debug, Deserialize)]
+struct SrListing {
+    /// Only those of this name, and no more than is known without reading.
+    name: Option<String>,
+}
+
+async fn list_srs(State(app): State<App>, Query(listing): Query<SrListing>) -> Outcome {
+    let srs = run(&app, move |manager| {
+        let known = manager.known();
+        match &listing.name {
+            Some(name) => {
+                Ok(known.iter().filter(|sr| sr.name == *name).map(crate::views::known_sr).collect())
+            }
+            None => known.iter().map(|sr| manager.view_sr(sr.uuid)).collect::<Result<Vec<_>>>(),
+        }
     });
     document(json!({ "srs": srs.await? }))
 }
@@ -224,6 +236,8 @@ async fn sr_verb(State(app): State<App>, Path((sr, verb)): Path<(String, String)
 #[derive(Debug, Deserialize)]
 struct Listing {
     sr: Option<String>,
+    /// Only visible ones of this name.
+    name: Option<String>,
     #[serde(default)]
     hidden: bool,
 }
@@ -237,7 +251,7 @@ async fn list_vdis(State(app): State<App>, Query(listing): Query<Listing>) -> Ou
         let mut vdis = Vec::new();
         for sr in srs {
             match manager.open_sr(sr) {
-                Ok(open) => vdis.extend(Look::at(&open.repo)?.vdis(listing.hidden)),
+                Ok(open) => vdis.extend(listed(&open.repo, &listing)?),
                 Err(Error::SrDetached { .. }) if listing.sr.is_none() => {}
                 Err(error) => return Err(error),
             }
@@ -245,6 +259,22 @@ async fn list_vdis(State(app): State<App>, Query(listing): Query<Listing>) -> Ou
         Ok(vdis)
     });
     document(json!({ "vdis": vdis.await? }))
+}
+
+fn listed(repo: &Repo, listing: &Listing) -> Result<Vec<crate::views::VdiView>> {
+    let Some(name) = &listing.name else {
+        return Ok(Look::at(repo)?.vdis(listing.hidden));
+    };
+    let mut views = Vec::new();
+    for vdi in repo.labels.named(name)? {
+        match Look::of(repo, vdi)?.one(vdi) {
+            Ok(view) if listing.hidden || view.kind != crate::views::Kind::Hidden => views.push(view),
+            // A label of what is gone; the next scan drops it.
+            Ok(_) | Err(Error::NotFound { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(views)
 }
 
 #[derive(Debug, Deserialize)]
@@ -260,7 +290,7 @@ async fn create_vdi(State(app): State<App>, body: Bytes) -> Outcome {
         let open = manager.open_sr(manager.sr_uuid(&new.sr)?)?;
         let vdi = ops::create(&open.repo, &new.name, new.virtual_size)?;
         tracing::info!(sr = %open.repo.uuid, %vdi, operation = "create", "done");
-        Look::at(&open.repo)?.one(vdi)
+        Look::of(&open.repo, vdi)?.one(vdi)
     });
     document(made.await?)
 }
@@ -268,14 +298,14 @@ async fn create_vdi(State(app): State<App>, body: Bytes) -> Outcome {
 async fn show_vdi(State(app): State<App>, Path(vdi): Path<String>) -> Outcome {
     let shown = run(&app, move |manager| {
         let (repo, vdi) = manager.find_vdi(&vdi)?;
-        Look::at(&repo)?.one(vdi)
+        Look::of(&repo, vdi)?.one(vdi)
     });
     document(shown.await?)
 }
 
 async fn delete_vdi(State(app): State<App>, Path(vdi): Path<String>) -> Outcome {
     let gone = run_on(&app, "delete", vdi, |manager, repo, vdi| {
-        let before = Look::at(repo)?.one(vdi)?;
+        let before = Look::of(repo, vdi)?.one(vdi)?;
         ops::delete(repo, vdi)?;
         manager.kick(repo.uuid);
         Ok(before)
@@ -375,7 +405,7 @@ async fn clone(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) -> 
         let _turn = &turn;
         let (repo, made) = siblings(manager, SiblingKind::Clone, &group)?;
         let vdi = made.first().ok_or_else(|| Error::NotFound { what: "clone".into() })?;
-        Look::at(&repo)?.one(*vdi)
+        Look::of(&repo, *vdi)?.one(*vdi)
     });
     document(made.await?)
 }
@@ -384,7 +414,7 @@ async fn rename(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) ->
     let words: Words = read(&body)?;
     let renamed = run_on(&app, "rename", vdi, move |_, repo, vdi| {
         ops::rename(repo, vdi, words.name.as_deref(), words.description.as_deref())?;
-        Look::at(repo)?.one(vdi)
+        Look::of(repo, vdi)?.one(vdi)
     });
     document(renamed.await?)
 }
@@ -399,7 +429,7 @@ async fn attach(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) ->
     let how: AttachHow = read(&body)?;
     let attached = run_on(&app, "attach", vdi, move |_, repo, vdi| {
         ops::attach(repo, vdi, how.read_only)?;
-        Look::at(repo)?.one(vdi)
+        Look::of(repo, vdi)?.one(vdi)
     });
     document(attached.await?)
 }
@@ -416,7 +446,7 @@ async fn detach(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) ->
         if ops::detach(repo, vdi, how.force)? {
             manager.kick(repo.uuid);
         }
-        let look = Look::at(repo)?;
+        let look = Look::of(repo, vdi)?;
         look.one(vdi).or_else(|_| Ok(look.missing(vdi)))
     });
     document(detached.await?)

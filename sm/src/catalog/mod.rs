@@ -54,6 +54,14 @@ pub trait Labels: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// The catalog cannot be read.
     fn get(&self, vdi: Uuid) -> Result<Option<Label>>;
+    /// The VDIs of a name.
+    ///
+    /// # Errors
+    /// The catalog cannot be read.
+    fn named(&self, name: &str) -> Result<Vec<Uuid>> {
+        let all = self.all()?.into_iter();
+        Ok(all.filter(|(_, label)| label.name == name).map(|(vdi, _)| vdi).collect())
+    }
     /// Sets one, replacing what was there.
     ///
     /// # Errors

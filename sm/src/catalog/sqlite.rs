@@ -180,6 +180,13 @@ impl Labels for SqliteLabels {
         Ok(self.lock().query_row(&sql, [vdi.to_string()], label).optional()?)
     }
 
+    fn named(&self, name: &str) -> Result<Vec<Uuid>> {
+        let connection = self.lock();
+        let mut query = connection.prepare_cached("SELECT uuid FROM vdi WHERE name = ?1 ORDER BY uuid")?;
+        let rows = query.query_map([name], |row| uuid(row, 0))?;
+        Ok(rows.collect::<rusqlite::Result<_>>()?)
+    }
+
     fn put(&self, vdi: Uuid, label: &Label) -> Result<()> {
         let sql = format!("INSERT OR REPLACE INTO vdi ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6)");
         let snapshot_of = label.snapshot_of.map(|uuid| uuid.to_string());

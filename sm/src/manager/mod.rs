@@ -173,9 +173,7 @@ impl Manager {
         }
         let mut found = Vec::new();
         for sr in &open {
-            let labels = sr.repo.labels.all()?;
-            let named = labels.into_iter().filter(|(_, label)| label.name == text);
-            found.extend(named.map(|(vdi, _)| (sr.repo.clone(), vdi)));
+            found.extend(sr.repo.labels.named(text)?.into_iter().map(|vdi| (sr.repo.clone(), vdi)));
         }
         match (found.pop(), found.is_empty()) {
             (Some(one), true) => Ok(one),

@@ -21,6 +21,7 @@ use crate::repo::Repo;
 use crate::scan;
 use crate::state::{KnownSr, SrType, write_json};
 use crate::tree::NodeState;
+use crate::verified::Verified;
 
 /// An SR to be created or introduced.
 #[derive(Debug, Clone, Deserialize)]
@@ -133,6 +134,9 @@ impl Manager {
         let what = || format!("SR folder {}", known.path.display());
         fs::metadata(&known.path).during(what)?;
         let owner = Owner::acquire(&known.path, self.id)?;
+        if owner.elsewhere {
+            Verified::void_at(&known.path.join(".coppice"))?;
+        }
         let attached = AttachedSr {
             uuid: sr,
             name: known.name.clone(),
@@ -155,6 +159,7 @@ impl Manager {
         write_json(&AttachedSr::file(&self.run, sr), &attached).during(|| "run folder".into())?;
         // Only said: no decision waits for it.
         let features = PosixFs::new(known.path.clone()).features().ok();
+        open.repo.heads.note(&open.repo)?;
         self.set(sr, Some(open.clone()));
         self.entries().iter_mut().filter(|entry| entry.known.uuid == sr).for_each(|entry| {
             entry.features = features.clone().map(Into::into);
@@ -195,6 +200,8 @@ impl Manager {
             recover::recover(repo, Scope::All)?;
             recover::sweep(repo)?;
             ops::settle_all(repo)?;
+            // What happens to the images from here on we do not see.
+            repo.heads.void()?;
             remove(&AttachedSr::file(&self.run, sr)).during(|| "run folder".into())?;
         }
         self.set(sr, None);
@@ -266,6 +273,7 @@ impl Manager {
             recover::sweep(repo)?;
         }
         label_images(&open.repo)?;
+        open.repo.heads.note(&open.repo)?;
         self.kick(sr);
         Ok(())
     }

@@ -3,6 +3,7 @@
 use tapdisk_control::{ClientError, Refusal, Request};
 use uuid::Uuid;
 use vhd::chain::Chain;
+use vhd::storage::VolumeName;
 
 use crate::catalog::Event;
 use crate::chain::{self, Link};
@@ -13,6 +14,7 @@ use crate::image;
 use crate::journal::{Intent, JobState, volume_of};
 use crate::lease::{Lease, Reader};
 use crate::repo::Repo;
+use crate::tree::{Broken, NodeState};
 use crate::wanted::Wanted;
 
 /// Where an attached VDI is served.
@@ -164,6 +166,7 @@ enum Leased {
 }
 
 fn lease(repo: &Repo, vdi: Uuid, read_only: bool, whom: For) -> Result<Leased> {
+    let twins = twins(repo)?;
     let locked = super::lock(repo, &[vdi])?;
     if let Some(lease) = locked.lease(vdi) {
         if lease.pid == 0 {
@@ -178,6 +181,10 @@ fn lease(repo: &Repo, vdi: Uuid, read_only: bool, whom: For) -> Result<Leased> {
         (Some(wanted), _) => same_way(vdi, wanted.read_only, read_only)?,
     }
     let mut links = super::visible_chain(repo, vdi)?;
+    if let Some(twin) = links.iter().find_map(|link| twins.iter().find(|(name, _)| *name == link.volume)) {
+        let reason = format!("{} carries the same footer uuid", twin.1);
+        return Err(Error::BadImage { volume: twin.0.clone(), reason });
+    }
     locked.no_operation_on(&links[0])?;
     if !read_only {
         locked.nobody_copies(vdi, &links[0])?;
@@ -203,6 +210,18 @@ fn lease(repo: &Repo, vdi: Uuid, read_only: bool, whom: For) -> Result<Leased> {
     }
     let hold = repo.host.make_lease(&lease).during(|| format!("lease of VDI {vdi}"))?;
     Ok(Leased::Fresh(hold))
+}
+
+/// Images that share their footer's uuid with another: a pending record, a
+/// lease or a child could mean either. Seen without the lock, as no operation
+/// of ours makes such a pair.
+fn twins(repo: &Repo) -> Result<Vec<(VolumeName, VolumeName)>> {
+    let nodes = crate::scan::scan(repo)?.tree.nodes;
+    let twin = |node: crate::tree::Node| match node.state {
+        NodeState::Broken(Broken::SharedFooter { other }) => Some((node.volume, other)),
+        _ => None,
+    };
+    Ok(nodes.into_iter().filter_map(twin).collect())
 }
 
 /// Refuses an attach the other way.

@@ -332,6 +332,7 @@ pub fn repo(volumes: Arc<dyn Volumes>, host: &FakeHost, process: u64) -> Repo {
         volumes,
         host: Arc::new(host.clone()),
         labels: Arc::new(MemoryLabels::default()),
+        heads: Arc::default(),
         ids: Arc::new(CountedIds::from(process * 10_000)),
         limits: Limits { scan_threads: 1, ..Limits::default() },
     }

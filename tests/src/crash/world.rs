@@ -55,6 +55,7 @@ impl World {
             volumes: disk.volumes(),
             host: host.clone(),
             labels: Arc::new(MemoryLabels::default()),
+            heads: Arc::default(),
             ids: Arc::new(CountedIds::from(seed << 16 | 1)),
             limits: Limits { scan_threads: 1, ..Limits::default() },
         };

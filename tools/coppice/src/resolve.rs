@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::client::Daemon;
+use crate::client::{Daemon, escaped};
 use crate::failure::{Failure, Outcome};
 use crate::view::{Sr, Vdi, list_of};
 
@@ -11,7 +11,7 @@ pub fn sr(smd: &Daemon, text: &str) -> Outcome<String> {
     if is_uuid(text) {
         return Ok(text.to_owned());
     }
-    let all: Vec<Sr> = list_of(&smd.get("/srs")?, "srs")?;
+    let all: Vec<Sr> = list_of(&smd.get(&format!("/srs?name={}", escaped(text)))?, "srs")?;
     unique("storage repository", text, all.iter().map(|sr| (sr.name.as_str(), sr.uuid.as_str())))
 }
 
@@ -20,7 +20,7 @@ pub fn vdi(smd: &Daemon, text: &str) -> Outcome<String> {
     if is_uuid(text) {
         return Ok(text.to_owned());
     }
-    let all: Vec<Vdi> = list_of(&smd.get("/vdis")?, "vdis")?;
+    let all: Vec<Vdi> = list_of(&smd.get(&format!("/vdis?name={}", escaped(text)))?, "vdis")?;
     let visible = all.iter().filter(|vdi| vdi.kind != "hidden");
     unique("disk", text, visible.map(|vdi| (vdi.name.as_str(), vdi.uuid.as_str())))
 }
@@ -32,7 +32,7 @@ pub fn sr_or_vdi(smd: &Daemon, text: &str) -> Outcome<(&'static str, String)> {
     if is_uuid(text) {
         return Ok(("sr", text.to_owned()));
     }
-    let srs: Vec<Sr> = list_of(&smd.get("/srs")?, "srs")?;
+    let srs: Vec<Sr> = list_of(&smd.get(&format!("/srs?name={}", escaped(text)))?, "srs")?;
     if srs.iter().any(|sr| sr.name == text) {
         return Ok(("sr", sr(smd, text)?));
     }

@@ -15,7 +15,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{Access, Fs, Space, Volume, VolumeName, Volumes, Why};
+use super::{Access, Fs, Space, Stamp, Volume, VolumeName, Volumes, Why};
 
 /// Where records live.
 const JOURNAL: &str = ".coppice/journal";
@@ -144,6 +144,10 @@ impl Volumes for FileVolumes {
 
     fn space(&self) -> io::Result<Space> {
         self.fs.space()
+    }
+
+    fn stamp(&self, name: &VolumeName) -> io::Result<Option<Stamp>> {
+        self.fs.stamp(name.as_str())
     }
 
     fn records(&self) -> io::Result<Vec<String>> {

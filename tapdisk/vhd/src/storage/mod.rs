@@ -142,6 +142,26 @@ pub trait Fs: Send + Sync + Debug {
     fn same_file(&self, a: &str, b: &str) -> io::Result<bool>;
     /// Free and total bytes of the filesystem.
     fn space(&self) -> io::Result<Space>;
+    /// What tells whether a file has changed; `None` where nothing does.
+    fn stamp(&self, _path: &str) -> io::Result<Option<Stamp>> {
+        Ok(None)
+    }
+}
+
+/// What a filesystem says of a file without reading it: every write changes
+/// it, after a tick of the filesystem's clock.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stamp {
+    /// Names the file through renames, and no other, earlier or later.
+    pub identity: String,
+    /// Length in bytes.
+    pub len: u64,
+    /// Storage in use, in bytes.
+    pub allocated: u64,
+    /// Last change of its content, in nanoseconds since 1970.
+    pub modified_ns: i128,
+    /// Last change of anything about it.
+    pub changed_ns: i128,
 }
 
 /// Room on a repository, in bytes.
@@ -243,6 +263,10 @@ pub trait Volumes: Send + Sync + Debug {
     fn sync(&self, why: Why) -> io::Result<()>;
     /// Room for more.
     fn space(&self) -> io::Result<Space>;
+    /// What tells whether a volume has changed; `None` where nothing does.
+    fn stamp(&self, _name: &VolumeName) -> io::Result<Option<Stamp>> {
+        Ok(None)
+    }
 
     /// Names of all records, sorted. A record that is found need not be durable
     /// yet, if its writer died on the way: call [`Volumes::sync_records`]

@@ -21,7 +21,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open, openat, renameat};
@@ -29,7 +29,7 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 
 use super::path::{parts, split};
-use super::{Access, CopyKind, Fs, Space, Volume, Why};
+use super::{Access, CopyKind, Fs, Space, Stamp, Volume, Why};
 
 mod copy;
 mod features;
@@ -247,6 +247,27 @@ impl Fs for PosixFs {
             (Some(a), Some(b)) => a.st_dev == b.st_dev && a.st_ino == b.st_ino,
             _ => false,
         })
+    }
+
+    // A filesystem without times of birth may give a number of a deleted file
+    // to a new one: then nothing names a file for good.
+    fn stamp(&self, path: &str) -> io::Result<Option<Stamp>> {
+        split(path)?;
+        let meta = std::fs::symlink_metadata(self.root.join(path))?;
+        let Some(born_ns) = meta.created().ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok()) else {
+            return Ok(None);
+        };
+        if !meta.is_file() {
+            return Ok(None);
+        }
+        let ns = |seconds: i64, nanos: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
+        Ok(Some(Stamp {
+            identity: format!("{:x}.{:x}", meta.ino(), born_ns.as_nanos()),
+            len: meta.len(),
+            allocated: meta.blocks() * 512,
+            modified_ns: ns(meta.mtime(), meta.mtime_nsec()),
+            changed_ns: ns(meta.ctime(), meta.ctime_nsec()),
+        }))
     }
 
     fn space(&self) -> io::Result<Space> {
