@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Parser;
-use tokio::net::UnixListener;
+use sm::access::{Checked, Rights};
+use sm::sd_notify::Notifier;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::api;
@@ -24,6 +25,9 @@ struct Args {
     /// Folder of sockets and of what survives only a process
     #[arg(long, env = "COPPICE_RUN", default_value = "/run/coppice")]
     run: PathBuf,
+    /// Group whose members may use the API, besides root and ourselves
+    #[arg(long)]
+    group: Option<String>,
 }
 
 /// Becomes gcd; returns when it is told to end. `args` begin with the
@@ -89,15 +93,33 @@ async fn listen(args: &Args, service: Arc<Service>) -> anyhow::Result<()> {
     let path = args.run.join("gcd.sock");
     // Ours: we hold the lock, so whoever left it is gone.
     std::fs::remove_file(&path).ok();
-    let listener = UnixListener::bind(&path).with_context(|| format!("listen on {}", path.display()))?;
+    let rights = Rights::new(args.group.as_deref()).context("group")?;
+    let listener = Checked::bind(&path, rights).with_context(|| format!("listen on {}", path.display()))?;
+    let notifier = Notifier::from_env();
     let mut term = signal(SignalKind::terminate())?;
     let mut int = signal(SignalKind::interrupt())?;
     tracing::info!(socket = %path.display(), "gcd: ready");
+    notifier.ready("collecting");
     let server = axum::serve(listener, api::router(service.clone()));
     tokio::select! {
         ended = async { server.await } => ended.context("serve")?,
         _ = term.recv() => tracing::info!("gcd: told to end"),
         _ = int.recv() => tracing::info!("gcd: told to end"),
+        () = live(&notifier) => {}
     }
+    notifier.stopping();
     Ok(())
+}
+
+/// Tells the service manager that we live; never ends.
+async fn live(notifier: &Notifier) {
+    loop {
+        match notifier.pace() {
+            Some(pace) => {
+                notifier.alive();
+                tokio::time::sleep(pace).await;
+            }
+            None => std::future::pending().await,
+        }
+    }
 }

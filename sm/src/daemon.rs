@@ -9,8 +9,10 @@ use anyhow::Context;
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::access::Rights;
 use crate::api;
 use crate::manager::{Manager, Settings};
+use crate::sd_notify::Notifier;
 use crate::spawn::TapProgram;
 
 /// The storage daemon: SRs and VDIs of this host.
@@ -29,6 +31,9 @@ struct Args {
     /// An argument before ours for that program; may be given several times
     #[arg(long = "tapdisk-arg", allow_hyphen_values = true)]
     tapdisk_args: Vec<OsString>,
+    /// Group whose members may use the API, besides root and ourselves
+    #[arg(long)]
+    group: Option<String>,
     /// Socket of the collector [default: gcd.sock in the run folder]
     #[arg(long)]
     gcd_socket: Option<PathBuf>,
@@ -64,6 +69,8 @@ fn serve(args: Args) -> anyhow::Result<()> {
         tapdisk: TapProgram { program: args.tapdisk, args: args.tapdisk_args },
         run,
     };
+    let rights = Rights::new(args.group.as_deref()).context("group")?;
+    let notifier = Arc::new(Notifier::from_env());
     let manager = Arc::new(Manager::open(settings)?);
     crate::caretaker::start(&manager).context("caretaker")?;
     let socket = manager.run().join("smd.sock");
@@ -80,6 +87,31 @@ fn serve(args: Args) -> anyhow::Result<()> {
                 _ = interrupt.recv() => {}
             }
         };
-        api::serve(manager, &socket, ended).await
+        let attached = manager.known().iter().filter(|sr| sr.attached).count();
+        let watchdog = tokio::spawn(watch(notifier.clone(), manager.clone()));
+        let saying = notifier.clone();
+        let ended = async move {
+            ended.await;
+            saying.stopping();
+        };
+        let ready = move || notifier.ready(&format!("{attached} repositories attached"));
+        let served = api::serve(manager, &socket, rights, ready, ended).await;
+        watchdog.abort();
+        served
     })
+}
+
+/// Says that we live as long as a thread for requests can be had and the list
+/// of SRs be looked at.
+async fn watch(notifier: Arc<Notifier>, manager: Arc<Manager>) {
+    let Some(pace) = notifier.pace() else {
+        return;
+    };
+    loop {
+        let manager = manager.clone();
+        if tokio::task::spawn_blocking(move || manager.known().len()).await.is_ok() {
+            notifier.alive();
+        }
+        tokio::time::sleep(pace).await;
+    }
 }

@@ -20,11 +20,13 @@
 //! | [`owner`], [`run_folder`], [`readers`], [`spawn`] | the real host: locks, leases, processes |
 //! | [`jobs`], [`turns`], [`progress`] | long operations, whose turn it is, how far they are |
 //! | [`wanted`], [`caretaker`] | VDIs that are to be served, and bringing back a tapdisk that died |
+//! | [`access`], [`sd_notify`] | who may talk to a daemon; telling systemd how it is |
 //! | [`manager`], [`api`], [`views`] | smd: SRs, requests, what is shown |
 //!
 //! Absent on purpose: the data path (reached only through its control
 //! socket) and the choice of what to coalesce (the `gc` crate).
 
+pub mod access;
 pub mod api;
 pub mod attached;
 pub mod caretaker;
@@ -59,6 +61,7 @@ pub mod reference;
 pub mod repo;
 pub mod run_folder;
 pub mod scan;
+pub mod sd_notify;
 pub mod spawn;
 pub mod state;
 pub mod tree;

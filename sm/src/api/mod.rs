@@ -1,7 +1,6 @@
 //! HTTP and JSON on `smd.sock`.
 //!
 //! ```text
-//!   listener.rs   who may connect (peer credentials)
 //!   routes.rs     which request calls what; `GET /openapi.json` lists them
 //!   disks.rs      resize, revert, copy, map, changed
 //!   jobs.rs       long operations: begun, looked at, stopped
@@ -16,7 +15,6 @@
 mod answer;
 mod disks;
 mod jobs;
-mod listener;
 mod openapi;
 mod routes;
 mod status;
@@ -30,6 +28,7 @@ use std::time::Instant;
 use anyhow::Context;
 use tokio::sync::Semaphore;
 
+use crate::access::{Checked, Rights};
 use crate::jobs::Jobs;
 use crate::limits::{JOBS_AT_ONCE_MAX, REQUESTS_AT_ONCE_MAX};
 use crate::manager::Manager;
@@ -53,17 +52,19 @@ struct Counters {
     refused: AtomicU64,
 }
 
-/// Serves the API until `ended` resolves; attached disks are not concerned.
+/// Serves the API, once it listens after a call of `ready`, until `ended` resolves; attached disks are not concerned.
 ///
 /// # Errors
 /// The socket cannot be made.
 pub async fn serve(
     manager: Arc<Manager>,
     socket: &Path,
+    rights: Rights,
+    ready: impl FnOnce(),
     ended: impl Future<Output = ()> + Send + 'static,
 ) -> anyhow::Result<()> {
     let listener =
-        listener::Checked::bind(socket).with_context(|| format!("listen on {}", socket.display()))?;
+        Checked::bind(socket, rights).with_context(|| format!("listen on {}", socket.display()))?;
     let app = App {
         manager,
         slots: Arc::new(Semaphore::new(REQUESTS_AT_ONCE_MAX)),
@@ -81,6 +82,7 @@ pub async fn serve(
         jobs.cancel_all();
     };
     tracing::info!(socket = %socket.display(), "smd serves");
+    ready();
     let served = axum::serve(listener, routes::router(app)).with_graceful_shutdown(ended).await;
     // Only tidiness: a socket nobody listens on says the same.
     let _ = std::fs::remove_file(socket);
