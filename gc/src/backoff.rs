@@ -103,7 +103,8 @@ mod tests {
 
     #[test]
     fn the_table() {
-        let cases: [(f64, &[(f64, f64, u64)], Option<u64>); 9] = [
+        type Case<'a> = (f64, &'a [(f64, f64, u64)], Option<u64>);
+        let cases: [Case<'_>; 9] = [
             // All is well: no limit.
             (4.0, &[(2.0, 2.0, 400), (7.9, 2.0, 400)], None),
             // Either disk is enough, and what was moved is halved.

@@ -5,6 +5,8 @@
 //! The engine runs alone: a round carries out everything it has started, then
 //! hands in all completions together.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
 use std::sync::Arc;
 
 use tapdisk::disk::{Files, Opener};

@@ -227,7 +227,8 @@ fn base_for(repo: &Repo, base: Option<Uuid>, parent: Option<&ParentId>) -> Resul
     let own = base.reading.chain.nodes().next().map(|top| top.uuid);
     let id = if base.hidden() { None } else { identity::of(repo, vdi)? };
     let names = |id: Option<Uuid>| id == Some(parent.uuid) && !parent.uuid.is_nil();
-    if !names(id) && !(base.hidden() && names(own)) {
+    let fits = names(id) || (base.hidden() && names(own));
+    if !fits {
         let known = id.or(own.filter(|_| base.hidden()));
         let holds = known.map_or_else(
             || "a content that was never exported, or has changed since".to_owned(),

@@ -122,7 +122,7 @@ fn grow_to(to: &PosixVolume, end: u64) -> io::Result<()> {
 /// First byte of data at or after `at`; beyond everything if there is none.
 /// All is data where holes are not reported.
 fn next_data(from: &PosixVolume, at: u64) -> io::Result<u64> {
-    match lseek(&from.io(), offset_of(at)?, Whence::SeekData) {
+    match lseek(from.io(), offset_of(at)?, Whence::SeekData) {
         Ok(found) => Ok(u64::try_from(found).unwrap_or(at)),
         Err(Errno::ENXIO) => Ok(u64::MAX),
         Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(at),
@@ -136,7 +136,7 @@ fn next_hole(from: &PosixVolume, at: u64) -> io::Result<u64> {
     if at == u64::MAX {
         return Ok(at);
     }
-    match lseek(&from.io(), offset_of(at)?, Whence::SeekHole) {
+    match lseek(from.io(), offset_of(at)?, Whence::SeekHole) {
         Ok(found) => match u64::try_from(found) {
             Ok(found) if found > at => Ok(found),
             _ => Ok(u64::MAX),
