@@ -18,11 +18,13 @@
 //! | `guest` | random guest traffic on a simulated tapdisk |
 //! | `world` | a machine with an SR: the `Host` and `Tap` of the simulator |
 //! | `scenarios` | what happens before the crash |
+//! | `collecting` | the same, of deletions and merges |
 //! | `campaign` | crashing, recovering, comparing, counting |
 //! | `teeth` | leaving steps out |
 //! | `faults` | operations that fail while others are under way |
 
 mod campaign;
+mod collecting;
 mod faults;
 mod guest;
 pub(crate) mod oracle;

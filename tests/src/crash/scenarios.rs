@@ -26,7 +26,12 @@ use super::world::{BLOCKS, SharedGuest, World, locked};
 /// A visible disk and what it may hold.
 pub enum Expected {
     /// Writable, with everything that was written to it.
-    Disk { vdi: Uuid, oracle: Oracle },
+    Disk {
+        vdi: Uuid,
+        oracle: Oracle,
+        /// From here on it exists, and from here on it may be gone.
+        lives: (At, Option<At>),
+    },
     /// A snapshot or clone nobody wrote to.
     Snapshot {
         vdi: Uuid,
@@ -51,11 +56,16 @@ pub struct Ran {
 #[derive(Clone, Copy)]
 pub struct Scenario {
     pub name: &'static str,
-    go: fn(&mut Play),
+    pub(super) go: fn(&mut Play),
 }
 
 /// All of them.
-pub const ALL: [Scenario; 8] = [
+pub fn all() -> impl Iterator<Item = Scenario> {
+    USE.into_iter().chain(super::collecting::ALL)
+}
+
+/// What people do; collecting on its own is in [`super::collecting`].
+const USE: [Scenario; 8] = [
     Scenario { name: "writes", go: writes },
     Scenario { name: "snapshots", go: snapshots },
     Scenario { name: "offline", go: offline },
@@ -75,20 +85,24 @@ impl Scenario {
     }
 }
 
-struct Snapshot {
-    vdi: Uuid,
-    instant: Instant,
-    deleted: Option<At>,
+pub(super) struct Snapshot {
+    pub vdi: Uuid,
+    pub instant: Instant,
+    pub deleted: Option<At>,
 }
 
-struct Play {
-    world: World,
-    vdi: Uuid,
-    guest: Option<SharedGuest>,
+/// A disk, its guest, and what was done to it.
+pub(super) struct Play {
+    pub world: World,
+    pub vdi: Uuid,
+    pub guest: Option<SharedGuest>,
     oracle: Oracle,
     from: At,
-    snapshots: Vec<Snapshot>,
-    failures: Vec<String>,
+    pub snapshots: Vec<Snapshot>,
+    deleted: Option<At>,
+    /// Disks of plays that ended.
+    others: Vec<Expected>,
+    pub failures: Vec<String>,
 }
 
 impl Play {
@@ -107,29 +121,62 @@ impl Play {
             guest: None,
             oracle: Oracle::default(),
             snapshots: Vec::new(),
+            deleted: None,
+            others: Vec::new(),
             failures: Vec::new(),
         }
     }
 
-    fn attach(&mut self) {
+    /// Another disk on the same machine, to be given to [`Self::joined`].
+    pub fn another(&self, name: &str) -> Self {
+        let vdi = ops::create(&self.world.repo, name, BLOCKS << 21).expect("create");
+        Play {
+            world: self.world.clone(),
+            vdi,
+            guest: None,
+            oracle: Oracle::default(),
+            from: self.world.disk.log_len(),
+            snapshots: Vec::new(),
+            deleted: None,
+            others: Vec::new(),
+            failures: Vec::new(),
+        }
+    }
+
+    /// The play of another disk ends; its disks are expected too.
+    pub fn joined(&mut self, other: Self) {
+        let mut ran = other.end();
+        self.others.append(&mut ran.expected);
+        self.failures.append(&mut ran.failures);
+    }
+
+    /// Deletes the disk itself, which nobody uses.
+    pub fn delete_disk(&mut self) {
+        self.deleted = Some(self.world.disk.log_len());
+        if let Err(error) = ops::delete(&self.world.repo, self.vdi) {
+            self.failures.push(format!("delete: {error}"));
+        }
+    }
+
+    pub fn attach(&mut self) {
         let oracle = std::mem::take(&mut self.oracle);
         self.guest = Some(self.world.attach(self.vdi, oracle));
     }
 
-    fn traffic(&mut self, requests: u32) {
+    pub fn traffic(&mut self, requests: u32) {
         if let Some(guest) = &self.guest {
             locked(guest).run(requests);
         }
     }
 
     /// Allows so many requests while operations run.
-    fn meanwhile(&mut self, requests: u32) {
+    pub fn meanwhile(&mut self, requests: u32) {
         if let Some(guest) = &self.guest {
             locked(guest).budget = requests;
         }
     }
 
-    fn detach(&mut self) {
+    pub fn detach(&mut self) {
         let Some(guest) = self.guest.take() else { return };
         locked(&guest).drain();
         if let Err(error) = ops::detach(&self.world.repo, self.vdi, true) {
@@ -140,7 +187,7 @@ impl Play {
         self.oracle = std::mem::take(&mut guest.oracle);
     }
 
-    fn snapshot(&mut self) -> usize {
+    pub fn snapshot(&mut self) -> usize {
         let began = self.world.disk.log_len();
         let wanted = Wanted { vdi: self.vdi, name: "snap".to_owned() };
         match ops::snapshot(&self.world.repo, SiblingKind::Snapshot, &[wanted]) {
@@ -157,14 +204,14 @@ impl Play {
         self.snapshots.len() - 1
     }
 
-    fn delete(&mut self, snapshot: usize) {
+    pub fn delete(&mut self, snapshot: usize) {
         self.snapshots[snapshot].deleted = Some(self.world.disk.log_len());
         if let Err(error) = ops::delete(&self.world.repo, self.snapshots[snapshot].vdi) {
             self.failures.push(format!("delete: {error}"));
         }
     }
 
-    fn collect(&mut self) {
+    pub fn collect(&mut self) {
         if let Err(error) = collect_garbage(&self.world) {
             self.failures.push(error);
         }
@@ -179,11 +226,11 @@ impl Play {
             deleted: snapshot.deleted,
         });
         let expected = snapshots.collect::<Vec<_>>();
-        let disk = Expected::Disk { vdi: self.vdi, oracle: self.oracle };
+        let disk = Expected::Disk { vdi: self.vdi, oracle: self.oracle, lives: (self.from, self.deleted) };
         Ran {
             disk: self.world.disk.clone(),
             from: self.from,
-            expected: expected.into_iter().chain([disk]).collect(),
+            expected: expected.into_iter().chain([disk]).chain(self.others).collect(),
             failures: self.failures,
         }
     }
@@ -280,7 +327,7 @@ fn merge_stopped(play: &mut Play) {
 }
 
 /// Starts a leaf merge and leaves it running, as if the collector died.
-fn begin_leaf_merge(play: &mut Play) -> Option<LeafMergeIntent> {
+pub(super) fn begin_leaf_merge(play: &mut Play) -> Option<LeafMergeIntent> {
     let repo = play.world.repo.clone();
     let forest = survey::glance(&repo).expect("survey");
     let Some((merge, _)) = candidates(&forest).into_iter().find(|(_, against)| against.is_none()) else {

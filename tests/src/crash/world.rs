@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -38,6 +39,8 @@ pub struct World {
     pub disk: SimDisk,
     pub repo: Repo,
     pub host: Arc<SimHost>,
+    /// Windows until the collector is aborted.
+    pub patience: Arc<AtomicU32>,
 }
 
 impl World {
@@ -59,7 +62,7 @@ impl World {
             ids: Arc::new(CountedIds::from(seed << 16 | 1)),
             limits: Limits { scan_threads: 1, ..Limits::default() },
         };
-        Self { disk, repo, host }
+        Self { disk, repo, host, patience: Arc::new(AtomicU32::new(u32::MAX)) }
     }
 
     /// Attaches a VDI and returns its guest.
@@ -106,6 +109,9 @@ impl Watch for World {
     }
 
     fn allow(&self, _bytes: u64) -> Result<(), Aborted> {
+        if self.patience.fetch_sub(1, Ordering::Relaxed) == 0 {
+            return Err(Aborted);
+        }
         self.sleep(Duration::ZERO)
     }
 

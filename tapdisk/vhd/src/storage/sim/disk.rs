@@ -8,7 +8,7 @@ use super::super::path::{parts, split};
 use super::super::{Access, Fs, Space, Volume, Volumes, Why};
 use super::crash::UNLIMITED;
 use super::effect::{Ino, folder_of};
-use super::live::{Family, Life, Live};
+use super::live::{Family, Life, Live, RENAME};
 use super::locked;
 use super::log::{Event, What};
 use super::run::SimRun;
@@ -253,7 +253,7 @@ impl Fs for SimDisk {
         if self.same_file(from, to)? {
             return Ok(());
         }
-        self.change(What::Rename { from: from.into(), to: to.into() }, "rename")
+        self.change(What::Rename { from: from.into(), to: to.into() }, RENAME)
     }
 
     fn unlink(&self, path: &str) -> io::Result<()> {

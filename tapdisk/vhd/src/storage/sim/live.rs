@@ -21,6 +21,9 @@ pub(super) struct Family {
     pub(super) sabotage: Mutex<Vec<Sabotage>>,
 }
 
+/// The label of renames that were given none.
+pub(super) const RENAME: Why = "rename";
+
 impl Family {
     /// Notes a labelled step; says whether it is sabotaged this way.
     pub(super) fn meets(&self, step: Step, why: Why) -> bool {
@@ -146,6 +149,9 @@ impl Live {
         let void = match &what {
             What::Flush { .. } => self.family.meets(Step::Flush, why),
             What::SyncNames { .. } => self.family.meets(Step::SyncNames, why),
+            // Those without a label of their own have one where they come
+            // from, or belong to a record.
+            What::Rename { .. } if why != RENAME => self.family.meets(Step::Name, why),
             _ => false,
         };
         let no = OpNo(self.next_op);

@@ -21,6 +21,10 @@ pub enum Step {
     SyncNames,
     /// [`Volumes::put_record`] or [`Volumes::delete_record`], as a whole.
     Record,
+    /// A change of names, as a whole: [`Volumes::replace`], [`Volumes::link`],
+    /// [`Volumes::delete`], [`Volumes::rename_record`], or a rename in flight.
+    /// The callers give no label; what is named tells.
+    Name,
     /// Waiting for the completion of an operation that was begun with
     /// [`SimDisk::begin`].
     Wait,
@@ -35,6 +39,8 @@ pub enum Sabotage {
     SkipSyncNames(Why),
     /// A record of this label is not written, or not deleted.
     SkipRecord(Why),
+    /// A change of names of this label is reported done and is not.
+    SkipName(Why),
     /// An operation begun with this label is reported complete at once
     /// ([`SimOp::early`](super::SimOp::early)), while it stays in flight.
     EarlyCompletion(Why),
@@ -48,6 +54,7 @@ impl Sabotage {
             Step::Flush => Self::SkipFlush(why),
             Step::SyncNames => Self::SkipSyncNames(why),
             Step::Record => Self::SkipRecord(why),
+            Step::Name => Self::SkipName(why),
             Step::Wait => Self::EarlyCompletion(why),
         }
     }
@@ -112,7 +119,7 @@ pub struct Fault {
     pub errno: i32,
 }
 
-/// A [`FileVolumes`] whose records can be left out.
+/// A [`FileVolumes`] whose records and changes of names can be left out.
 #[derive(Debug)]
 pub(super) struct SimVolumes {
     files: FileVolumes,
@@ -126,6 +133,10 @@ impl SimVolumes {
 
     fn left_out(&self, why: Why) -> bool {
         self.disk.with(|live| live.family.meets(Step::Record, why))
+    }
+
+    fn unnamed(&self, why: Why) -> bool {
+        self.disk.with(|live| live.family.meets(Step::Name, why))
     }
 }
 
@@ -143,15 +154,31 @@ impl Volumes for SimVolumes {
     }
 
     fn link(&self, from: &VolumeName, to: &VolumeName) -> io::Result<()> {
-        self.files.link(from, to)
+        match self.unnamed("an image gets a second name") {
+            true => Ok(()),
+            false => self.files.link(from, to),
+        }
     }
 
     fn replace(&self, from: &VolumeName, over: &VolumeName) -> io::Result<()> {
-        self.files.replace(from, over)
+        let taken = self.files.same(over, over)?;
+        let why = match (from.temporary_of(), taken) {
+            (Some(_), true) => "a prepared image takes a disk's name",
+            (Some(_), false) => "a prepared image gets its name",
+            (None, _) => "a parent takes its leaf's name",
+        };
+        match self.unnamed(why) {
+            true => Ok(()),
+            false => self.files.replace(from, over),
+        }
     }
 
     fn delete(&self, name: &VolumeName) -> io::Result<()> {
-        self.files.delete(name)
+        let why = if name.temporary_of().is_some() { "a leftover goes" } else { "an image goes" };
+        match self.unnamed(why) {
+            true => Ok(()),
+            false => self.files.delete(name),
+        }
     }
 
     fn same(&self, a: &VolumeName, b: &VolumeName) -> io::Result<bool> {
@@ -182,7 +209,11 @@ impl Volumes for SimVolumes {
     }
 
     fn rename_record(&self, from: &str, to: &str) -> io::Result<bool> {
-        self.files.rename_record(from, to)
+        let why = if to.ends_with("void") { "a record becomes void" } else { "a record is decided" };
+        match self.unnamed(why) {
+            true => Ok(true),
+            false => self.files.rename_record(from, to),
+        }
     }
 
     fn delete_record(&self, name: &str, why: Why) -> io::Result<()> {

@@ -1,0 +1,154 @@
+//! Scenarios of the collector: garbage, merges of hidden nodes in one pass
+//! and in slices, leaf merges stopped and taken up again.
+
+use std::sync::atomic::Ordering;
+
+use tapdisk_control::Request;
+
+use super::scenarios::{Play, Scenario, begin_leaf_merge, collect_garbage};
+use super::world::locked;
+
+/// All of them.
+pub(super) const ALL: [Scenario; 6] = [
+    Scenario { name: "garbage", go: garbage },
+    Scenario { name: "one generation", go: one_generation },
+    Scenario { name: "slices", go: slices },
+    Scenario { name: "inner merge aborted", go: inner_aborted },
+    Scenario { name: "offline merge aborted", go: offline_aborted },
+    Scenario { name: "leaf merge stopped", go: leaf_stopped },
+];
+
+/// Free bytes at which a merge goes in slices: the collector's reserve and
+/// one block, where two are gained.
+const SHORT_OF_SPACE: u64 = (64 << 20) + (2 << 20);
+
+/// Two disks; all of one goes, several generations of hidden nodes with it,
+/// while the other is written.
+fn garbage(play: &mut Play) {
+    play.attach();
+    play.traffic(10);
+    let mut doomed = play.another("doomed");
+    for _ in 0..2 {
+        doomed.attach();
+        doomed.traffic(10);
+        doomed.detach();
+        doomed.snapshot();
+    }
+    doomed.attach();
+    doomed.traffic(5);
+    doomed.detach();
+    // The oldest last: its parent is garbage only when all others are.
+    doomed.delete_disk();
+    doomed.delete(1);
+    doomed.delete(0);
+    play.meanwhile(20);
+    play.collect();
+    play.joined(doomed);
+    play.traffic(5);
+}
+
+/// One hidden node goes into its parent, below an attached leaf and a
+/// snapshot.
+fn one_generation(play: &mut Play) {
+    let first = two_snapshots(play);
+    play.delete(first);
+    play.meanwhile(30);
+    play.collect();
+    play.traffic(5);
+}
+
+/// The first of two snapshots of a disk that is being written.
+fn two_snapshots(play: &mut Play) -> usize {
+    play.attach();
+    play.traffic(15);
+    let first = play.snapshot();
+    play.traffic(15);
+    play.snapshot();
+    play.traffic(10);
+    first
+}
+
+/// Several generations go into their parent slice by slice, as there is not
+/// room for more, while a snapshot of them is read.
+fn slices(play: &mut Play) {
+    play.attach();
+    play.traffic(4);
+    let first = play.snapshot();
+    play.traffic(25);
+    let second = play.snapshot();
+    play.traffic(25);
+    let third = play.snapshot();
+    play.traffic(10);
+    let of = play.guest.as_ref().map(|guest| locked(guest).oracle.clone()).unwrap_or_default();
+    let read = &play.snapshots[third];
+    let reader = play.world.attach_reader(read.vdi, of, read.instant);
+    locked(&reader).budget = 100;
+    play.delete(first);
+    play.delete(second);
+    play.meanwhile(30);
+    play.world.disk.set_free_bytes(Some(SHORT_OF_SPACE));
+    play.collect();
+    play.world.disk.set_free_bytes(None);
+    locked(&reader).run(20);
+    play.failures.append(&mut locked(&reader).failures);
+    if let Err(error) = sm::ops::detach(&play.world.repo, play.snapshots[third].vdi, true) {
+        play.failures.push(format!("detach the reader: {error}"));
+    }
+}
+
+/// A merge of hidden nodes is aborted before its window, a snapshot is taken,
+/// and it is begun again.
+fn inner_aborted(play: &mut Play) {
+    let first = two_snapshots(play);
+    play.delete(first);
+    play.meanwhile(20);
+    aborted(play);
+    play.snapshot();
+    play.traffic(5);
+    play.meanwhile(20);
+    play.collect();
+}
+
+/// A merge of a leaf nobody uses is aborted; the disk is used, and it is begun
+/// again.
+fn offline_aborted(play: &mut Play) {
+    play.attach();
+    play.traffic(15);
+    let first = play.snapshot();
+    play.traffic(15);
+    play.detach();
+    play.delete(first);
+    aborted(play);
+    play.attach();
+    play.traffic(10);
+    play.detach();
+    play.collect();
+}
+
+/// Collects until the first window is due.
+fn aborted(play: &Play) {
+    play.world.patience.store(0, Ordering::Relaxed);
+    // It ends early, as it was told to.
+    let _ = collect_garbage(&play.world);
+    play.world.patience.store(u32::MAX, Ordering::Relaxed);
+}
+
+/// A leaf merge is stopped half way and begun again, under writes.
+fn leaf_stopped(play: &mut Play) {
+    play.attach();
+    play.traffic(20);
+    let snapshot = play.snapshot();
+    play.traffic(20);
+    play.delete(snapshot);
+    play.meanwhile(60);
+    let Some(intent) = begin_leaf_merge(play) else { return };
+    let mut tap = play.world.repo.host.tap(intent.vdi).expect("tap").expect("a live tapdisk");
+    if let Err(error) = tap.call(Request::MergeStop) {
+        play.failures.push(format!("merge stop: {error}"));
+    }
+    drop(tap);
+    play.traffic(10);
+    play.meanwhile(30);
+    play.collect();
+    play.traffic(5);
+}
