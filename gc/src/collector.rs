@@ -200,6 +200,7 @@ impl Collector {
                     break;
                 }
                 state.dirty = false;
+                state.looking = true;
                 state.asked
             };
             if let Err(stop) = self.round(&mut threads) {
@@ -209,6 +210,7 @@ impl Collector {
             threads.retain(|thread: &std::thread::JoinHandle<()>| !thread.is_finished());
             let mut state = self.state();
             state.looked = asked;
+            state.looking = false;
             self.changed.notify_all();
             let now = self.now();
             let next = state.retries.next(now).unwrap_or(limits::LOOK_EVERY);
@@ -374,14 +376,16 @@ impl Collector {
         }
     }
 
-    fn merge(&self, watch: &JobWatch, choice: &Choice, key: u64, begun: &mpsc::Sender<()>) -> Result<()> {
+    /// Whether there was anything to do: a record that was seen a moment ago
+    /// may have been cleared by the job that ended just then.
+    fn merge(&self, watch: &JobWatch, choice: &Choice, key: u64, begun: &mpsc::Sender<()>) -> Result<bool> {
         let found = match choice {
             Choice::Begin { merge, .. } => Some(Job::begin(&self.repo, watch, merge)?),
             Choice::Resume { intent } => Job::take_over(&self.repo, watch, *intent)?,
             Choice::Delete { .. } => None,
         };
         let Some((job, intent)) = found else {
-            return Ok(());
+            return Ok(false);
         };
         self.state().recorded(key, &intent);
         begun.send(()).ok();
@@ -401,10 +405,10 @@ impl Collector {
                 tracing::warn!(sr = %self.repo.uuid, %vdi, job = %id, error = %stop, "{what}: stopped");
             }
         }
-        outcome
+        outcome.map(|()| true)
     }
 
-    fn ended(&self, key: u64, choice: &Choice, outcome: Result<()>) {
+    fn ended(&self, key: u64, choice: &Choice, outcome: Result<bool>) {
         let now = self.now();
         {
             let mut state = self.state();
@@ -414,11 +418,13 @@ impl Collector {
             };
             let intent = state.running.get(&key).and_then(|doing| doing.intent);
             match &outcome {
-                Ok(()) => {
+                Ok(done) => {
                     for id in named.into_iter().chain(intent) {
                         state.retries.forget(id);
                     }
-                    state.count(key, 0);
+                    if *done {
+                        state.count(key, 0);
+                    }
                 }
                 // The pause or the quiet time holds everything anyway.
                 Err(Stop::Aborted) if state.paused || state.quiet_until > now => {}

@@ -25,7 +25,8 @@ use crate::forest::{Forest, Link, Node, Use};
 use crate::job::Stop;
 use crate::limits;
 use crate::plan::{Choice, Cost, Holds, Merge, Plan, Settings, View, plan};
-use crate::report::Report;
+use crate::reason::Reason;
+use crate::report::{FailedNode, Report};
 use crate::sources::Sources;
 
 /// What a merge would cost, from block tables alone: bounds to choose by.
@@ -67,8 +68,8 @@ pub fn predict(repo: &Repo, forest: &Forest, settings: Settings, only: Option<Uu
     let mut forest = forest.clone();
     forest.claims.retain(|claim| !claim.merge);
     let running = BTreeSet::new();
-    let holds = Holds::new();
-    // Every round takes at least one node away.
+    let mut holds = Holds::new();
+    // Every round takes at least one node away, or holds one back.
     for _ in 0..=forest.nodes().count() {
         let view = View {
             forest: &forest,
@@ -91,7 +92,12 @@ pub fn predict(repo: &Repo, forest: &Forest, settings: Settings, only: Option<Uu
         if choices.is_empty() {
             break;
         }
+        let known = model.report.failed.len();
         forest = model.apply(&forest, &choices)?;
+        // What cannot be read holds up its own merge, as it will the real one.
+        for failed in &model.report.failed[known..] {
+            holds.insert(failed.uuid, Reason::NoCost { why: failed.reason.clone() });
+        }
     }
     Ok(model.report)
 }
@@ -142,15 +148,23 @@ impl Model<'_> {
                 Choice::Resume { .. } => {}
                 Choice::Delete { nodes: gone } => {
                     for uuid in gone {
-                        self.report.bytes_freed += self.stack(*uuid)?.blocks.len() as u64 * BLOCK_BYTES;
                         nodes.remove(uuid);
+                        match self.stack(*uuid).map(|stack| stack.blocks.len() as u64) {
+                            Ok(blocks) => {
+                                self.report.bytes_freed += blocks * BLOCK_BYTES;
+                                self.report.deleted += 1;
+                            }
+                            Err(stop) => self.fails(*uuid, &stop),
+                        }
                     }
-                    self.report.deleted += gone.len() as u64;
                 }
-                Choice::Begin { merge, mode, .. } => {
-                    peak += self.merge(forest, merge, *mode)?;
-                    relink(&mut nodes, merge);
-                }
+                Choice::Begin { merge, mode, .. } => match self.merge(forest, merge, *mode) {
+                    Ok(room) => {
+                        peak += room;
+                        relink(&mut nodes, merge);
+                    }
+                    Err(stop) => self.fails(merge.node(), &stop),
+                },
             }
         }
         self.report.peak_extra_bytes = self.report.peak_extra_bytes.max(peak);
@@ -159,6 +173,10 @@ impl Model<'_> {
         after.claims.clone_from(&forest.claims);
         after.free_bytes = forest.free_bytes;
         Ok(after)
+    }
+
+    fn fails(&mut self, uuid: Uuid, stop: &Stop) {
+        self.report.failed.push(FailedNode { uuid, reason: stop.to_string() });
     }
 
     fn stack(&mut self, uuid: Uuid) -> Result<&mut Stack, Stop> {

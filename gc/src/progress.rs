@@ -143,6 +143,8 @@ pub struct State {
     pub looked: u64,
     /// Something ended: look again.
     pub dirty: bool,
+    /// A round is under way: what the last one found may be out of date.
+    pub looking: bool,
     /// Failed merges.
     pub retries: Retries,
     /// Work under way, by key.
@@ -184,6 +186,7 @@ impl State {
             asked: 1,
             looked: 0,
             dirty: false,
+            looking: false,
             retries: Retries::default(),
             running: BTreeMap::new(),
             waits: BTreeMap::new(),
@@ -325,7 +328,9 @@ impl State {
         for (node, reason) in &waits {
             let comes = match reason {
                 Reason::Retry { attempts, .. } => *attempts < limits::AWAITED_ATTEMPTS,
-                Reason::TreeBusy | Reason::Parallel { .. } | Reason::ParentFirst { .. } => true,
+                // What goes first where `ParentFirst` is said counts for
+                // itself; it may be blocked, and would be awaited for ever.
+                Reason::TreeBusy | Reason::Parallel { .. } => true,
                 _ => false,
             };
             if comes {
@@ -352,7 +357,7 @@ impl State {
     /// Whether request `asked` was answered and nothing in its scope is left
     /// to be done.
     pub(crate) fn idle(&self, asked: u64, scope: Scope) -> bool {
-        if self.looked < asked || self.dirty || self.again {
+        if self.looked < asked || self.dirty || self.again || self.looking {
             return false;
         }
         match scope {
