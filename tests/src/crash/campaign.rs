@@ -118,9 +118,8 @@ fn compare(ran: &Ran, world: &World, at: At, kind: CrashKind) -> Result<(), Stri
             return Err(format!("{} is broken: {broken}", node.volume));
         }
     }
-    let snapshots =
-        scan.intents.iter().filter(|stored| matches!(stored.intent, sm::journal::Intent::Snapshot(_)));
-    if let Some(left) = snapshots.map(|stored| stored.name).next() {
+    let half_done = scan.intents.iter().find(|stored| !stored.intent.is_merge());
+    if let Some(left) = half_done.map(|stored| stored.name) {
         return Err(format!("recovery left the record {left}"));
     }
     if let (Some(left), true) = (scan.tree.prepared.first(), scan.intents.is_empty()) {
@@ -227,7 +226,7 @@ fn no_crash_loses_a_promised_byte() {
     }
     println!("{total} distinct states in all");
     assert!(
-        total >= 100_000 || seeds() < 8,
+        total >= 100_000 || seeds() < 8 || std::env::var_os("COPPICE_CRASH_SCENARIO").is_some(),
         "only {total} distinct states: the scenarios have become poorer"
     );
     assert!(

@@ -18,6 +18,7 @@
 //! | `guest` | random guest traffic on a simulated tapdisk |
 //! | `world` | a machine with an SR: the `Host` and `Tap` of the simulator |
 //! | `scenarios` | what happens before the crash |
+//! | `scenarios_io` | the same, of imports and groups of disks |
 //! | `collecting` | the same, of deletions and merges |
 //! | `campaign` | crashing, recovering, comparing, counting |
 //! | `teeth` | leaving steps out |
@@ -29,5 +30,6 @@ mod faults;
 mod guest;
 pub(crate) mod oracle;
 pub(crate) mod scenarios;
+mod scenarios_io;
 mod teeth;
 pub(crate) mod world;

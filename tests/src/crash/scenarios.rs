@@ -59,9 +59,11 @@ pub struct Scenario {
     pub(super) go: fn(&mut Play),
 }
 
-/// All of them.
+/// All of them, or the one that `COPPICE_CRASH_SCENARIO` names.
 pub fn all() -> impl Iterator<Item = Scenario> {
-    USE.into_iter().chain(super::collecting::ALL)
+    let only = std::env::var("COPPICE_CRASH_SCENARIO").ok();
+    let all = USE.into_iter().chain(super::scenarios_io::ALL).chain(super::collecting::ALL);
+    all.filter(move |scenario| only.as_deref().is_none_or(|name| name == scenario.name))
 }
 
 /// What people do; collecting on its own is in [`super::collecting`].
@@ -101,7 +103,7 @@ pub(super) struct Play {
     pub snapshots: Vec<Snapshot>,
     deleted: Option<At>,
     /// Disks of plays that ended.
-    others: Vec<Expected>,
+    pub others: Vec<Expected>,
     pub failures: Vec<String>,
 }
 

@@ -82,6 +82,11 @@ impl World {
         guest
     }
 
+    /// The tapdisk of a VDI dies when it is asked to pause.
+    pub fn doom(&self, vdi: Uuid) {
+        locked(&self.host.inner).doomed.insert(vdi);
+    }
+
     /// The tapdisk of a VDI dies; what it had in flight never lands.
     pub fn kill(&self, vdi: Uuid) {
         let mut inner = locked(&self.host.inner);
@@ -128,6 +133,7 @@ struct Inner {
     leases: BTreeMap<Uuid, Lease>,
     readers: BTreeMap<u64, Lease>,
     held: BTreeSet<Uuid>,
+    doomed: BTreeSet<Uuid>,
     oracles: BTreeMap<Uuid, Oracle>,
     peers: u64,
 }
@@ -222,7 +228,8 @@ impl Host for SimHost {
         inner.peers += 1;
         let peer = PeerId(inner.peers);
         let guest = inner.guests.get(&vdi).cloned();
-        Ok(guest.map(|guest| Box::new(Connection { guest, peer, next: 1 }) as Box<dyn Tap>))
+        let doomed = inner.doomed.remove(&vdi);
+        Ok(guest.map(|guest| Box::new(Connection { guest, peer, next: 1, doomed }) as Box<dyn Tap>))
     }
 
     fn endpoint(&self, lease: &Lease) -> Endpoint {
@@ -256,6 +263,8 @@ struct Connection {
     guest: SharedGuest,
     peer: PeerId,
     next: u64,
+    /// The tapdisk dies when it is asked to pause.
+    doomed: bool,
 }
 
 impl Tap for Connection {
@@ -275,6 +284,10 @@ impl Tap for Connection {
     fn begin(&mut self, request: Request) -> Result<Answer, ClientError> {
         let id = self.next;
         self.next += 1;
+        if self.doomed && matches!(request, Request::Pause { .. }) {
+            locked(&self.guest).tap.die();
+            return Err(io::Error::from(io::ErrorKind::BrokenPipe).into());
+        }
         locked(&self.guest).tap.call(self.peer, id, request);
         self.next_answer(id)
     }
