@@ -53,6 +53,10 @@ pub enum JobState {
         rate: f64,
         /// Seconds left at that rate.
         eta_s: Option<f64>,
+        /// The last point passed that others wait for: `ready` when it holds
+        /// until told to proceed, `taken` once a snapshot's instant is over.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        stage: Option<&'static str>,
     },
     /// Has succeeded.
     Done {
@@ -207,6 +211,17 @@ impl Jobs {
         })
     }
 
+    /// Tells a job that holds to go on.
+    ///
+    /// # Errors
+    /// As [`Self::show`].
+    pub fn proceed(&self, id: Uuid) -> Result<JobView> {
+        self.with(id, |entry| {
+            entry.progress.proceed();
+            view(id, entry)
+        })
+    }
+
     /// Resolves when somebody asks a job to stop.
     pub async fn cancelled(&self, id: Uuid) {
         match self.with(id, |entry| entry.cancel.subscribe()) {
@@ -274,7 +289,7 @@ fn running(progress: &Progress, elapsed: Duration) -> JobState {
     #[expect(clippy::cast_precision_loss, reason = "shown to people")]
     let eta_s =
         bytes_total.filter(|_| rate > 0.0).map(|total| total.saturating_sub(bytes_done) as f64 / rate);
-    JobState::Running { bytes_done, bytes_total, rate, eta_s }
+    JobState::Running { bytes_done, bytes_total, rate, eta_s, stage: progress.stage() }
 }
 
 impl Job {
@@ -343,7 +358,7 @@ mod tests {
         job.begin();
         job.progress().expect(100);
         job.progress().add(40);
-        let JobState::Running { bytes_done: 40, bytes_total: Some(100), rate, eta_s: Some(eta_s) } =
+        let JobState::Running { bytes_done: 40, bytes_total: Some(100), rate, eta_s: Some(eta_s), .. } =
             jobs.show(id).unwrap().state
         else {
             panic!("{:?}", jobs.show(id))

@@ -72,6 +72,9 @@ pub const JOBS_MAX: usize = 256;
 pub const JOBS_AT_ONCE_MAX: usize = 16;
 /// Ended jobs that are remembered; the oldest goes first.
 pub const JOBS_KEPT_MAX: usize = 256;
+/// How long a snapshot holds for its caller, who freezes guests meanwhile, in
+/// milliseconds.
+pub const HOLD_MS_MAX: u64 = 300_000;
 /// Pieces of a stream between the socket and the disk, of 2 MiB or some more
 /// at the front of a VHD.
 pub const STREAM_PIECES_MAX: usize = 4;

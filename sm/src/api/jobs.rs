@@ -120,6 +120,10 @@ pub(super) async fn cancel(State(app): State<App>, Path(id): Path<String>) -> Ou
     document(app.jobs.cancel(id_of(&id)?)?)
 }
 
+pub(super) async fn proceed(State(app): State<App>, Path(id): Path<String>) -> Outcome {
+    document(app.jobs.proceed(id_of(&id)?)?)
+}
+
 fn id_of(text: &str) -> Result<Uuid> {
     Uuid::try_parse(text).map_err(|_| Error::NotFound { what: format!("job {text:?}") })
 }

@@ -10,16 +10,18 @@ use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::routing::{get, post};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::json;
+use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::answer::{Failure, Outcome, document};
 use super::{App, disks, jobs, status, streams};
 use crate::error::{Error, Result};
+use crate::jobs::About;
 use crate::journal::SiblingKind;
-use crate::limits::{BODY_BYTES_MAX, BUSY_RETRY_MS_MAX, TURN_WAIT_MS_MAX};
+use crate::limits::{BODY_BYTES_MAX, BUSY_RETRY_MS_MAX, HOLD_MS_MAX, TURN_WAIT_MS_MAX};
 use crate::manager::{Manager, NewSr};
 use crate::ops::{self, Wanted};
+use crate::progress::Progress;
 use crate::repo::Repo;
 use crate::turns::Turn;
 use crate::views::Look;
@@ -55,6 +57,7 @@ pub fn router(app: App) -> Router {
         .route("/vdis/{vdi}/changed", get(disks::changed))
         .route("/jobs", get(jobs::list))
         .route("/jobs/{job}", get(jobs::show))
+        .route("/jobs/{job}/proceed", post(jobs::proceed))
         .route("/jobs/{job}/cancel", post(jobs::cancel))
         .route("/openapi.json", get(async || document(super::openapi::document())))
         .route("/status", get(status::status))
@@ -322,14 +325,23 @@ async fn stat(State(app): State<App>, Path(vdi): Path<String>) -> Outcome {
 }
 
 #[derive(Debug, Deserialize)]
-struct Group {
+pub(super) struct Group {
     vdis: Vec<String>,
     name: Option<String>,
+    /// As a job that, once nothing else is before it, holds until it is told
+    /// to proceed: the caller freezes the guests meanwhile.
+    #[serde(default)]
+    hold: bool,
 }
 
 /// Siblings of some VDIs, which must be of one SR: one record makes them all
 /// or none.
-fn siblings(manager: &Manager, kind: SiblingKind, group: &Group) -> Result<(Repo, Vec<Uuid>)> {
+fn siblings(
+    manager: &Manager,
+    kind: SiblingKind,
+    group: &Group,
+    progress: &Progress,
+) -> Result<(Repo, Vec<Uuid>)> {
     let mut repo: Option<Repo> = None;
     let mut wanted = Vec::new();
     for text in &group.vdis {
@@ -349,7 +361,7 @@ fn siblings(manager: &Manager, kind: SiblingKind, group: &Group) -> Result<(Repo
     let vdis = wanted.iter().map(|w| w.vdi.to_string()).collect::<Vec<_>>().join(",");
     let span = tracing::info_span!("operation", sr = %repo.uuid, vdi = vdis, ?kind);
     let made = span.in_scope(|| {
-        let outcome = ops::snapshot(&repo, kind, &wanted);
+        let outcome = ops::snapshot_watched(&repo, kind, &wanted, progress);
         if outcome.as_ref().is_err_and(Error::is_busy) {
             wanted.iter().for_each(|one| manager.make_way(repo.uuid, Some(one.vdi)));
         }
@@ -370,25 +382,47 @@ fn default_name(repo: &Repo, kind: SiblingKind, vdi: Uuid) -> Result<String> {
     })
 }
 
-/// The turn of all members of a group.
-async fn group_turn(app: &App, operation: &'static str, group: &Group) -> Result<Turn, Failure> {
+/// The members of a group.
+async fn members(app: &App, group: &Group) -> Result<Vec<Uuid>, Failure> {
     let vdis = group.vdis.clone();
-    let found = run(app, move |manager| {
-        vdis.iter().map(|vdi| Ok(manager.find_vdi(vdi)?.1)).collect::<Result<Vec<_>>>()
-    });
-    turn(app, operation, &found.await?).await
+    run(app, move |manager| vdis.iter().map(|vdi| Ok(manager.find_vdi(vdi)?.1)).collect::<Result<Vec<_>>>())
+        .await
 }
 
 async fn snapshot(State(app): State<App>, body: Bytes) -> Outcome {
     let group: Group = read(&body)?;
-    let turn = group_turn(&app, "snapshot", &group).await?;
+    let members = members(&app, &group).await?;
+    if group.hold {
+        return snapshot_job(&app, group, members);
+    }
+    let turn = turn(&app, "snapshot", &members).await?;
     let made = run(&app, move |manager| {
         let _turn = &turn;
-        let (repo, made) = siblings(manager, SiblingKind::Snapshot, &group)?;
-        let look = Look::at(&repo)?;
-        made.into_iter().map(|vdi| look.one(vdi)).collect::<Result<Vec<_>>>()
+        snapshots(manager, &group, &Progress::default())
     });
-    document(json!({ "vdis": made.await? }))
+    document(made.await?)
+}
+
+fn snapshots(manager: &Manager, group: &Group, progress: &Progress) -> Result<Value> {
+    let (repo, made) = siblings(manager, SiblingKind::Snapshot, group, progress)?;
+    let look = Look::at(&repo)?;
+    let shown = made.into_iter().map(|vdi| look.one(vdi)).collect::<Result<Vec<_>>>()?;
+    Ok(json!({ "vdis": shown }))
+}
+
+fn snapshot_job(app: &App, group: Group, members: Vec<Uuid>) -> Outcome {
+    let about = About { operation: "snapshot", sr: None, vdi: members.first().copied() };
+    jobs::start(app, about, members, move |manager, progress, turn| {
+        let _turn = turn;
+        progress.hold("ready", Duration::from_millis(HOLD_MS_MAX))?;
+        let deadline = Instant::now() + Duration::from_millis(BUSY_RETRY_MS_MAX);
+        loop {
+            match snapshots(manager, &group, progress) {
+                Err(error) if error.is_busy() && Instant::now() < deadline => std::thread::sleep(BUSY_POLL),
+                outcome => return outcome,
+            }
+        }
+    })
 }
 
 #[derive(Debug, Deserialize)]
@@ -399,11 +433,11 @@ struct Words {
 
 async fn clone(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) -> Outcome {
     let words: Words = read(&body)?;
-    let group = Group { vdis: vec![vdi], name: words.name };
-    let turn = group_turn(&app, "clone", &group).await?;
+    let group = Group { vdis: vec![vdi], name: words.name, hold: false };
+    let turn = turn(&app, "clone", &members(&app, &group).await?).await?;
     let made = run(&app, move |manager| {
         let _turn = &turn;
-        let (repo, made) = siblings(manager, SiblingKind::Clone, &group)?;
+        let (repo, made) = siblings(manager, SiblingKind::Clone, &group, &Progress::default())?;
         let vdi = made.first().ok_or_else(|| Error::NotFound { what: "clone".into() })?;
         Look::of(&repo, *vdi)?.one(*vdi)
     });

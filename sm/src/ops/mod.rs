@@ -35,7 +35,7 @@ pub use resize::resize;
 pub(crate) use revert::recover as recover_revert;
 pub use revert::revert;
 pub(crate) use snapshot::Filled;
-pub use snapshot::{Wanted, snapshot};
+pub use snapshot::{Wanted, snapshot, snapshot_watched};
 pub(crate) use snapshot_steps::{Decision, decide, finish, swapped, take_back};
 pub use stat::{Stat, stat};
 

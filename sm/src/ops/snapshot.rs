@@ -59,6 +59,7 @@ use crate::journal::{
     self, ImageRef, Intent, Member, RecordName, Shape, Sibling, SiblingKind, SnapshotIntent,
 };
 use crate::limits::GROUP_MEMBERS_MAX;
+use crate::progress::Progress;
 use crate::repo::Repo;
 
 /// One VDI to snapshot.
@@ -91,6 +92,7 @@ struct How<'a> {
     /// Divide leaves that look empty too.
     divide_all: bool,
     filled: Option<&'a Filled>,
+    progress: &'a Progress,
 }
 
 /// A VDI with the tapdisk that serves it for writing.
@@ -114,10 +116,24 @@ struct Live {
 /// did not drain in time: nothing has changed then either. An error after
 /// the decision leaves the record: recovery finishes the snapshot.
 pub fn snapshot(repo: &Repo, kind: SiblingKind, wanted: &[Wanted]) -> Result<Vec<Uuid>> {
+    snapshot_watched(repo, kind, wanted, &Progress::default())
+}
+
+/// As [`snapshot`], stopping at the last moment before anything is paused if
+/// asked to. Reaches `taken` when the instant is over and all members run.
+///
+/// # Errors
+/// As [`snapshot`], and [`Error::Cancelled`]: nothing has changed then.
+pub fn snapshot_watched(
+    repo: &Repo,
+    kind: SiblingKind,
+    wanted: &[Wanted],
+    progress: &Progress,
+) -> Result<Vec<Uuid>> {
     check(wanted)?;
     // A leaf that looked empty may have been written to before the pause;
     // then all members are divided, which is right for an empty one as well.
-    let how = How { kind, divide_all: false, filled: None };
+    let how = How { kind, divide_all: false, filled: None, progress };
     match attempt(repo, how, wanted)? {
         Attempt::Done(siblings) => Ok(siblings),
         Attempt::NotEmptyAnyMore => match attempt(repo, How { divide_all: true, ..how }, wanted)? {
@@ -136,7 +152,8 @@ pub fn snapshot(repo: &Repo, kind: SiblingKind, wanted: &[Wanted]) -> Result<Vec
 /// As [`snapshot`]. Up to the decision the image is deleted with the rest.
 pub(crate) fn adopt(repo: &Repo, base: Uuid, filled: &Filled) -> Result<()> {
     let wanted = [Wanted { vdi: base, name: filled.name.clone() }];
-    let how = How { kind: SiblingKind::Clone, divide_all: false, filled: Some(filled) };
+    let progress = &Progress::default();
+    let how = How { kind: SiblingKind::Clone, divide_all: false, filled: Some(filled), progress };
     match attempt(repo, how, &wanted)? {
         Attempt::Done(_) => Ok(()),
         Attempt::NotEmptyAnyMore => Err(Error::Busy { reason: format!("VDI {base} changes") }),
@@ -169,8 +186,8 @@ fn attempt(repo: &Repo, how: How<'_>, wanted: &[Wanted]) -> Result<Attempt> {
     let _held = held.ok_or_else(|| Error::Busy { reason: format!("intent {id} is taken") })?;
     let intent = prepare(repo, id, how, &mut targets)?;
     let siblings = intent.members.iter().map(|member| member.sibling.vdi).collect();
-    match decide(repo, &intent, &mut targets) {
-        Ok(Decided::Yes) => {}
+    match decide(repo, &intent, &mut targets, how.progress) {
+        Ok(Decided::Yes) => how.progress.reach("taken"),
         Ok(Decided::NotEmptyAnyMore) => {
             take_back(repo, &intent)?;
             return Ok(Attempt::NotEmptyAnyMore);
@@ -351,8 +368,13 @@ enum Decided {
 
 /// Steps 4 to 7. On an error, and when a leaf is not empty any more, the
 /// record is `void` and everybody goes on as before.
-fn decide(repo: &Repo, intent: &SnapshotIntent, targets: &mut [Target<'_>]) -> Result<Decided> {
-    let paused = pause_all(repo, intent, targets);
+fn decide(
+    repo: &Repo,
+    intent: &SnapshotIntent,
+    targets: &mut [Target<'_>],
+    progress: &Progress,
+) -> Result<Decided> {
+    let paused = progress.go_on().and_then(|()| pause_all(repo, intent, targets));
     let outcome = match &paused {
         Ok(Decided::Yes) => steps::decide(repo, intent.id, Decision::Swap),
         Ok(Decided::NotEmptyAnyMore) | Err(_) => steps::decide(repo, intent.id, Decision::Void),

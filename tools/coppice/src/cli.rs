@@ -264,6 +264,11 @@ pub enum VdiCommand {
     /// Show one
     Show(VdiArg),
     /// Take a snapshot; of several disks, all at one instant
+    ///
+    /// Hooks are shell commands, run here with your own rights: the first once
+    /// nothing else is before the snapshot, the second as soon as the instant
+    /// is over, whatever came of it. COPPICE_VDIS holds the disks' uuids. If
+    /// the first fails nothing is taken.
     Snapshot {
         /// The disks
         #[arg(required = true)]
@@ -271,6 +276,15 @@ pub enum VdiCommand {
         /// Name of the snapshot
         #[arg(long)]
         name: Option<String>,
+        /// Command to run before, to freeze guests
+        #[arg(long, value_name = "CMD")]
+        before: Option<String>,
+        /// Command to run after, to thaw them: always
+        #[arg(long, value_name = "CMD")]
+        after: Option<String>,
+        /// Seconds each hook, and the snapshot between them, may take
+        #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+        hook_limit: u64,
     },
     /// Make a writable copy that shares everything
     Clone {

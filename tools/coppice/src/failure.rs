@@ -64,6 +64,9 @@ impl Failure {
                 "free space on the storage repository, or delete snapshots and run `coppice gc run --wait`"
             }
             "CHAIN_TOO_LONG" => "delete snapshots you no longer need and run `coppice gc run --wait`",
+            "HOOK_FAILED" => {
+                "look at what the hook said above; a guest may still be frozen if the after hook failed"
+            }
             "WRONG_BASE" => {
                 "name the disk or snapshot that holds what the delta was made over, or import a full export first"
             }

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::task::Poll;
 
 use serde::Deserialize;
 use serde_json::Value;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::commands::Context;
 use crate::failure::{Failure, Outcome};
@@ -44,17 +46,36 @@ impl Interrupts {
     /// # Errors
     /// No thread or no signal handler can be had.
     pub fn listen() -> Outcome<Self> {
+        Self::of(&[SignalKind::interrupt()], 2)
+    }
+
+    /// As [`Self::listen`], for every way in which this program is asked to
+    /// end, however often: what was begun must be put right first.
+    ///
+    /// # Errors
+    /// As [`Self::listen`].
+    pub fn hold_off() -> Outcome<Self> {
+        Self::of(&[SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()], u32::MAX)
+    }
+
+    fn of(kinds: &[SignalKind], last: u32) -> Outcome<Self> {
         let count = Arc::new(AtomicU32::new(0));
         let counted = count.clone();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let entered = runtime.enter();
+        let mut signals = kinds.iter().map(|kind| signal(*kind)).collect::<Result<Vec<_>, _>>()?;
+        drop(entered);
         let listen = move || {
-            runtime.block_on(async {
-                while tokio::signal::ctrl_c().await.is_ok() {
-                    if counted.fetch_add(1, Ordering::Relaxed) > 0 {
-                        std::process::exit(1);
+            runtime.block_on(std::future::poll_fn(|context| {
+                for signal in &mut signals {
+                    while let Poll::Ready(Some(())) = signal.poll_recv(context) {
+                        if counted.fetch_add(1, Ordering::Relaxed) + 1 >= last {
+                            std::process::exit(1);
+                        }
                     }
                 }
-            });
+                Poll::<()>::Pending
+            }));
         };
         std::thread::Builder::new().name("ctrl-c".into()).spawn(listen)?;
         Ok(Self { count })
@@ -72,8 +93,11 @@ impl Interrupts {
 /// # Errors
 /// What the job failed with, `CANCELLED`, and a daemon that cannot be reached.
 pub fn follow(context: &Context, answer: &Value) -> Outcome<Value> {
-    let mut job: Job = view::read(answer)?;
-    let interrupts = Interrupts::listen()?;
+    let job: Job = view::read(answer)?;
+    follow_until(context, job, &Interrupts::listen()?)
+}
+
+fn follow_until(context: &Context, mut job: Job, interrupts: &Interrupts) -> Outcome<Value> {
     let mut bar = Progress::new(context.output, &job.operation);
     let mut asked = false;
     loop {

@@ -16,6 +16,7 @@ pub mod daemon;
 pub mod demo;
 pub mod disk_file;
 pub mod failure;
+pub mod hooks;
 pub mod host;
 pub mod jobs;
 pub mod nbd_client;

@@ -3,6 +3,7 @@
 pub mod gc;
 pub mod looks;
 pub mod paperwork;
+pub mod snapshot;
 pub mod sr;
 pub mod status;
 pub mod transfer;

@@ -1,8 +1,10 @@
 //! `coppice vdi …`.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
-use super::{Context, looks, transfer};
+use super::{Context, looks, snapshot, transfer};
 use crate::cli::VdiCommand;
 use crate::client::escaped;
 use crate::failure::Outcome;
@@ -25,9 +27,15 @@ pub fn run(context: &Context, command: VdiCommand) -> Outcome<()> {
             let vdi = resolve::vdi(smd, &arg.vdi)?;
             show(context, &smd.get(&format!("/vdis/{vdi}"))?);
         }
-        VdiCommand::Snapshot { vdis, name } => {
-            let vdis: Vec<String> = vdis.iter().map(|vdi| resolve::vdi(smd, vdi)).collect::<Outcome<_>>()?;
-            let answer = smd.post("/vdis/snapshot", &json!({"vdis": vdis, "name": name}))?;
+        VdiCommand::Snapshot { vdis, name, before, after, hook_limit } => {
+            let wanted = snapshot::Wanted {
+                vdis: &vdis,
+                name: name.as_deref(),
+                before: before.as_deref(),
+                after: after.as_deref(),
+                limit: Duration::from_secs(hook_limit),
+            };
+            let answer = snapshot::take(context, &wanted)?;
             let mut answer = view::inner(answer, "vdis");
             // One disk asked for, one snapshot shown; of several a list.
             if let ([_], Some(only)) = (vdis.as_slice(), answer.get_mut(0)) {
