@@ -16,6 +16,7 @@
 //! Absent on purpose: what to do about a record; see [`crate::recover`] and
 //! the `gc` crate.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -302,25 +303,51 @@ pub struct Stored {
     pub intent: Intent,
 }
 
-/// Reads all records, sorted by name.
+/// Reads all records, sorted by intent.
+///
+/// The record of a snapshot is renamed under no lock of ours, by whoever
+/// decides, and a listing at that moment may show its old name, or neither. It
+/// is renamed only once. So of two listings one after the other at least one
+/// shows the intent, and looking for its names in the order in which it can
+/// take them finds it.
 ///
 /// # Errors
 /// [`Error::Journal`] for the first record that cannot be understood: what it
 /// guards is unknown, so nothing in the SR may change. Otherwise I/O errors.
 pub fn load(volumes: &dyn Volumes) -> Result<Vec<Stored>> {
-    let mut all = Vec::new();
-    for name in volumes.records().during(|| "journal: list".into())? {
-        if let Some(stored) = read(volumes, &name)? {
-            all.push(stored);
+    let mut ids = BTreeSet::new();
+    for _ in 0..2 {
+        for record in volumes.records().during(|| "journal: list".into())? {
+            ids.insert(parse(&record)?.id);
         }
     }
-    Ok(all)
+    let found = ids.into_iter().filter_map(|id| find(volumes, id).transpose());
+    found.collect()
 }
 
-/// One record; `None` if it went away or was renamed meanwhile.
+/// The record of an intent, whatever its state; `None` if it has none any more.
+///
+/// # Errors
+/// As [`load`].
+pub fn find(volumes: &dyn Volumes, id: Uuid) -> Result<Option<Stored>> {
+    // As time goes: a record that has left one name is found under a later.
+    for state in [RecordState::Job, RecordState::Pending, RecordState::Decided, RecordState::Void] {
+        if let Some(stored) = read(volumes, &RecordName { id, state }.to_string())? {
+            return Ok(Some(stored));
+        }
+    }
+    Ok(None)
+}
+
+fn parse(record: &str) -> Result<RecordName> {
+    RecordName::parse(record)
+        .ok_or_else(|| Error::Journal { record: record.to_owned(), reason: "not a name of ours".into() })
+}
+
+/// The record of this name; `None` if there is none.
 fn read(volumes: &dyn Volumes, record: &str) -> Result<Option<Stored>> {
     let bad = |reason: String| Error::Journal { record: record.to_owned(), reason };
-    let name = RecordName::parse(record).ok_or_else(|| bad("not a name of ours".into()))?;
+    let name = parse(record)?;
     let Some(bytes) = volumes.record(record).during(|| format!("journal: read {record}"))? else {
         return Ok(None);
     };

@@ -1,6 +1,8 @@
+use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use vhd::storage::{FileVolumes, PosixFs};
+use vhd::storage::{Access, FileVolumes, PosixFs, Space, Volume};
 
 use super::*;
 
@@ -115,4 +117,82 @@ fn an_intent_names_images_by_volume_and_by_footer() {
 fn a_record_cannot_lead_out_of_the_repository() {
     let outside = ImageRef { volume: "../x.vhd".into(), footer: Uuid::nil() };
     assert_eq!(volume_of(&outside).unwrap_err().code(), "BAD_JOURNAL");
+}
+
+/// A snapshot is decided while the first listing runs, which shows the name
+/// the record had before, or none of the two.
+#[derive(Debug)]
+struct DecidedMeanwhile {
+    inner: FileVolumes,
+    names: IntentNames,
+    shows_old_name: bool,
+    listings: AtomicU32,
+}
+
+impl Volumes for DecidedMeanwhile {
+    fn records(&self) -> io::Result<Vec<String>> {
+        let mut names = self.inner.records()?;
+        if self.listings.fetch_add(1, Ordering::Relaxed) == 0 {
+            assert!(self.inner.rename_record(&self.names.pending, &self.names.decided)?);
+            names.retain(|_| self.shows_old_name);
+        }
+        Ok(names)
+    }
+    fn record(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        self.inner.record(name)
+    }
+    fn list(&self) -> io::Result<Vec<VolumeName>> {
+        self.inner.list()
+    }
+    fn create(&self, name: &VolumeName) -> io::Result<Arc<dyn Volume>> {
+        self.inner.create(name)
+    }
+    fn open(&self, name: &VolumeName, access: Access) -> io::Result<Arc<dyn Volume>> {
+        self.inner.open(name, access)
+    }
+    fn link(&self, from: &VolumeName, to: &VolumeName) -> io::Result<()> {
+        self.inner.link(from, to)
+    }
+    fn replace(&self, from: &VolumeName, over: &VolumeName) -> io::Result<()> {
+        self.inner.replace(from, over)
+    }
+    fn delete(&self, name: &VolumeName) -> io::Result<()> {
+        self.inner.delete(name)
+    }
+    fn same(&self, a: &VolumeName, b: &VolumeName) -> io::Result<bool> {
+        self.inner.same(a, b)
+    }
+    fn sync(&self, why: Why) -> io::Result<()> {
+        self.inner.sync(why)
+    }
+    fn space(&self) -> io::Result<Space> {
+        self.inner.space()
+    }
+    fn put_record(&self, name: &str, bytes: &[u8], why: Why) -> io::Result<()> {
+        self.inner.put_record(name, bytes, why)
+    }
+    fn rename_record(&self, from: &str, to: &str) -> io::Result<bool> {
+        self.inner.rename_record(from, to)
+    }
+    fn delete_record(&self, name: &str, why: Why) -> io::Result<()> {
+        self.inner.delete_record(name, why)
+    }
+    fn sync_records(&self, why: Why) -> io::Result<()> {
+        self.inner.sync_records(why)
+    }
+}
+
+/// A sweep that did not see the record would delete the snapshot's images.
+#[test]
+fn a_snapshot_decided_while_the_journal_is_read_is_found() {
+    for shows_old_name in [true, false] {
+        let (_folder, inner) = folder();
+        let intent = snapshot(9, Shape::Empty);
+        put(&inner, &intent, "test").unwrap();
+        let names = RecordName::of_snapshot(intent.id());
+        let volumes = DecidedMeanwhile { inner, names, shows_old_name, listings: AtomicU32::new(0) };
+        let found = load(&volumes).unwrap();
+        assert_eq!(found.len(), 1, "old name shown: {shows_old_name}");
+        assert_eq!((found[0].name.state, &found[0].intent), (RecordState::Decided, &intent));
+    }
 }
