@@ -13,6 +13,7 @@
 
 use std::fmt::Debug;
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use tapdisk_control::{Answer, Client, ClientError, ImageRef, Reply, Request};
@@ -156,6 +157,8 @@ pub struct Endpoint {
     pub export: String,
     /// The process.
     pub pid: u32,
+    /// The TCP address, if it listens on one and has just been started.
+    pub listen: Option<SocketAddr>,
 }
 
 impl Endpoint {

@@ -58,6 +58,7 @@ pub mod readers;
 pub mod reading;
 pub mod recover;
 pub mod reference;
+pub mod remote;
 pub mod repo;
 pub mod run_folder;
 pub mod scan;

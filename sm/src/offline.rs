@@ -73,7 +73,12 @@ impl Host for Nobody {
     }
 
     fn endpoint(&self, lease: &Lease) -> Endpoint {
-        Endpoint { socket: Path::new("").to_owned(), export: lease.vdi.to_string(), pid: lease.pid }
+        Endpoint {
+            socket: Path::new("").to_owned(),
+            export: lease.vdi.to_string(),
+            pid: lease.pid,
+            listen: None,
+        }
     }
 
     fn wait_gone(&self, _vdi: Uuid) -> io::Result<bool> {

@@ -107,6 +107,7 @@ impl RunFolder {
             records: self.run.join("records").join(self.sr.to_string()),
             epoch: self.owner.epoch,
             read_only: lease.read_only,
+            remote: self.wanted_one(lease.vdi)?.and_then(|wanted| wanted.remote),
         })
     }
 
@@ -249,6 +250,7 @@ impl Host for RunFolder {
             socket: self.tap_folder(lease.vdi).join("nbd.sock"),
             export: lease.vdi.to_string(),
             pid: lease.pid,
+            listen: None,
         }
     }
 
@@ -326,12 +328,12 @@ impl LeaseHold for Held {
         let Self { host, lease, file } = *self;
         let program =
             host.program.as_ref().ok_or_else(|| io::Error::other("this process starts no tapdisks"))?;
-        let pid = spawn::start(program, &host.order(&lease)?, &file, host.owner.file())?;
+        let (pid, listen) = spawn::start(program, &host.order(&lease)?, &file, host.owner.file())?;
         // Leases are read under the SR lock, so that is where they change.
         let _sr = host.lock_sr()?;
         let lease = Lease { pid, ..read_lease(&file)? };
         write_lease(&file, &lease)?;
-        Ok(host.endpoint(&lease))
+        Ok(Endpoint { listen, ..host.endpoint(&lease) })
     }
 }
 

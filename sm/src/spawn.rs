@@ -8,6 +8,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -20,6 +21,7 @@ use serde::Deserialize;
 use uuid::Uuid;
 
 use crate::limits::TAP_START_MS_MAX;
+use crate::remote::Remote;
 
 /// Bytes of its first line, and of the end of its log that is looked at.
 const WORDS_BYTES_MAX: u64 = 4096;
@@ -55,6 +57,8 @@ pub struct TapOrder {
     pub epoch: u64,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// Where else it listens.
+    pub remote: Option<Remote>,
 }
 
 impl TapOrder {
@@ -75,6 +79,7 @@ impl TapOrder {
         if self.read_only {
             args.push("--read-only".into());
         }
+        args.extend(self.remote.iter().flat_map(Remote::args));
         args
     }
 }
@@ -84,18 +89,25 @@ impl TapOrder {
 struct FirstWords {
     ready: bool,
     error: Option<String>,
+    listen: Option<SocketAddr>,
 }
 
 /// Starting is one at a time: between making copies of descriptors that a
 /// child inherits and closing them again, no other child may be made.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-/// Starts a tapdisk and waits until it serves. Returns its process id.
+/// Starts a tapdisk and waits until it serves. Returns its process id, and the
+/// TCP address if it listens on one.
 ///
 /// # Errors
 /// It could not be started, ended, or did not come up in time (it is killed
 /// then); the message carries what it said.
-pub fn start(program: &TapProgram, order: &TapOrder, lease: &File, owner: &File) -> io::Result<u32> {
+pub fn start(
+    program: &TapProgram,
+    order: &TapOrder,
+    lease: &File,
+    owner: &File,
+) -> io::Result<(u32, Option<SocketAddr>)> {
     let log_path = order.run_folder.join("log");
     let log = File::options().create(true).append(true).open(&log_path)?;
     let mut child = {
@@ -118,20 +130,23 @@ pub fn start(program: &TapProgram, order: &TapOrder, lease: &File, owner: &File)
     let pid = child.id();
     let ready =
         child.stdout.take().ok_or_else(|| io::Error::other("no standard output")).and_then(wait_ready);
-    if let Err(error) = ready {
-        // Killing what has ended already is no error that matters here.
-        let _ = child.kill();
-        let status = child.wait()?;
-        let words = last_words(&log_path);
-        let text = format!("{error} ({status}; its log ends: {words})");
-        return Err(io::Error::new(error.kind(), text));
-    }
+    let listen = match ready {
+        Ok(listen) => listen,
+        Err(error) => {
+            // Killing what has ended already is no error that matters here.
+            let _ = child.kill();
+            let status = child.wait()?;
+            let words = last_words(&log_path);
+            let text = format!("{error} ({status}; its log ends: {words})");
+            return Err(io::Error::new(error.kind(), text));
+        }
+    };
     reap_later(child, order.vdi)?;
-    Ok(pid)
+    Ok((pid, listen))
 }
 
 /// Waits for the ready line.
-fn wait_ready(mut stdout: ChildStdout) -> io::Result<()> {
+fn wait_ready(mut stdout: ChildStdout) -> io::Result<Option<SocketAddr>> {
     let deadline = Instant::now() + Duration::from_millis(TAP_START_MS_MAX);
     let mut said = Vec::new();
     while !said.contains(&b'\n') && (said.len() as u64) < WORDS_BYTES_MAX {
@@ -153,7 +168,7 @@ fn wait_ready(mut stdout: ChildStdout) -> io::Result<()> {
         }
     }
     match serde_json::from_slice(&said) {
-        Ok(FirstWords { ready: true, .. }) => Ok(()),
+        Ok(FirstWords { ready: true, listen, .. }) => Ok(listen),
         Ok(FirstWords { error, .. }) => Err(io::Error::other(error.unwrap_or_default())),
         Err(_) => Err(io::Error::other(format!("it said {:?}", String::from_utf8_lossy(&said)))),
     }

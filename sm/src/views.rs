@@ -64,6 +64,9 @@ pub struct VdiView {
 pub struct Served {
     /// An NBD URI.
     pub nbd: String,
+    /// The same for clients elsewhere, if it is served to them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nbd_remote: Option<String>,
     /// The NBD socket.
     pub socket: String,
     /// The tapdisk's process.
@@ -324,15 +327,21 @@ impl<'a> Look<'a> {
             attached: lease.is_some() || wanted.is_some(),
             created: if label.created_s == 0 { node.created_s } else { label.created_s },
             broken: node.broken().map(ToString::to_string),
-            served: lease.map(|lease| served(self.repo, lease)),
+            served: lease.map(|lease| served(self.repo, lease, self.wanted.get(&lease.vdi))),
             down: wanted.map(|wanted| wanted.down.clone().unwrap_or_else(Down::just_now)),
         }
     }
 }
 
-fn served(repo: &Repo, lease: &Lease) -> Served {
+fn served(repo: &Repo, lease: &Lease, wanted: Option<&Wanted>) -> Served {
     let endpoint = repo.host.endpoint(lease);
-    Served { nbd: endpoint.nbd_uri(), socket: endpoint.socket.display().to_string(), pid: endpoint.pid }
+    let remote = wanted.and_then(|wanted| wanted.remote.as_ref());
+    Served {
+        nbd: endpoint.nbd_uri(),
+        nbd_remote: remote.map(|remote| remote.nbd_uri(&endpoint.export)),
+        socket: endpoint.socket.display().to_string(),
+        pid: endpoint.pid,
+    }
 }
 
 /// An attached SR with `vdis` VDIs.

@@ -19,11 +19,13 @@
 
 use std::fs;
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::remote::Remote;
 use crate::state::read_json;
 
 /// A VDI that is to be served.
@@ -35,6 +37,9 @@ pub struct Wanted {
     pub sr: Uuid,
     /// Whether it is attached for reading only.
     pub read_only: bool,
+    /// Where else than on this host it is served.
+    #[serde(default)]
+    pub remote: Option<Remote>,
     /// Its first tapdisk is being started: whoever asked has no answer yet.
     #[serde(default)]
     pub starting: bool,
@@ -71,13 +76,23 @@ impl Wanted {
     /// What an attach asks for.
     #[must_use]
     pub fn starting(sr: Uuid, vdi: Uuid, read_only: bool) -> Self {
-        Self { vdi, sr, read_only, starting: true, deaths: 0, down: None }
+        Self { vdi, sr, read_only, remote: None, starting: true, deaths: 0, down: None }
     }
 
     /// The same once it is served.
     #[must_use]
     pub fn started(self) -> Self {
         Self { starting: false, ..self }
+    }
+
+    /// The same once it is known which port was taken: the next tapdisk is to
+    /// take it again.
+    #[must_use]
+    pub fn listening(mut self, address: Option<SocketAddr>) -> Self {
+        if let (Some(remote), Some(address)) = (&mut self.remote, address) {
+            remote.listen = address;
+        }
+        self
     }
 }
 

@@ -10,6 +10,7 @@ mod inspect;
 mod killed;
 mod kills;
 mod main_job;
+mod remote;
 mod revived;
 mod soak;
 mod space;

@@ -41,7 +41,12 @@ const ROUTES: &[Route] = &[
     ("get", "/vdis/{vdi}/stat", "What it takes and what deleting it frees", &[]),
     ("post", "/vdis/{vdi}/clone", "A writable clone", &["name?"]),
     ("post", "/vdis/{vdi}/rename", "New words", &["name?", "description?"]),
-    ("post", "/vdis/{vdi}/attach", "Serve it over NBD", &["read_only?"]),
+    (
+        "post",
+        "/vdis/{vdi}/attach",
+        "Serve it over NBD: on this host, and with `listen` (address:port) on TCP too",
+        &["read_only?", "listen?", "tls_certificates?", "tls_verify_peer?", "tls_psk?", "insecure?"],
+    ),
     ("post", "/vdis/{vdi}/detach", "Stop serving it", &["force?"]),
     ("post", "/vdis/{vdi}/resize", "Another size, in bytes; larger while attached too", &["virtual_size"]),
     ("post", "/vdis/{vdi}/revert", "Back to what a snapshot of it holds; not while attached", &["to"]),

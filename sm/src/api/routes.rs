@@ -1,6 +1,8 @@
 //! Which request calls what. One function per request, each a few lines:
 //! resolve names, call the operation, show the result.
 
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -22,6 +24,7 @@ use crate::limits::{BODY_BYTES_MAX, BUSY_RETRY_MS_MAX, HOLD_MS_MAX, TURN_WAIT_MS
 use crate::manager::{Manager, NewSr};
 use crate::ops::{self, Wanted};
 use crate::progress::Progress;
+use crate::remote::Remote;
 use crate::repo::Repo;
 use crate::turns::Turn;
 use crate::views::Look;
@@ -457,12 +460,40 @@ async fn rename(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) ->
 struct AttachHow {
     #[serde(default)]
     read_only: bool,
+    listen: Option<SocketAddr>,
+    tls_certificates: Option<PathBuf>,
+    #[serde(default)]
+    tls_verify_peer: bool,
+    tls_psk: Option<PathBuf>,
+    #[serde(default)]
+    insecure: bool,
+}
+
+impl AttachHow {
+    fn how(self) -> Result<ops::How> {
+        let Self { read_only, listen, tls_certificates, tls_verify_peer, tls_psk, insecure } = self;
+        let Some(listen) = listen else {
+            if tls_certificates.is_some() || tls_psk.is_some() || tls_verify_peer || insecure {
+                return Err(Error::BadRequest { reason: "`tls_…` and `insecure` need `listen`".into() });
+            }
+            return Ok(ops::How { read_only, remote: None });
+        };
+        let remote = Remote { listen, tls_certificates, tls_verify_peer, tls_psk, insecure };
+        if remote.is_open_by_mistake() {
+            let reason = format!(
+                "{listen} can be reached from other hosts and nothing protects the disk: give \
+                a folder of certificates or a file of keys, or, if the network itself is safe, say `insecure`"
+            );
+            return Err(Error::BadRequest { reason });
+        }
+        Ok(ops::How { read_only, remote: Some(remote) })
+    }
 }
 
 async fn attach(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) -> Outcome {
-    let how: AttachHow = read(&body)?;
+    let how = read::<AttachHow>(&body)?.how()?;
     let attached = run_on(&app, "attach", vdi, move |_, repo, vdi| {
-        ops::attach(repo, vdi, how.read_only)?;
+        ops::attach_as(repo, vdi, &how)?;
         Look::of(repo, vdi)?.one(vdi)
     });
     document(attached.await?)

@@ -13,6 +13,7 @@ use crate::identity;
 use crate::image;
 use crate::journal::{Intent, JobState, volume_of};
 use crate::lease::{Lease, Reader};
+use crate::remote::Remote;
 use crate::repo::Repo;
 use crate::tree::{Broken, NodeState};
 use crate::wanted::Wanted;
@@ -24,6 +25,23 @@ pub struct Attached {
     pub endpoint: Endpoint,
     /// Whether this call attached it; false if it was attached already.
     pub fresh: bool,
+}
+
+/// How a VDI is to be attached.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct How {
+    /// Refuse writes.
+    pub read_only: bool,
+    /// Serve it to other hosts too.
+    pub remote: Option<Remote>,
+}
+
+/// Attaches a VDI on this host: see [`attach_as`].
+///
+/// # Errors
+/// As there.
+pub fn attach(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Attached> {
+    attach_as(repo, vdi, &How { read_only, remote: None })
 }
 
 /// Attaches a VDI, or finds it attached the same way already.
@@ -44,13 +62,14 @@ pub struct Attached {
 /// [`Error::ReadOnly`] for a snapshot attached for writing, [`Error::InUse`]
 /// when attached the other way, [`Error::Busy`] while an operation is under
 /// way, what breaks its chain, [`Error::NotRunning`] with the tapdisk's words.
-pub fn attach(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Attached> {
+pub fn attach_as(repo: &Repo, vdi: Uuid, how: &How) -> Result<Attached> {
+    let read_only = how.read_only;
     let snapshot = repo.labels.get(vdi)?.is_some_and(|label| label.read_only);
     if snapshot && !read_only {
         return Err(Error::ReadOnly { what: format!("snapshot {vdi}") });
     }
     let before = repo.host.wanted_one(vdi).during(|| wanted_of(vdi))?;
-    let hold = match lease(repo, vdi, read_only, For::Person)? {
+    let hold = match lease(repo, vdi, how, For::Person)? {
         Leased::Already(endpoint) => {
             return Ok(Attached { endpoint, fresh: false });
         }
@@ -64,7 +83,8 @@ pub fn attach(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Attached> {
         let _sr = repo.host.lock_sr().during(|| format!("lock of SR {}", repo.name))?;
         let wanted = repo.host.wanted_one(vdi).during(|| wanted_of(vdi))?;
         if let Some(wanted) = wanted {
-            repo.host.want(&wanted.started()).during(|| wanted_of(vdi))?;
+            let wanted = wanted.started().listening(endpoint.listen);
+            repo.host.want(&wanted).during(|| wanted_of(vdi))?;
         }
     }
     let detail = if read_only { "read-only" } else { "read-write" }.to_owned();
@@ -117,7 +137,8 @@ pub fn revive(repo: &Repo, vdi: Uuid) -> Result<bool> {
     let Some(wanted) = repo.host.wanted_one(vdi).during(|| wanted_of(vdi))? else {
         return Ok(false);
     };
-    let hold = match lease(repo, vdi, wanted.read_only, For::Caretaker) {
+    let how = How { read_only: wanted.read_only, remote: None };
+    let hold = match lease(repo, vdi, &how, For::Caretaker) {
         Ok(Leased::Already(_)) => return Ok(true),
         Ok(Leased::Fresh(hold)) => hold,
         Err(_) if repo.host.wanted_one(vdi).during(|| wanted_of(vdi))?.is_none() => return Ok(false),
@@ -139,7 +160,9 @@ pub fn adopt(repo: &Repo) -> Result<()> {
     for lease in &leases {
         let before = repo.host.wanted_one(lease.vdi).during(|| wanted_of(lease.vdi))?;
         if before.as_ref().is_none_or(|wanted| wanted.starting) {
+            let remote = before.and_then(|wanted| wanted.remote);
             let wanted = Wanted::starting(repo.uuid, lease.vdi, lease.read_only).started();
+            let wanted = Wanted { remote, ..wanted };
             repo.host.want(&wanted).during(|| wanted_of(lease.vdi))?;
         }
     }
@@ -165,7 +188,8 @@ enum Leased {
     Fresh(Box<dyn LeaseHold>),
 }
 
-fn lease(repo: &Repo, vdi: Uuid, read_only: bool, whom: For) -> Result<Leased> {
+fn lease(repo: &Repo, vdi: Uuid, how: &How, whom: For) -> Result<Leased> {
+    let read_only = how.read_only;
     let twins = twins(repo)?;
     let locked = super::lock(repo, &[vdi])?;
     if let Some(lease) = locked.lease(vdi) {
@@ -173,12 +197,16 @@ fn lease(repo: &Repo, vdi: Uuid, read_only: bool, whom: For) -> Result<Leased> {
             return Err(Error::Busy { reason: format!("VDI {vdi} is being attached") });
         }
         same_way(vdi, lease.read_only, read_only)?;
+        same_place(repo, vdi, how.remote.as_ref())?;
         return Ok(Leased::Already(repo.host.endpoint(lease)));
     }
     match (repo.host.wanted_one(vdi).during(|| wanted_of(vdi))?, whom) {
         (None, For::Caretaker) => return Err(Error::NotFound { what: format!("attach of VDI {vdi}") }),
         (None, For::Person) => {}
-        (Some(wanted), _) => same_way(vdi, wanted.read_only, read_only)?,
+        (Some(wanted), _) => {
+            same_way(vdi, wanted.read_only, read_only)?;
+            same_place(repo, vdi, how.remote.as_ref())?;
+        }
     }
     let mut links = super::visible_chain(repo, vdi)?;
     if let Some(twin) = links.iter().find_map(|link| twins.iter().find(|(name, _)| *name == link.volume)) {
@@ -205,7 +233,8 @@ fn lease(repo: &Repo, vdi: Uuid, read_only: bool, whom: For) -> Result<Leased> {
     let chain = links.iter().map(Link::image_ref).collect();
     let lease = Lease { vdi, sr: repo.uuid, pid: 0, read_only, reader: Reader::Tapdisk, chain };
     if whom == For::Person {
-        let wanted = Wanted::starting(repo.uuid, vdi, read_only);
+        let remote = how.remote.clone();
+        let wanted = Wanted { remote, ..Wanted::starting(repo.uuid, vdi, read_only) };
         repo.host.want(&wanted).during(|| wanted_of(vdi))?;
     }
     let hold = repo.host.make_lease(&lease).during(|| format!("lease of VDI {vdi}"))?;
@@ -222,6 +251,20 @@ fn twins(repo: &Repo) -> Result<Vec<(VolumeName, VolumeName)>> {
         _ => None,
     };
     Ok(nodes.into_iter().filter_map(twin).collect())
+}
+
+/// Refuses an attach that wants it served elsewhere than it is.
+fn same_place(repo: &Repo, vdi: Uuid, asked: Option<&Remote>) -> Result<()> {
+    let Some(asked) = asked else { return Ok(()) };
+    let wanted = repo.host.wanted_one(vdi).during(|| wanted_of(vdi))?;
+    match wanted.and_then(|wanted| wanted.remote) {
+        Some(served) if served.serves(asked) => Ok(()),
+        served => {
+            let where_to = served.map_or("this host only".to_owned(), |served| served.listen.to_string());
+            let reason = format!("it is attached and listens on {where_to}: detach it first");
+            Err(Error::InUse { what: format!("VDI {vdi}"), reason })
+        }
+    }
 }
 
 /// Refuses an attach the other way.

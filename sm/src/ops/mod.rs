@@ -21,7 +21,7 @@ mod snapshot_steps;
 mod stat;
 
 pub(crate) use attach::relink;
-pub use attach::{Attached, adopt, attach, detach, revive, settle_all};
+pub use attach::{Attached, How, adopt, attach, attach_as, detach, revive, settle_all};
 pub use changed::{Changed, ChangedRange, changed};
 pub use copy::copy;
 pub use create::{VIRTUAL_BYTES_MIN, create};

@@ -141,7 +141,7 @@ impl Host for FakeHost {
         }))
     }
     fn endpoint(&self, lease: &Lease) -> Endpoint {
-        Endpoint { socket: "fake".into(), export: lease.vdi.to_string(), pid: lease.pid }
+        Endpoint { socket: "fake".into(), export: lease.vdi.to_string(), pid: lease.pid, listen: None }
     }
     fn wait_gone(&self, vdi: Uuid) -> io::Result<bool> {
         self.leases.lock().unwrap().retain(|lease| lease.vdi != vdi);

@@ -233,7 +233,7 @@ impl Host for SimHost {
     }
 
     fn endpoint(&self, lease: &Lease) -> Endpoint {
-        Endpoint { socket: "sim".into(), export: lease.vdi.to_string(), pid: 1 }
+        Endpoint { socket: "sim".into(), export: lease.vdi.to_string(), pid: 1, listen: None }
     }
 
     fn wait_gone(&self, vdi: Uuid) -> io::Result<bool> {

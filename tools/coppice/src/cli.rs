@@ -4,6 +4,7 @@
 //! those of the contract and are never renamed.
 
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -395,6 +396,9 @@ pub enum VdiCommand {
         /// Refuse writes
         #[arg(long)]
         read_only: bool,
+        /// Where else.
+        #[command(flatten)]
+        remote: RemoteArgs,
     },
     /// Settle it and stop serving it
     Detach {
@@ -404,6 +408,26 @@ pub enum VdiCommand {
         #[arg(long)]
         force: bool,
     },
+}
+
+/// Where else a disk is served.
+#[derive(Debug, Args)]
+pub struct RemoteArgs {
+    /// Serve it on this TCP address too, such as 10.0.0.1:10809
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub listen: Option<SocketAddr>,
+    /// A folder with server-cert.pem and server-key.pem: TCP clients must use TLS
+    #[arg(long, value_name = "DIR", requires = "listen")]
+    pub tls_certificates: Option<PathBuf>,
+    /// Let in only clients with a certificate signed by the folder's ca-cert.pem
+    #[arg(long, requires = "tls_certificates")]
+    pub tls_verify_peer: bool,
+    /// A file of pre-shared keys, in lines `user:key`, for TLS without certificates
+    #[arg(long, value_name = "FILE", requires = "listen")]
+    pub tls_psk: Option<PathBuf>,
+    /// Serve it without TLS also where other hosts can reach the address
+    #[arg(long, requires = "listen")]
+    pub insecure: bool,
 }
 
 /// Verbs of `gc`.

@@ -1,11 +1,12 @@
 //! `coppice vdi …`.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::{Context, looks, snapshot, transfer};
-use crate::cli::VdiCommand;
+use crate::cli::{RemoteArgs, VdiCommand};
 use crate::client::escaped;
 use crate::failure::Outcome;
 use crate::jobs;
@@ -77,8 +78,8 @@ pub fn run(context: &Context, command: VdiCommand) -> Outcome<()> {
             looks::map(context, &vdi, offset.map_or(0, |offset| offset.0), length.map(|length| length.0))?;
         }
         VdiCommand::Stat(arg) => looks::stat(context, &arg.vdi)?,
-        VdiCommand::Attach { vdi, read_only } => {
-            verb(context, &vdi, "attach", &json!({"read_only": read_only}))?;
+        VdiCommand::Attach { vdi, read_only, remote } => {
+            verb(context, &vdi, "attach", &attach_body(read_only, &remote)?)?;
         }
         VdiCommand::Detach { vdi, force } => {
             verb(context, &vdi, "detach", &json!({"force": force}))?;
@@ -93,6 +94,20 @@ fn list(context: &Context, sr: Option<&str>) -> Outcome<()> {
         None => "/vdis".to_owned(),
     };
     table(context, &view::inner(context.smd.get(&path)?, "vdis"))
+}
+
+/// How to attach. Files are named from the root: the daemon has another
+/// folder to start from.
+fn attach_body(read_only: bool, remote: &RemoteArgs) -> Outcome<Value> {
+    let whole = |path: &Option<PathBuf>| path.as_deref().map(std::path::absolute).transpose();
+    Ok(json!({
+        "read_only": read_only,
+        "listen": remote.listen,
+        "tls_certificates": whole(&remote.tls_certificates)?,
+        "tls_verify_peer": remote.tls_verify_peer,
+        "tls_psk": whole(&remote.tls_psk)?,
+        "insecure": remote.insecure,
+    }))
 }
 
 fn verb(context: &Context, vdi: &str, verb: &str, body: &Value) -> Outcome<()> {
