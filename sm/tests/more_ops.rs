@@ -291,3 +291,30 @@ fn a_copy_that_is_stopped_or_refused_leaves_nothing() {
     ops::attach(&sr.repo, vdi, true).unwrap();
     ops::copy(&sr.repo, vdi, &sr.repo, "c", &progress, || ()).unwrap();
 }
+
+#[test]
+fn nobody_sweeps_a_copy_or_attaches_a_disk_that_is_being_resized() {
+    let sr = sr();
+    let vdi = disk(&sr);
+    fill(&sr.repo, vdi, 0, 0x11);
+    let sweeping = || assert_eq!(recover::sweep(&sr.repo).unwrap(), 0);
+    let copy = ops::copy(&sr.repo, vdi, &sr.repo, "copy", &Progress::default(), sweeping).unwrap();
+    assert_eq!(byte(&sr.repo, copy, 0), 0x11);
+
+    let image = sm::chain::read(&sr.repo, vdi).unwrap()[0].image_ref();
+    let resize = ResizeIntent { id: Uuid::from_u128(900), vdi, image, virtual_bytes: 8 * BLOCK_BYTES };
+    journal::put(sr.repo.volumes.as_ref(), &Intent::Resize(resize), "test").unwrap();
+    // Somebody alive works on it.
+    let held = sr.repo.host.hold_intent(Uuid::from_u128(900)).unwrap().unwrap();
+    assert_eq!(code(ops::attach(&sr.repo, vdi, false)), "BUSY");
+    assert_eq!(code(ops::delete(&sr.repo, vdi)), "BUSY");
+    assert_eq!(code(ops::resize(&sr.repo, vdi, 16 * BLOCK_BYTES)), "BUSY");
+    assert_eq!(code(Reading::open(&sr.repo, vdi, false).map(|_| ())), "BUSY");
+    assert_eq!(
+        code(ops::snapshot(&sr.repo, SiblingKind::Snapshot, &[Wanted { vdi, name: "s".into() }])),
+        "BUSY"
+    );
+    drop(held);
+    ops::attach(&sr.repo, vdi, false).unwrap();
+    assert_clean(&sr.repo);
+}

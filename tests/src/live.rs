@@ -5,6 +5,7 @@
 //! loudly without (never in CI).
 
 mod bad_input;
+mod disks;
 mod exclusive;
 mod inspect;
 mod killed;

@@ -9,6 +9,7 @@ use uuid::Uuid;
 use vhd::chain::Chain;
 use vhd::storage::VolumeName;
 use vhd::storage::sim::{CrashKind, Sabotage, SimDisk};
+use vhd::units::BLOCK_BYTES;
 
 use super::oracle::{At, Value, tracked, unstamp};
 use super::scenarios::{Expected, Ran, Scenario, all, collect_garbage};
@@ -127,7 +128,9 @@ fn compare(ran: &Ran, world: &World, at: At, kind: CrashKind) -> Result<(), Stri
     }
     let known = |vdi: Uuid| {
         ran.expected.iter().any(|expected| match expected {
-            Expected::Disk { vdi: own, .. } | Expected::Snapshot { vdi: own, .. } => *own == vdi,
+            Expected::Disk { vdi: own, .. }
+            | Expected::Snapshot { vdi: own, .. }
+            | Expected::Made { vdi: own, .. } => *own == vdi,
         })
     };
     if let Some(node) = scan.tree.nodes.iter().find(|node| !node.is_hidden() && !known(node.uuid)) {
@@ -144,14 +147,23 @@ fn compare(ran: &Ran, world: &World, at: At, kind: CrashKind) -> Result<(), Stri
                 }
                 let allowed = |sector| oracle.after_crash(sector, kind, at);
                 holds(world, *vdi, allowed).map_err(|e| format!("the disk: {e}"))?;
+                has_size(ran, world, *vdi, at)?;
             }
-            Expected::Snapshot { vdi, of, instant, deleted } => {
+            Expected::Made { vdi, oracle, instant } => {
+                if visible(*vdi) {
+                    let allowed = |sector| oracle.after_crash(sector, kind, at);
+                    holds(world, *vdi, allowed).map_err(|e| format!("another disk: {e}"))?;
+                } else if instant.ended <= at {
+                    return Err(format!("disk {vdi} is gone"));
+                }
+            }
+            Expected::Snapshot { vdi, of, instant, taken, deleted } => {
                 let answered = instant.ended <= at;
                 let may_be_gone = deleted.is_some_and(|deleted| deleted <= at);
                 if visible(*vdi) && instant.began <= at {
                     // Not answered yet, it may lack what was not flushed.
                     let allowed = |sector| {
-                        let mut values = of.in_snapshot(sector, *instant);
+                        let mut values = of.in_snapshot(sector, *taken);
                         if !answered {
                             values.extend(of.after_crash(sector, kind, at));
                         }
@@ -162,6 +174,27 @@ fn compare(ran: &Ran, world: &World, at: At, kind: CrashKind) -> Result<(), Stri
                     return Err(format!("snapshot {vdi} is gone"));
                 }
             }
+        }
+    }
+    Ok(())
+}
+
+/// The disk has the size it was given last, or one it was being given; what
+/// it grew by reads as zeros.
+fn has_size(ran: &Ran, world: &World, vdi: Uuid, at: At) -> Result<(), String> {
+    let chain = Chain::open(world.repo.volumes.as_ref(), &VolumeName::vhd(vdi)).map_err(|e| e.to_string())?;
+    let size = chain.virtual_bytes();
+    let given = ran.sizes.iter().filter(|sizes| sizes.when.ended <= at).map(|sizes| sizes.virtual_bytes);
+    let given = given.max().unwrap_or(BLOCKS * BLOCK_BYTES);
+    let begun = ran.sizes.iter().filter(|sizes| sizes.when.began <= at && at < sizes.when.ended);
+    if size != given && !begun.map(|sizes| sizes.virtual_bytes).any(|bytes| bytes == size) {
+        return Err(format!("the disk has {size} bytes, and was given {given}"));
+    }
+    let mut bytes = [0; 512];
+    for offset in [BLOCKS * BLOCK_BYTES, size.saturating_sub(512)].into_iter().filter(|at| *at < size) {
+        chain.read_at(&mut bytes, offset).map_err(|e| e.to_string())?;
+        if size > BLOCKS * BLOCK_BYTES && bytes != [0; 512] {
+            return Err(format!("byte {offset}, past the size it had, is not zero"));
         }
     }
     Ok(())

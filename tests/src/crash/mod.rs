@@ -20,6 +20,7 @@
 //! | `scenarios` | what happens before the crash |
 //! | `scenarios_io` | the same, of imports and groups of disks |
 //! | `collecting` | the same, of deletions and merges |
+//! | `scenarios_ops` | the same for growth, revert and copy |
 //! | `campaign` | crashing, recovering, comparing, counting |
 //! | `teeth` | leaving steps out |
 //! | `faults` | operations that fail while others are under way |
@@ -31,5 +32,6 @@ mod guest;
 pub(crate) mod oracle;
 pub(crate) mod scenarios;
 mod scenarios_io;
+mod scenarios_ops;
 mod teeth;
 pub(crate) mod world;

@@ -36,10 +36,21 @@ pub enum Expected {
     Snapshot {
         vdi: Uuid,
         of: Oracle,
+        /// When it was made.
         instant: Instant,
+        /// Of when what it holds is.
+        taken: Instant,
         /// From here on it may be gone.
         deleted: Option<At>,
     },
+    /// Another disk, made meanwhile and written to.
+    Made { vdi: Uuid, oracle: Oracle, instant: Instant },
+}
+
+/// A size that the disk was given.
+pub struct Resized {
+    pub virtual_bytes: u64,
+    pub when: Instant,
 }
 
 /// A scenario that ran to its end.
@@ -48,6 +59,8 @@ pub struct Ran {
     /// From here on crashes are tried: the first disk exists.
     pub from: At,
     pub expected: Vec<Expected>,
+    /// Sizes of the disk, growing.
+    pub sizes: Vec<Resized>,
     /// What went wrong without any crash.
     pub failures: Vec<String>,
 }
@@ -62,11 +75,13 @@ pub struct Scenario {
 /// All of them, or the one that `COPPICE_CRASH_SCENARIO` names.
 pub fn all() -> impl Iterator<Item = Scenario> {
     let only = std::env::var("COPPICE_CRASH_SCENARIO").ok();
-    let all = USE.into_iter().chain(super::scenarios_io::ALL).chain(super::collecting::ALL);
+    let all = USE.into_iter().chain(super::scenarios_io::ALL).chain(super::scenarios_ops::ALL);
+    let all = all.chain(super::collecting::ALL);
     all.filter(move |scenario| only.as_deref().is_none_or(|name| name == scenario.name))
 }
 
-/// What people do; collecting on its own is in [`super::collecting`].
+/// What people do; collecting on its own is in [`super::collecting`], whole
+/// disks in [`super::scenarios_ops`].
 const USE: [Scenario; 8] = [
     Scenario { name: "writes", go: writes },
     Scenario { name: "snapshots", go: snapshots },
@@ -90,6 +105,7 @@ impl Scenario {
 pub(super) struct Snapshot {
     pub vdi: Uuid,
     pub instant: Instant,
+    pub taken: Instant,
     pub deleted: Option<At>,
 }
 
@@ -98,12 +114,13 @@ pub(super) struct Play {
     pub world: World,
     pub vdi: Uuid,
     pub guest: Option<SharedGuest>,
-    oracle: Oracle,
+    pub oracle: Oracle,
     from: At,
     pub snapshots: Vec<Snapshot>,
     deleted: Option<At>,
-    /// Disks of plays that ended.
+    /// Disks of plays that ended, and others.
     pub others: Vec<Expected>,
+    pub sizes: Vec<Resized>,
     pub failures: Vec<String>,
 }
 
@@ -125,6 +142,7 @@ impl Play {
             snapshots: Vec::new(),
             deleted: None,
             others: Vec::new(),
+            sizes: Vec::new(),
             failures: Vec::new(),
         }
     }
@@ -141,6 +159,7 @@ impl Play {
             snapshots: Vec::new(),
             deleted: None,
             others: Vec::new(),
+            sizes: Vec::new(),
             failures: Vec::new(),
         }
     }
@@ -198,6 +217,7 @@ impl Play {
                 self.snapshots.extend(siblings.into_iter().map(|vdi| Snapshot {
                     vdi,
                     instant,
+                    taken: instant,
                     deleted: None,
                 }));
             }
@@ -225,6 +245,7 @@ impl Play {
             vdi: snapshot.vdi,
             of: self.oracle.clone(),
             instant: snapshot.instant,
+            taken: snapshot.taken,
             deleted: snapshot.deleted,
         });
         let expected = snapshots.collect::<Vec<_>>();
@@ -233,6 +254,7 @@ impl Play {
             disk: self.world.disk.clone(),
             from: self.from,
             expected: expected.into_iter().chain([disk]).chain(self.others).collect(),
+            sizes: self.sizes,
             failures: self.failures,
         }
     }
@@ -453,9 +475,12 @@ fn growth(play: &mut Play) {
     for virtual_bytes in [64 << 20, 600 << 20, 2000 << 20] {
         let volume = play.world.repo.volumes.open(&name, Access::Write).expect("open");
         let mut meta = Meta::read(volume.as_ref()).expect("headers");
+        let began = play.world.disk.log_len();
         if let Err(error) = grow(volume.as_ref(), &mut meta, virtual_bytes) {
             play.failures.push(format!("grow to {virtual_bytes}: {error}"));
         }
+        let when = Instant { began, ended: play.world.disk.log_len() };
+        play.sizes.push(Resized { virtual_bytes, when });
     }
     play.attach();
     play.traffic(10);

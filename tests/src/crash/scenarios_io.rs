@@ -38,7 +38,7 @@ fn come_in(play: &mut Play, base: Option<Uuid>, bytes: &[u8]) -> Option<Uuid> {
     match ops::import(&play.world.repo, &wanted, &mut stream, &Progress::default(), || ()) {
         Ok(vdi) => {
             let instant = Instant { began, ended: play.world.disk.log_len() };
-            play.snapshots.push(Snapshot { vdi, instant, deleted: None });
+            play.snapshots.push(Snapshot { vdi, instant, taken: instant, deleted: None });
             Some(vdi)
         }
         Err(error) => {
@@ -123,8 +123,14 @@ fn group(play: &mut Play) {
     let oracle = std::mem::take(&mut guest.oracle);
     match taken.as_deref() {
         Ok(&[mine, its]) => {
-            play.snapshots.push(Snapshot { vdi: mine, instant, deleted: None });
-            play.others.push(Expected::Snapshot { vdi: its, of: oracle.clone(), instant, deleted: None });
+            play.snapshots.push(Snapshot { vdi: mine, instant, taken: instant, deleted: None });
+            play.others.push(Expected::Snapshot {
+                vdi: its,
+                of: oracle.clone(),
+                instant,
+                taken: instant,
+                deleted: None,
+            });
         }
         other => play.failures.push(format!("group: {other:?}")),
     }

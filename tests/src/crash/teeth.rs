@@ -19,6 +19,8 @@ const DEVICES: &str = "on a file a new slot's bitmap reads as zeros, so a lost o
     not flushed; on a device it is garbage, and the code is the same";
 const CLEARED: &str = "a record that comes back after a power cut finds everything done and is cleared again";
 const SPACE: &str = "without it the merge starts anew: that costs time and space, never a byte";
+const FENCE: &str = "it keeps others away while the image is worked on without the SR lock; what a crash leaves of that is \
+    swept, or sound as it is; see sm/tests/more_ops.rs";
 const EITHER: &str = "a durable swap decides like a durable decision does: either sync of the two would do";
 
 const AGREED: &str = "it is how a pauser and a tapdisk agree while one of them fails; after a crash the swaps that \
@@ -26,7 +28,7 @@ const AGREED: &str = "it is how a pauser and a tapdisk agree while one of them f
 const FORGED: &str = "it keeps a footer that a guest forged from being found, and these guests forge none";
 
 /// Steps that no state of these scenarios misses, and why they stay.
-const KEPT: [(Step, &str, &str); 33] = [
+const KEPT: [(Step, &str, &str); 39] = [
     (Step::SyncNames, "inner: record cleared, given up", CLEARED),
     (Step::Record, "inner: record cleared, given up", CLEARED),
     (Step::SyncNames, "leaf merge: record cleared, stopped", CLEARED),
@@ -71,6 +73,12 @@ const KEPT: [(Step, &str, &str); 33] = [
         "resize: new BAT entries before anything reaches them",
         "the header's flush covers them too; an image whose header need not change has only this one",
     ),
+    (Step::Record, "make: record", FENCE),
+    (Step::SyncNames, "make: record", FENCE),
+    (Step::SyncNames, "make: record cleared", CLEARED),
+    (Step::Record, "resize: record", FENCE),
+    (Step::SyncNames, "resize: record", FENCE),
+    (Step::SyncNames, "resize: record cleared", CLEARED),
     (Step::Flush, "scenario: damage", "not a step of ours: it sets the scene"),
 ];
 
@@ -114,7 +122,10 @@ fn first_failure(step: Step, why: &'static str) -> Option<String> {
 #[test]
 fn every_step_left_out_is_missed() {
     let all = std::env::var("COPPICE_TEETH").is_ok_and(|value| value == "all");
-    let steps = Mutex::new(all_steps().into_iter());
+    // Just the steps whose label begins so.
+    let only = std::env::var("COPPICE_TEETH_ONLY").unwrap_or_default();
+    let steps = all_steps().into_iter().filter(|(_, why)| why.starts_with(&only));
+    let steps = Mutex::new(steps.collect::<Vec<_>>().into_iter());
     let toothless = Mutex::new(Vec::new());
     let next = || locked(&steps).next();
     let work = || {

@@ -131,3 +131,24 @@ fn listing(folder: &Path) -> Vec<String> {
     names.sort();
     names
 }
+
+#[test]
+fn a_copy_that_finds_no_room_leaves_nothing() {
+    if !have("qemu-io") {
+        return;
+    }
+    let host = Host::new();
+    let Some(small) = Mounted::ext4(&host, 16) else { return };
+    host.ok(&create(&small.folder));
+    host.sr("big");
+    let vdi = host.disk("big", "web", "64MiB");
+    let at = host.attach(&vdi);
+    run(Command::new("qemu-io").args(["-f", "raw", "-t", "none", "-c", "write -P 0x11 0 40M"]).arg(&at.uri));
+    host.ok(&["vdi", "detach", "web"]);
+    let before = listing(&small.folder);
+    host.refused(&["vdi", "copy", "web", "--to", "store"], "NO_SPACE");
+    assert_eq!(listing(&small.folder), before);
+    assert_eq!(host.ok(&["vdi", "list", "store"]).as_array().map(Vec::len), Some(0));
+    // There is room for another one.
+    host.disk("store", "small", "4MiB");
+}
