@@ -11,6 +11,7 @@ mod inspect;
 mod killed;
 mod kills;
 mod main_job;
+mod power;
 mod remote;
 mod revived;
 mod soak;

@@ -112,7 +112,7 @@ fn fio_finds_what_it_wrote_under_snapshots() {
     let at = host.attach(&vdi);
     let mut fio = Command::new("fio");
     fio.args(["--name=v", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--iodepth=16"])
-        .args(["--size=96m", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1"])
+        .args(["--size=96m", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0"])
         .arg(format!("--uri={}", at.uri));
     let fio = std::thread::spawn(move || run(&mut fio));
     let mut taken = 0;

@@ -28,6 +28,9 @@ const SNAPSHOTS_MAX: usize = 6;
 /// Longest pause between two kills.
 const BETWEEN_KILLS_MS_MAX: u64 = 1500;
 
+/// What a command may be refused with while a tapdisk dies or a merge runs.
+const IN_THE_WAY: [&str; 3] = ["BUSY", "IN_USE", "NOT_RUNNING"];
+
 /// What the guest's thread is told.
 enum Mark {
     /// A snapshot will be asked for once this is answered.
@@ -81,7 +84,7 @@ fn nothing_is_lost_or_changed_while_everything_happens() {
     });
     merge_down(&host, &vdi);
     until_served(|| guest.check(&at));
-    host.ok(&["vdi", "detach", &vdi]);
+    persist(&host, &["vdi", "detach", &vdi]);
     assert!(guest.check(&host.attach_read_only(&vdi)));
     let Tally { reads, writes, zeroes, trims, flushes } = guest.tally;
     eprintln!("{seen:?}; {reads} reads, {writes} writes, {zeroes} zeroes, {trims} trims, {flushes} flushes");
@@ -142,20 +145,25 @@ fn ask<T>(marks: &Sender<Mark>, mark: impl FnOnce(Sender<T>) -> Mark) -> T {
     answered.recv_timeout(2 * LIMIT).expect("the guest is gone")
 }
 
-/// Kills the tapdisk again and again, wherever it is; smd brings it back.
+/// Kills the tapdisk again and again, wherever it is. smd brings it back, but
+/// not one that keeps dying: for that one the disk is attached by hand.
 fn kill(host: &Host, vdi: &str, mut rng: SmallRng, end: Instant) -> u64 {
-    let (mut kills, mut last) = (0, None);
+    let mut kills = 0;
     loop {
         std::thread::sleep(Duration::from_millis(rng.random_range(0..BETWEEN_KILLS_MS_MAX)));
         if Instant::now() >= end {
             return kills;
         }
-        let shown = host.ok(&["vdi", "show", vdi]);
-        if shown["pid"].is_i64() && shown["pid"] != last.clone().unwrap_or_default() {
-            Attached::of(&shown).kill();
-            last = Some(shown["pid"].clone());
-            kills += 1;
-        }
+        Attached::of(&host.ok(&["vdi", "show", vdi])).kill();
+        kills += 1;
+        let mut said = host.cli(&["vdi", "attach", vdi]);
+        until_served(|| {
+            if said.status != 0 {
+                assert!(IN_THE_WAY.contains(&said.code()), "{said:?}");
+                said = host.cli(&["vdi", "attach", vdi]);
+            }
+            said.status == 0
+        });
     }
 }
 
@@ -186,9 +194,8 @@ fn shoot_pictures(host: &Host, mut rng: SmallRng, marks: &Sender<Mark>, seen: &m
             look(host, &kept[at].0.clone(), &mut kept[at].1, seen);
             if rng.random_ratio(1, 2) {
                 let (name, _) = kept.swap_remove(at);
-                if persist(host, &["vdi", "delete", &name], end) {
-                    seen.deletes += 1;
-                }
+                persist(host, &["vdi", "delete", &name]);
+                seen.deletes += 1;
                 host.cli(&["gc", "run"]);
             }
         }
@@ -204,21 +211,22 @@ fn exists(host: &Host, name: &str) -> bool {
 
 /// A snapshot never changes: what it held once it holds for ever.
 fn look(host: &Host, name: &str, model: &mut Sectors, seen: &mut Seen) {
+    persist(host, &["vdi", "attach", "--read-only", name]);
     let at = host.attach_read_only(name);
     until_served(|| check_all(model, &at));
-    host.ok(&["vdi", "detach", name]);
+    persist(host, &["vdi", "detach", name]);
     seen.checks += 1;
 }
 
 /// Repeats a command that a dying tapdisk may get in the way of.
-fn persist(host: &Host, args: &[&str], end: Instant) -> bool {
-    let deadline = Instant::now().max(end) + LIMIT;
+fn persist(host: &Host, args: &[&str]) {
+    let deadline = Instant::now() + LIMIT;
     loop {
         let said = host.cli(args);
         if said.status == 0 {
-            return true;
+            return;
         }
-        assert!(["BUSY", "IN_USE", "NOT_RUNNING"].contains(&said.code()), "{args:?}: {said:?}");
+        assert!(IN_THE_WAY.contains(&said.code()), "{args:?}: {said:?}");
         assert!(Instant::now() < deadline, "{args:?}: {said:?}");
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -233,11 +241,11 @@ fn churn(host: &Host, mut rng: SmallRng, end: Instant) {
             return;
         }
         let name = format!("f-{n}");
-        host.ok(&["vdi", "snapshot", "f", "--name", &name]);
+        persist(host, &["vdi", "snapshot", "f", "--name", &name]);
         kept.push_back(name);
         while kept.len() > rng.random_range(1..4) {
             let Some(name) = kept.pop_front() else { break };
-            host.ok(&["vdi", "delete", &name]);
+            persist(host, &["vdi", "delete", &name]);
         }
     }
 }
@@ -253,7 +261,7 @@ fn fio_runs(at: &Attached, end: Instant) -> u64 {
         // Each block is trimmed, then written; the two must not be in flight
         // at once, for then either may come last.
         fio.args(["--name=v", "--ioengine=nbd", "--rw=randtrimwrite", "--bsrange=4k-128k", "--iodepth=8"])
-            .args(["--serialize_overlap=1", "--size=48m", "--randrepeat=0"])
+            .args(["--serialize_overlap=1", "--size=48m", "--randrepeat=0", "--verify_state_save=0"])
             .args(["--verify=crc32c", "--do_verify=1", "--verify_fatal=1"])
             .arg(format!("--uri={}", at.uri));
         let said = output(&mut fio);
@@ -267,7 +275,7 @@ fn fio_runs(at: &Attached, end: Instant) -> u64 {
 fn merge_down(host: &Host, vdi: &str) {
     for each in host.ok(&["vdi", "list"]).as_array().unwrap() {
         if each["kind"] == "snapshot" {
-            persist(host, &["vdi", "delete", each["uuid"].as_str().unwrap()], Instant::now());
+            persist(host, &["vdi", "delete", each["uuid"].as_str().unwrap()]);
         }
     }
     until_served(|| {

@@ -3,6 +3,7 @@
 pub mod forge;
 pub mod guest;
 pub mod host;
+pub mod machine;
 pub mod pace;
 pub mod programs;
 pub mod sectors;

@@ -2,7 +2,7 @@
 //! as often as a test likes.
 
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -133,6 +133,11 @@ impl Place {
 
     fn log(&self) -> PathBuf {
         self.run.path().join("log")
+    }
+
+    /// The folder of the images.
+    pub fn folder(&self) -> &Path {
+        self.data.path()
     }
 
     /// The end of what tapdisks here have logged.

@@ -29,8 +29,12 @@ const CHECK_BYTES: u32 = 256 << 10;
 #[derive(Debug, Clone)]
 enum Asked {
     Read(Range<u32>),
-    /// Makes the sectors this value.
-    Write(Range<u32>, Value),
+    /// Makes the sectors this value; with `fua` durable when answered.
+    Write {
+        sectors: Range<u32>,
+        value: Value,
+        fua: bool,
+    },
     Zero(Range<u32>),
     Trim(Range<u32>),
     Flush,
@@ -39,7 +43,7 @@ enum Asked {
 impl Asked {
     fn sectors(&self) -> Range<u32> {
         match self {
-            Self::Read(sectors) | Self::Write(sectors, _) | Self::Zero(sectors) | Self::Trim(sectors) => {
+            Self::Read(sectors) | Self::Write { sectors, .. } | Self::Zero(sectors) | Self::Trim(sectors) => {
                 sectors.clone()
             }
             Self::Flush => 0..0,
@@ -64,6 +68,21 @@ impl Tally {
     }
 }
 
+/// What a power cut may leave: grown by every request sent, replaced by every
+/// flush answered.
+#[derive(Debug)]
+struct Power {
+    flushed: Sectors,
+    /// The flush in flight that will replace it, and with what.
+    flushing: Option<(Ticket, Sectors)>,
+}
+
+impl Power {
+    fn models(&mut self) -> impl Iterator<Item = &mut Sectors> {
+        std::iter::once(&mut self.flushed).chain(self.flushing.as_mut().map(|(_, model)| model))
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Verifier {
@@ -73,6 +92,8 @@ pub struct Verifier {
     pub tally: Tally,
     /// What a snapshot taken since may hold.
     window: Option<Sectors>,
+    /// What a power cut may leave.
+    power: Power,
     next: Value,
     rng: SmallRng,
     in_flight: HashMap<Ticket, Asked>,
@@ -85,6 +106,7 @@ impl Verifier {
             sectors: Sectors::new(bytes),
             tally: Tally::default(),
             window: None,
+            power: Power { flushed: Sectors::new(bytes), flushing: None },
             next: 0,
             rng: SmallRng::seed_from_u64(seed),
             in_flight: HashMap::new(),
@@ -119,11 +141,28 @@ impl Verifier {
 
     /// A snapshot is about to be asked for.
     pub fn window_opens(&mut self) {
-        let mut window = self.sectors.clone();
+        self.window = Some(self.now());
+    }
+
+    /// What each sector may hold, requests in flight included.
+    fn now(&self) -> Sectors {
+        let mut sectors = self.sectors.clone();
         for asked in self.in_flight.values() {
-            uncertain(&mut window, asked);
+            uncertain(&mut sectors, asked);
         }
-        self.window = Some(window);
+        sectors
+    }
+
+    /// All of the disk is durable: it was settled.
+    pub fn settled(&mut self) {
+        self.power = Power { flushed: self.sectors.clone(), flushing: None };
+    }
+
+    /// The power was cut: each sector holds what it held at the last flush
+    /// that was answered, or anything written since that was sent (invariant 2).
+    pub fn power_cut(&mut self) {
+        self.abandon();
+        self.sectors = self.power.flushed.clone();
     }
 
     /// The snapshot was answered: what it may hold is what was acknowledged
@@ -152,7 +191,7 @@ impl Verifier {
                 250..300 => Asked::Trim(sectors),
                 _ => {
                     self.next += 1;
-                    Asked::Write(sectors, self.next)
+                    Asked::Write { sectors, value: self.next, fua: self.rng.random_ratio(1, 300) }
                 }
             });
         }
@@ -180,8 +219,8 @@ impl Verifier {
     }
 
     fn send(&mut self, client: &mut Client, asked: Asked) -> std::io::Result<()> {
-        if let Some(window) = &mut self.window {
-            uncertain(window, &asked);
+        for model in self.window.iter_mut().chain(self.power.models()) {
+            uncertain(model, &asked);
         }
         let sectors = asked.sectors();
         let offset = u64::from(sectors.start) * SECTOR_BYTES as u64;
@@ -191,14 +230,17 @@ impl Verifier {
             Asked::Read(_) => client.read(offset, len),
             Asked::Zero(_) => client.write_zeroes(offset, len),
             Asked::Trim(_) => client.trim(offset, len),
-            Asked::Write(_, value) => {
+            Asked::Write { value, fua, .. } => {
                 let mut data = vec![0; len as usize];
                 fill(&mut data, sectors.start, *value);
-                client.write(offset, &data, self.rng.random_ratio(1, 300))
+                client.write(offset, &data, *fua)
             }
         };
         match sent {
             Ok(ticket) => {
+                if matches!(asked, Asked::Flush) && self.power.flushing.is_none() {
+                    self.power.flushing = Some((ticket, self.now()));
+                }
                 self.in_flight.insert(ticket, asked);
                 Ok(())
             }
@@ -219,8 +261,11 @@ impl Verifier {
                 assert_eq!(data.len(), sectors.len() * SECTOR_BYTES);
                 self.sectors.check(sectors.start, &data).unwrap_or_else(|wrong| panic!("{}", wrong.0));
             }
-            Asked::Write(sectors, value) => {
+            Asked::Write { sectors, value, fua } => {
                 self.tally.writes += 1;
+                if fua {
+                    self.power.models().for_each(|model| model.acknowledge(sectors.clone(), value));
+                }
                 self.sectors.acknowledge(sectors, value);
             }
             Asked::Zero(sectors) => {
@@ -231,11 +276,17 @@ impl Verifier {
                 self.tally.trims += 1;
                 self.sectors.may_hold(sectors, 0);
             }
-            Asked::Flush => self.tally.flushes += 1,
+            Asked::Flush => {
+                self.tally.flushes += 1;
+                if let Some((_, flushed)) = self.power.flushing.take_if(|(asked, _)| *asked == reply.ticket) {
+                    self.power.flushed = flushed;
+                }
+            }
         }
     }
 
     fn abandon(&mut self) -> bool {
+        self.power.flushing = None;
         for (_, asked) in self.in_flight.drain() {
             uncertain(&mut self.sectors, &asked);
         }
@@ -276,7 +327,7 @@ pub fn check_all(sectors: &mut Sectors, at: &Attached) -> bool {
 /// Whatever a request does may have happened or not.
 fn uncertain(sectors: &mut Sectors, asked: &Asked) {
     match asked {
-        Asked::Write(at, value) => sectors.may_hold(at.clone(), *value),
+        Asked::Write { sectors: at, value, .. } => sectors.may_hold(at.clone(), *value),
         Asked::Zero(at) | Asked::Trim(at) => sectors.may_hold(at.clone(), 0),
         Asked::Read(_) | Asked::Flush => {}
     }
