@@ -154,9 +154,12 @@ impl Clients {
             want.set(PollFlags::POLLOUT, client.connection.has_output());
             let socket = client.socket.as_ref()?;
             if socket.is_shaking() {
-                want = PollFlags::empty();
+                want = socket.wants();
+            } else if client.connection.wants_input() {
+                // Only while it is read: else it would be ready for nothing.
+                want |= socket.wants();
             }
-            Some((*id, socket.as_fd(), want | socket.wants()))
+            Some((*id, socket.as_fd(), want))
         })
     }
 

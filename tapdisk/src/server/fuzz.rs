@@ -82,7 +82,7 @@ impl World {
             }
             _ if action & 8 != 0 => {
                 // More than the limit of what may wait.
-                self.say(end, &[b'x'; 5000].repeat(which));
+                self.say(end, &[b'x'; 5000].repeat(which % 16));
             }
             _ if end < self.ends.len() => drop(self.ends.swap_remove(end)),
             _ => {}

@@ -232,7 +232,10 @@ impl Encrypted {
             }
         }
         match self.stream.ssl_write(&self.record) {
-            Ok(n) => Ok(n),
+            Ok(n) => {
+                self.wants = PollFlags::empty();
+                Ok(n)
+            }
             Err(error) => self.cannot(error),
         }
     }

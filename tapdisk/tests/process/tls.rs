@@ -12,6 +12,7 @@ use openssl::ec::{EcGroup, EcKey};
 use openssl::hash::MessageDigest;
 use openssl::nid::Nid;
 use openssl::pkey::{PKey, Private};
+use openssl::ssl::{SslConnector, SslMethod};
 use openssl::x509::extension::{BasicConstraints, KeyUsage, SubjectAlternativeName};
 use openssl::x509::{X509, X509NameBuilder};
 
@@ -195,6 +196,47 @@ fn starttls(address: SocketAddr) -> TcpStream {
     socket.read_exact(&mut said).unwrap();
     assert_eq!(said[18 + 12..18 + 16], [0, 0, 0, 1], "no TLS");
     socket
+}
+
+/// Ticks of processor time that a process has used.
+fn ticks(tapdisk: &Tapdisk) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", tapdisk.0.id())).unwrap();
+    let after_name = stat.rsplit_once(')').unwrap().1;
+    let fields: Vec<&str> = after_name.split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[test]
+fn a_flood_over_tls_that_nobody_reads_the_answers_of_costs_no_time() {
+    let place = Place::new();
+    folders(&place);
+    let keys = place.path("keys.psk");
+    let (tapdisk, address) = listening(&place, &["--tls-psk", keys.to_str().unwrap()]);
+    let mut connector = SslConnector::builder(SslMethod::tls_client()).unwrap();
+    connector.set_ciphersuites("TLS_AES_128_GCM_SHA256").unwrap();
+    connector.set_psk_client_callback(|_, _, name, key| {
+        name[..6].copy_from_slice(b"alice\0");
+        key[..32].fill(0x5a);
+        Ok(32)
+    });
+    let config = connector.build().configure().unwrap().verify_hostname(false);
+    let mut deaf = config.connect("tapdisk", starttls(address)).unwrap();
+    deaf.write_all(b"IHAVEOPT\0\0\0\x07\0\0\0\x06\0\0\0\0\0\0").unwrap();
+    let mut said = [0; 20 + 12 + 20 + 14 + 20];
+    deaf.read_exact(&mut said).unwrap();
+    deaf.get_ref().set_nonblocking(true).unwrap();
+    let mut flood = 0x2560_9513u32.to_be_bytes().to_vec();
+    flood.extend([0; 20]);
+    flood.extend((1u32 << 20).to_be_bytes());
+    while deaf.write_all(&flood.repeat(500)).is_ok() {}
+    // It holds all it may hold, and more waits in the socket.
+    let mut local = place.nbd();
+    assert_eq!(write(&mut local, 4096, &[1; 512]), 0);
+    let before = ticks(&tapdisk);
+    std::thread::sleep(Duration::from_secs(2));
+    let used = ticks(&tapdisk) - before;
+    assert!(used <= 5, "{used} ticks in two seconds of silence");
+    assert_eq!(read(&mut local, 4096, 512), [1; 512]);
 }
 
 #[test]
