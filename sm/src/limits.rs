@@ -50,6 +50,10 @@ pub const REVIVES_AT_ONCE_MAX: usize = 8;
 /// How often attached VDIs are looked at, in milliseconds. The death of a
 /// tapdisk that is watched already is noticed at once.
 pub const CARETAKER_LOOK_MS: u64 = 1_000;
+/// Snapshots left below the chain limit at which a chain counts as near it.
+pub const CHAIN_WARN_LEFT: u32 = 5;
+/// Rows of each kind in the health of an SR; the rest is counted.
+pub const HEALTH_ROWS_MAX: usize = 100;
 /// Images remembered per SR; more are read each time.
 pub const KNOWN_IMAGES_MAX: usize = 200_000;
 /// How long after its last change a file's stamp is trusted, in nanoseconds:

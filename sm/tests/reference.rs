@@ -256,3 +256,22 @@ fn a_resize_that_was_interrupted_is_reverted_by_its_journal() {
     assert!(!path(format!(".journal-{vdi}")).exists());
     assert_eq!(scan::scan(&sr.repo).unwrap().tree.nodes[0].state, NodeState::Visible);
 }
+
+/// A copy of an image by `cp`: a record or a child could mean either.
+#[test]
+fn two_images_of_one_footer_are_not_attached() {
+    let sr = sr();
+    let vdi = ops::create(&sr.repo, "disk", 4 * BLOCK_BYTES).unwrap();
+    let other = ops::create(&sr.repo, "other", 4 * BLOCK_BYTES).unwrap();
+    let twin = Uuid::from_u128(42);
+    let path = |vdi: Uuid| sr.folder.path().join(format!("{vdi}.vhd"));
+    std::fs::copy(path(vdi), path(twin)).unwrap();
+    for (one, named) in [(vdi, twin), (twin, vdi)] {
+        let refused = ops::attach(&sr.repo, one, false).unwrap_err();
+        assert_eq!(refused.code(), "BAD_IMAGE");
+        assert!(refused.to_string().contains(&named.to_string()), "{refused}");
+    }
+    ops::attach(&sr.repo, other, false).unwrap();
+    std::fs::remove_file(path(twin)).unwrap();
+    ops::attach(&sr.repo, vdi, false).unwrap();
+}

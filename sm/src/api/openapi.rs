@@ -80,6 +80,7 @@ const ROUTES: &[Route] = &[
     ("post", "/jobs/{job}/proceed", "Tell a job that holds to go on", &[]),
     ("post", "/jobs/{job}/cancel", "Stop it, leaving nothing behind", &[]),
     ("get", "/status", "This daemon, and disks whose tapdisk died", &[]),
+    ("get", "/openapi.json", "This document", &[]),
     ("get", "/metrics", "Prometheus text", &[]),
 ];
 
@@ -148,6 +149,36 @@ fn error_schema() -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The routes as the router's source has them: method and path.
+    fn routed() -> Vec<(String, String)> {
+        let mut found = Vec::new();
+        for line in include_str!("routes.rs").split(".route(").skip(1) {
+            let (path, methods) = line.split_once(", ").unwrap();
+            let path = path.trim().trim_matches('"').to_owned();
+            let methods = methods.split("\n        .").next().unwrap();
+            let each = ["get", "post", "delete", "put"].into_iter().filter(|method| {
+                methods.starts_with(&format!("{method}(")) || methods.contains(&format!(").{method}("))
+            });
+            found.extend(each.map(|method| (method.to_owned(), path.clone())));
+        }
+        found
+    }
+
+    #[test]
+    fn every_route_is_described_and_nothing_else() {
+        let mut routed = routed();
+        assert!(routed.len() > 25, "{routed:?}");
+        // One route serves several verbs.
+        let verbs = ["scan", "attach", "detach", "forget", "destroy"];
+        routed.retain(|(_, path)| path != "/srs/{sr}/{verb}");
+        routed.extend(verbs.map(|verb| ("post".to_owned(), format!("/srs/{{sr}}/{verb}"))));
+        let mut described: Vec<(String, String)> =
+            ROUTES.iter().map(|(method, path, ..)| ((*method).to_owned(), (*path).to_owned())).collect();
+        routed.sort();
+        described.sort();
+        assert_eq!(described, routed);
+    }
 
     #[test]
     fn every_route_is_in_the_document() {

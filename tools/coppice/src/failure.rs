@@ -52,6 +52,9 @@ impl Failure {
     /// What the operator can do, where that does not depend on the case.
     pub fn advice(&self) -> Option<&'static str> {
         Some(match self.code.as_str() {
+            "NOT_RUNNING" if self.message.contains("tapdisk") => {
+                "its log is in the run folder, tap/UUID/log; `coppice sr check` reads its images"
+            }
             "NOT_RUNNING" => {
                 "start the daemons (`coppice up`, or the smd and gcd services), or name their folder with --run"
             }
@@ -73,7 +76,7 @@ impl Failure {
             "SR_DETACHED" => "attach it first: `coppice sr attach`",
             "SR_IN_USE" => "detach it on the host that uses it",
             "BAD_IMAGE" => {
-                "the image is left untouched; restore it from a backup, or repair it with it detached"
+                "it is left untouched; `coppice sr check` names all there are: restore it from a backup"
             }
             "MISSING_PARENT" => {
                 "put the missing image back into the storage repository, then `coppice sr scan`"
@@ -84,6 +87,10 @@ impl Failure {
             "READ_ONLY" => {
                 "snapshots and read-only folders take no writes; clone the snapshot, or check the mount and its permissions"
             }
+            "BAD_SIZE" => "a disk has 2 MiB to 2040 GiB, in steps of 2 MiB",
+            "BAD_JOURNAL" => "a newer version may have written it: use that, nothing is changed until then",
+            "IO_ERROR" => "the log of smd and that of the kernel (`dmesg`) may say more",
+            "UNSUPPORTED" => "`coppice help` shows what there is",
             _ => return None,
         })
     }

@@ -69,8 +69,8 @@ fn run(cli: Cli, output: Output) -> Outcome<ExitCode> {
         Command::Sr(command) => commands::sr::run(&context, command)?,
         Command::Vdi(command) => commands::vdi::run(&context, command)?,
         Command::Gc(command) => commands::gc::run(&context, command)?,
-        Command::Completions { shell } => commands::paperwork::completions(shell),
-        Command::Man { dir } => commands::paperwork::man(&dir)?,
+        Command::Completions { shell } => commands::paperwork::completions(shell, output),
+        Command::Man { dir } => commands::paperwork::man(&dir, output)?,
         Command::Daemon { args } => return daemon::run(args),
     }
     Ok(ExitCode::SUCCESS)

@@ -65,6 +65,41 @@ pub fn down(status: Option<&Value>) -> String {
     format!("\n{table}")
 }
 
+/// How the chains are: what needs somebody, from smd's status.
+pub fn health(status: Option<&Value>) -> String {
+    let Some(Value::Array(srs)) = status.and_then(|status| status.get("health")) else {
+        return String::new();
+    };
+    let mut table = table::Table::new(["HEALTH", "DISK", "UUID", "DEPTH", "WHAT"]);
+    let mut any = false;
+    for sr in srs {
+        let field = |of: &Value, name: &str| plain(of.get(name).unwrap_or(&Value::Null));
+        let rows = |name: &str| sr[name].as_array().cloned().unwrap_or_default();
+        let limit = field(sr, "depth_max");
+        for one in rows("near_limit") {
+            any = true;
+            let what = format!("near the limit of {limit}: delete snapshots, run `coppice gc run`");
+            table.row([
+                field(sr, "name"),
+                field(&one, "name"),
+                field(&one, "vdi"),
+                field(&one, "depth"),
+                what,
+            ]);
+        }
+        for one in rows("broken") {
+            any = true;
+            let what = style::bad(&format!("broken: {}", field(&one, "reason")));
+            table.row([field(sr, "name"), field(&one, "name"), field(&one, "vdi"), dash(), what]);
+        }
+        if let Some(error) = sr["error"].as_str() {
+            any = true;
+            table.row([field(sr, "name"), dash(), dash(), dash(), style::bad(error)]);
+        }
+    }
+    if any { format!("\n{table}") } else { format!("\n{}\n", style::good("all chains are well")) }
+}
+
 /// The collector's state: one line per storage repository, then one per node
 /// with something to tell.
 pub fn gc_status(status: &GcStatus) -> String {
