@@ -16,7 +16,7 @@ use sm::{Repo, image};
 use uuid::Uuid;
 use vhd::chain::Chain;
 use vhd::create::{NewImage, NewKind, ParentLink};
-use vhd::storage::{Volume, VolumeName, Volumes};
+use vhd::storage::VolumeName;
 use vhd::units::{BLOCK_BYTES, BlockNo, SectorRun};
 use vhd::writer::Writer;
 
