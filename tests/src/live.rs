@@ -6,6 +6,7 @@
 
 mod bad_input;
 mod disks;
+mod contract;
 mod exclusive;
 mod inspect;
 mod killed;
