@@ -1,5 +1,6 @@
 //! What the tests of this binary share.
 
+pub mod callers;
 pub mod forge;
 pub mod guest;
 pub mod host;
