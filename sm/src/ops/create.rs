@@ -17,10 +17,11 @@ pub const VIRTUAL_BYTES_MIN: u64 = BLOCK_BYTES;
 /// ```text
 ///   1. image under a temporary name, flushed   crash: swept by recovery, as
 ///                                              no intent names it
-///   2. rename to <uuid>.vhd, names synced      crash: the VDI is there or not
-///   3. label                                   crash: the next scan gives one
+///   2. label                                   crash: one of nothing, which the
+///                                              next scan drops
+///   3. rename to <uuid>.vhd, names synced      crash: the VDI is there or not
 /// ```
-/// The SR lock is held throughout, and the image's lock through step 2, so
+/// The SR lock is held throughout, and the image's lock through step 3, so
 /// that nobody sweeps the temporary as a leftover.
 ///
 /// # Errors
@@ -33,7 +34,10 @@ pub fn create(repo: &Repo, name: &str, virtual_bytes: u64) -> Result<Uuid> {
     let volume = VolumeName::vhd(vdi);
     let locked = super::lock(repo, &[])?;
     let new = NewVhd { volume: &temporary, footer: repo.ids.uuid(), virtual_bytes, parent: None };
+    let created_s = repo.ids.now_s();
     let made = image::create(repo, &new).and_then(|opened| {
+        // First: a VDI without its name would be nobody's.
+        repo.labels.put(vdi, &Label { name: name.to_owned(), created_s, ..Label::default() })?;
         repo.volumes.replace(&temporary, &volume).during(|| format!("name {volume}"))?;
         drop(opened);
         repo.volumes.sync("create: name durable").during(|| format!("name {volume}"))
@@ -41,11 +45,12 @@ pub fn create(repo: &Repo, name: &str, virtual_bytes: u64) -> Result<Uuid> {
     if let Err(error) = made {
         // Best effort: recovery sweeps what stays.
         let _ = repo.volumes.delete(&temporary);
+        if matches!(image::footer_of(repo, &volume), Ok(None)) {
+            let _ = repo.labels.remove(vdi);
+        }
         return Err(error);
     }
     drop(locked);
-    let created_s = repo.ids.now_s();
-    repo.labels.put(vdi, &Label { name: name.to_owned(), created_s, ..Label::default() })?;
     let detail = format!("{virtual_bytes} bytes");
     repo.labels.note(&Event { at_s: created_s, operation: "create", vdi, detail })?;
     Ok(vdi)
