@@ -66,15 +66,17 @@ fn work(callers: Vec<Caller>, drive: impl FnOnce(&dyn Fn() -> bool)) -> Vec<Call
 
 /// Everything is as the callers know it, and nothing else is there.
 fn check(host: &Host, callers: &mut [Caller]) {
+    host.ok(&["sr", "scan", "store"]);
     let mut known: BTreeSet<String> = BTreeSet::new();
     for caller in &mut *callers {
         known.extend(caller.check());
     }
-    host.ok(&["sr", "scan", "store"]);
     let listed = host.ok(&["vdi", "list", "store"]);
+    let listed = listed.as_array().unwrap();
     let uuid = |vdi: &Value| vdi["uuid"].as_str().unwrap().to_owned();
-    let listed: BTreeSet<String> = listed.as_array().unwrap().iter().map(uuid).collect();
-    assert_eq!(listed, known);
+    let unknown: Vec<&Value> = listed.iter().filter(|vdi| !known.contains(&uuid(vdi))).collect();
+    assert!(unknown.is_empty(), "nobody knows {unknown:?}");
+    assert_eq!(listed.len(), known.len());
     let names = || {
         let files = std::fs::read_dir(host.data().join("store")).unwrap().flatten();
         files.map(|file| file.file_name().to_string_lossy().into_owned()).collect::<Vec<_>>()

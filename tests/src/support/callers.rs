@@ -41,6 +41,9 @@ pub struct Caller {
     folder: PathBuf,
     rng: SmallRng,
     vdis: BTreeMap<String, Vdi>,
+    /// What was cut off and is not there yet: a tapdisk that lives may decide
+    /// it, and recovery finish it, in a moment.
+    maybe: Vec<Vdi>,
     next: u64,
     /// Operations that were answered, and those cut off.
     pub answered: u64,
@@ -66,6 +69,7 @@ impl Caller {
             folder: folder.to_owned(),
             rng: SmallRng::seed_from_u64(seed ^ (id as u64) << 32),
             vdis: BTreeMap::new(),
+            maybe: Vec::new(),
             next: 0,
             answered: 0,
             cut_off: 0,
@@ -105,14 +109,11 @@ impl Caller {
 
     /// What came of a request that makes a VDI called `name`.
     fn made(&mut self, outcome: Outcome<Value>, name: &str, vdi: Vdi) {
-        match outcome {
-            Ok(_) => self.answered += 1,
-            Err(failure) if is_cut_off(&failure) => self.cut_off += 1,
-            Err(failure) if is_refused(&failure) => {}
-            Err(failure) => panic!("{}: {name}: {failure}", self.id),
-        }
-        if let Some(uuid) = self.find(name) {
-            self.vdis.insert(uuid, vdi);
+        let answered = self.changed(outcome);
+        match self.find(name) {
+            Some(uuid) => drop(self.vdis.insert(uuid, vdi)),
+            None if answered.is_none() => self.maybe.push(vdi),
+            None => assert_eq!(answered, Some(false), "{}: {name} was made and is not there", self.id),
         }
     }
 
@@ -289,6 +290,11 @@ impl Caller {
     /// Compares everything with what smd shows and the disks hold. Returns the
     /// uuids.
     pub fn check(&mut self) -> Vec<String> {
+        for vdi in std::mem::take(&mut self.maybe) {
+            if let Some(uuid) = self.find(&vdi.name) {
+                self.vdis.insert(uuid, vdi);
+            }
+        }
         let vdis = self.vdis.clone();
         for (uuid, vdi) in &vdis {
             let shown = self.ask(&format!("/vdis/{uuid}")).unwrap();
