@@ -5,6 +5,7 @@
 //! second name and new leaf, record, Prepare, Pause, decision, Resume. Each
 //! swap has a leaf of its own, so the depth is what the row says.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -19,7 +20,7 @@ use crate::procs::Server;
 use crate::report::{Floor, Report, Row, Series};
 use crate::stats::percentile;
 
-/// Load before the swap and, at least, after it.
+/// Load before the swap and after it.
 const MARGIN: Duration = Duration::from_millis(100);
 /// Lease of a pause.
 const PAUSE_MS_MAX: u64 = 5_000;
@@ -55,15 +56,21 @@ fn one(bench: &Bench, below: Option<&Image>, n: u32) -> Result<Stall> {
     let server = bench.tapdisk(&leaf)?;
     warm(&server)?;
     let mut stall = None;
+    let over = AtomicBool::new(false);
     // Half of them read, half of them write.
     let (answered, window) = std::thread::scope(|scope| {
         let guests: Vec<_> = [Kind::Read, Kind::Write]
             .into_iter()
             .zip([server.connect()?, server.connect()?])
-            .map(|(kind, connection)| scope.spawn(move || guest(connection, kind, u64::from(n))))
+            .map(|(kind, connection)| {
+                let over = &over;
+                scope.spawn(move || guest(connection, kind, u64::from(n), over))
+            })
             .collect();
         std::thread::sleep(MARGIN);
         let window = swap(bench, &server, &leaf);
+        std::thread::sleep(MARGIN);
+        over.store(true, Ordering::Relaxed);
         let mut answered = Vec::new();
         for guest in guests {
             answered.extend(guest.join().map_err(|_| anyhow::anyhow!("a guest panicked"))??);
@@ -83,12 +90,13 @@ fn one(bench: &Bench, below: Option<&Image>, n: u32) -> Result<Stall> {
     stall.context("no counters")
 }
 
-fn guest(mut connection: Connection, kind: Kind, seed: u64) -> Result<Vec<Answered>> {
+/// A load until it is over.
+fn guest(mut connection: Connection, kind: Kind, seed: u64, over: &AtomicBool) -> Result<Vec<Answered>> {
     let size = connection.size_bytes();
-    let time = Some(MARGIN * 3);
-    let job = Job { kind, request_bytes: SMALL, depth: DEEP / 2, time };
+    let job = Job { kind, request_bytes: SMALL, depth: DEEP / 2, time: None };
     let mut all = Vec::new();
-    connection.run(&job, &mut offsets::random(size, SMALL, seed), |answered| all.push(answered))?;
+    let mut offsets = offsets::random(size, SMALL, seed).take_while(|_| !over.load(Ordering::Relaxed));
+    connection.run(&job, &mut offsets, |answered| all.push(answered))?;
     Ok(all)
 }
 
