@@ -22,7 +22,7 @@ const WRITE_UNITS_MAX: u32 = 6;
 const READ_UNITS: usize = 64;
 
 /// The guest and what it knows.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Guest {
     held: Vec<Value>,
     /// What else a unit may hold.
@@ -138,6 +138,14 @@ impl Guest {
             }
         }
         client.close();
+    }
+
+    /// The same for a whole copy of the disk.
+    pub fn check_bytes(&mut self, bytes: &[u8]) {
+        assert_eq!(bytes.len(), self.held.len() * UNIT_BYTES, "the length of a copy");
+        for (unit, buf) in bytes.chunks_exact(UNIT_BYTES).enumerate() {
+            self.check_unit(unit, buf);
+        }
     }
 
     fn check_unit(&mut self, unit: usize, buf: &[u8]) {

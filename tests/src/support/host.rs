@@ -142,12 +142,22 @@ impl Host {
         std::fs::read_to_string(self.log_path(daemon)).unwrap_or_default()
     }
 
-    /// Runs `coppice --json` with `args`.
-    pub fn cli(&self, args: &[&str]) -> Said {
+    fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(coppice());
         command.arg("--json").args(args);
         command.arg("--state").arg(self.state()).arg("--run").arg(self.run_dir());
-        let output = output(&mut command);
+        command
+    }
+
+    /// Starts `coppice --json` with `args` and does not wait for it.
+    pub fn begin(&self, args: &[&str]) -> Child {
+        let mut command = self.command(args);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    }
+
+    /// Runs `coppice --json` with `args`.
+    pub fn cli(&self, args: &[&str]) -> Said {
+        let output = output(&mut self.command(args));
         let stdout = String::from_utf8_lossy(&output.stdout);
         let json = if stdout.is_empty() {
             Value::Null
@@ -282,6 +292,21 @@ impl Attached {
             socket: answer["socket"].as_str().unwrap().into(),
             pid: i32::try_from(answer["pid"].as_i64().unwrap()).unwrap(),
             uri,
+        }
+    }
+
+    /// Whether somebody serves it.
+    pub fn answers(&self) -> bool {
+        coppice::nbd_client::Client::connect(&self.socket, &self.export).is_ok()
+    }
+
+    /// Kills its tapdisk as `kill -9` does, unless it is gone.
+    pub fn kill_if_alive(&self) {
+        // Only if it is still ours: the pid may be somebody else's by now.
+        let line = std::fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
+        let export = self.export.as_bytes();
+        if line.windows(export.len()).any(|part| part == export) {
+            let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
         }
     }
 

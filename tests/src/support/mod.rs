@@ -8,5 +8,6 @@ pub mod machine;
 pub mod pace;
 pub mod programs;
 pub mod sectors;
+pub mod small_fs;
 pub mod tap;
 pub mod verifier;
