@@ -299,3 +299,28 @@ fn a_delta_onto_an_empty_disk_divides_it_all_the_same() {
     assert_eq!((byte(&to.repo, came, 1), byte(&to.repo, base, 1)), (0x33, 0));
     assert_clean(&to.repo);
 }
+
+/// Gives some bytes; between them somebody scans the repository.
+struct Scans<'a>(&'a [u8], &'a Repo);
+
+impl Read for Scans<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        sm::recover::recover(self.1, sm::recover::Scope::All).unwrap();
+        sm::recover::sweep(self.1).unwrap();
+        let visible = scan::scan(self.1).unwrap().tree.nodes.len();
+        assert_eq!(visible, 0, "nothing shows before all of it is there");
+        self.0.read(buf)
+    }
+}
+
+#[test]
+fn a_scan_made_meanwhile_leaves_an_import_alone() {
+    let (from, to) = (sr(1), sr(2));
+    let (_, first, _) = disk(&from.repo);
+    let full = export(&from.repo, first, None, Format::Vhd).unwrap();
+    let wanted = ImportWanted { name: "came", format: Format::Vhd, base: None };
+    let mut stream = Scans(&full, &to.repo);
+    let came = ops::import(&to.repo, &wanted, &mut stream, &Progress::default(), || ()).unwrap();
+    assert_eq!(content(&to.repo, came), content(&from.repo, first));
+    assert_clean(&to.repo);
+}
