@@ -5,8 +5,8 @@
 //! loudly without (never in CI).
 
 mod bad_input;
-mod disks;
 mod contract;
+mod disks;
 mod exclusive;
 mod groups;
 mod inspect;
