@@ -47,7 +47,10 @@ struct Case {
 
 fn cases(from: &Templates) -> Vec<Case> {
     let mut rng = SmallRng::seed_from_u64(1);
-    let plain = || from.plain.clone();
+    // Each with a uuid of its own: one that two images share is refused for
+    // that alone.
+    let plain = || from.plain.clone().with_footer_uuid(Uuid::new_v4());
+    let child = || from.child.clone().with_footer_uuid(Uuid::new_v4());
     let case = |what, image| Case { what, image, codes: &["BAD_IMAGE"] };
     let outside = format!("../{}.vhd", "a".repeat(from.parent_text.len() - 7));
     let absolute = format!("/{}.vhd", "a".repeat(from.parent_text.len() - 5));
@@ -72,14 +75,10 @@ fn cases(from: &Templates) -> Vec<Case> {
         case("blocks over the headers", plain().with_every_block_at(1)),
         case("blocks beyond the end", plain().with_every_block_at(0x7fff_ff00)),
     ];
-    let to = |parent: &str| from.child.clone().with_parent(Uuid::new_v4(), &from.parent_text, parent);
+    let to = |parent: &str| child().with_parent(Uuid::new_v4(), &from.parent_text, parent);
     cases.push(Case { what: "a parent above the SR", image: to(&outside), codes: &["PARENT_OUTSIDE_SR"] });
     cases.push(Case { what: "a parent anywhere", image: to(&absolute), codes: &["PARENT_OUTSIDE_SR"] });
-    cases.push(Case {
-        what: "a parent that is not there",
-        image: from.child.clone(),
-        codes: &["MISSING_PARENT"],
-    });
+    cases.push(Case { what: "a parent that is not there", image: child(), codes: &["MISSING_PARENT"] });
     cases
 }
 
