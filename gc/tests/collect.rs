@@ -124,6 +124,28 @@ fn an_unreadable_image_stops_deletions_and_merges_with_its_reason() {
     assert!(report.failed[0].reason.contains(&id(9).to_string()), "{report:?}");
 }
 
+#[test]
+fn an_unreadable_image_whose_parents_are_recorded_stops_only_its_tree() {
+    let sr = Sr::new();
+    for tree in [10, 20] {
+        sr.image(tree, 0, true, 1);
+        sr.image(tree + 1, tree, false, 1);
+        sr.write(tree + 1, &[(0, run(0, 1), 7)]);
+    }
+    // A second child: the base is nobody's only parent.
+    sr.image(12, 10, false, 1);
+    // Older than the clock of any filesystem takes to tick.
+    std::thread::sleep(std::time::Duration::from_millis(1300));
+    sm::scan::scan(&sr.repo).unwrap();
+    sr.repo.heads.note(&sr.repo).unwrap();
+    // In place, as a disk rots: the file stays the same one.
+    std::fs::write(sr.path().join(format!("{}.vhd", id(12))), [7; 4096]).unwrap();
+    let report = sr.collect(Scope::Sr);
+    assert_eq!((sr.depth(21), sr.depth(11)), (1, 2), "{report:?}");
+    assert_eq!(report.leaf_coalesced, 1);
+    assert!(sr.path().join(format!("{}.vhd", id(10))).exists());
+}
+
 /// A repository that says how much room it has.
 #[derive(Debug)]
 struct Tight(Arc<dyn Volumes>, u64);
