@@ -9,10 +9,12 @@ mod support;
 use sm::journal::SiblingKind;
 use sm::ops::{self, Wanted};
 use sm::recover::{self, Scope};
-use sm::{Repo, scan};
+use sm::{Repo, image, scan};
 use support::{FakeHost, assert_clean, byte, fill, repo};
 use uuid::Uuid;
+use vhd::meta::Meta;
 use vhd::storage::sim::{Crashed, Effort, Seen, SimDisk};
+use vhd::storage::{Access, VolumeName};
 use vhd::units::BLOCK_BYTES;
 
 /// Marks the instant at which the operation was answered.
@@ -135,6 +137,49 @@ fn smd_dies_and_the_tapdisk_goes_on() {
         ops::snapshot(&second, SiblingKind::Snapshot, &wanted).unwrap();
         if alive {
             assert!(changes > 30, "{changes}");
+            return;
+        }
+    }
+}
+
+/// Whoever gives an image another parent dies at any change, and another does
+/// it again: once that is answered, no power cut takes it back. The first
+/// locator too leads to the new parent then, for readers that look no further.
+#[test]
+fn a_parent_changed_by_two_is_changed_for_good() {
+    for changes in 0.. {
+        let disk = SimDisk::new();
+        let (world, _) = world(&disk, 1);
+        let [image, parent] = ["one", "two"].map(|name| {
+            let vdi = ops::create(&world, name, 2 * BLOCK_BYTES).unwrap();
+            fill(&world, vdi, 0, 1);
+            ops::snapshot(&world, SiblingKind::Snapshot, &[Wanted { vdi, name: "s".into() }]).unwrap();
+            VolumeName::vhd(vdi)
+        });
+        let meta = |disk: &SimDisk, image: &VolumeName| {
+            let volume = disk.volumes().open(image, Access::Read).map_err(|e| e.to_string())?;
+            Meta::read(volume.as_ref()).map_err(|e| e.to_string())
+        };
+        let base = meta(&disk, &parent).unwrap().parent.unwrap();
+        let volume = base.candidates().unwrap().remove(0);
+        let from = disk.log_len();
+        let first = disk.new_process();
+        first.kill_process_after(changes);
+        let host = FakeHost::new(disk.volumes());
+        let outcome = image::set_parent(&repo(first.volumes(), &host, 1), &image, &volume, base.uuid);
+        let second = repo(disk.new_process().volumes(), &host, 2);
+        image::set_parent(&second, &image, &volume, base.uuid).unwrap();
+        disk.mark(ANSWERED);
+        let mut judge = |crashed: &Crashed| {
+            let now = meta(&crashed.disk, &image)?.parent.ok_or("no parent")?;
+            let leads = now.paths.first().is_some_and(|path| path.ends_with(volume.as_str()));
+            let changed = now.uuid == base.uuid && leads;
+            let answered = crashed.marks.contains(&ANSWERED);
+            if changed || !answered { Ok(()) } else { Err(format!("after {changes}: {:?}", now.paths)) }
+        };
+        disk.explore(from, Effort::LIGHT, &mut Seen::default(), &mut judge).unwrap();
+        if outcome.is_ok() {
+            assert!(changes > 3, "{changes}");
             return;
         }
     }

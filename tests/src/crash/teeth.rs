@@ -23,6 +23,8 @@ const FENCE: &str = "it keeps others away while the image is worked on without t
     swept, or sound as it is; see sm/tests/more_ops.rs";
 const EITHER: &str = "a durable swap decides like a durable decision does: either sync of the two would do";
 
+const LOCATOR: &str =
+    "our readers take any locator; sm/tests/crashes.rs looks at the first alone, as the reference does";
 const AGREED: &str = "it is how a pauser and a tapdisk agree while one of them fails; after a crash the swaps that \
     are found decide the same";
 const FORGED: &str = "it keeps a footer that a guest forged from being found, and these guests forge none";
@@ -42,17 +44,8 @@ const KEPT: [(Step, &str, &str); 40] = [
         "hidden: found so",
         "missed by sm/tests/crashes.rs, where smd alone dies between two steps",
     ),
-    (
-        Step::Flush,
-        "reparent: the first locator",
-        "our readers take any locator; the reference looks at the first",
-    ),
-    (
-        Step::Flush,
-        "reparent: found so",
-        "it takes a death between a header's write and its flush, then the end of that merge by another, then a \
-         power cut: no seed here has all three",
-    ),
+    (Step::Flush, "reparent: the first locator", LOCATOR),
+    (Step::Flush, "reparent: found so", LOCATOR),
     (Step::SyncNames, "snapshot: swaps", EITHER),
     (Step::SyncNames, "snapshot: decision", EITHER),
     (Step::SyncNames, "snapshot: void record cleared", CLEARED),
