@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | `GET /status?sr=` | | [`Status`] |
 //! | `POST /kick` | `{sr?}` | `{}`; looks now |
-//! | `POST /run` | `{sr?, vdi?, wait?, dry_run?}` | [`Report`], or `{}` without `wait` |
+//! | `POST /run` | `{sr?, vdi?, wait?, dry_run?}` | [`Report`], with `wait` beside its prediction; `{}` with neither |
 //! | `POST /pause`, `/resume` | `{sr?}` | `{}` |
 //! | `POST /abort` | `{sr?, vdi?}` | `{aborted}`: merges told to stop |
 //! | `POST /set` | `{sr?, rate?, parallel?, latency_factor?}` | `{}`; also for what runs |
@@ -256,16 +256,19 @@ async fn run(State(app): State<App>, Json(body): Json<RunBody>) -> Answer<Respon
             chosen.iter().for_each(|(collector, _)| collector.again());
             return Ok(Json(json!({})).into_response());
         }
-        let mut sum = Report::default();
+        let mut sum: Option<Report> = None;
         for (collector, scope) in chosen {
             let report = if body.dry_run {
                 collector.predict(scope).map_err(|stop| Refused::io(stop.to_string()))?
             } else {
-                collector.collect(scope)
+                collector.collect_as_predicted(scope)
             };
-            sum.add(report);
+            match &mut sum {
+                Some(sum) => sum.add(report),
+                None => sum = Some(report),
+            }
         }
-        Ok(Json(sum).into_response())
+        Ok(Json(sum.unwrap_or_default()).into_response())
     })
     .await
 }

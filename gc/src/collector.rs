@@ -19,6 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use sm::Repo;
+use sm::catalog::Event;
 use sm::journal::Intent;
 use uuid::Uuid;
 use vhd::merge::Mode;
@@ -31,7 +32,7 @@ use crate::job::{Job, Result, Stop};
 use crate::job_watch::JobWatch;
 use crate::limits;
 use crate::plan::{Choice, Merge, Settings, View, plan};
-use crate::progress::{Doing, Kind, State};
+use crate::progress::{Doing, Done, Kind, State};
 use crate::reason::Reason;
 use crate::report::{FailedNode, Report};
 use crate::survey;
@@ -154,8 +155,7 @@ impl Collector {
         state.quiet_until = Duration::ZERO;
         state.asked += 1;
         let asked = state.asked;
-        let before = state.totals.clone();
-        state.reset_peak();
+        let waiter = (scope == Scope::Sr).then(|| state.await_all());
         if let Scope::Vdi(vdi) = scope {
             state.focus_on(vdi);
         }
@@ -165,7 +165,7 @@ impl Collector {
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         let mut report = match scope {
-            Scope::Sr => state.since(&before),
+            Scope::Sr => waiter.map_or_else(Report::default, |waiter| state.awaited(waiter)),
             Scope::Vdi(vdi) => state.unfocus(vdi),
         };
         report.failed = failed(&state, scope);
@@ -178,13 +178,31 @@ impl Collector {
     /// # Errors
     /// The repository or a block table cannot be read.
     pub fn predict(&self, scope: Scope) -> Result<Report> {
+        self.predict_unless(scope, &|| false)
+    }
+
+    /// As [`Self::collect`], with a prediction made first beside it. A
+    /// prediction that would hold up the work is left out.
+    pub fn collect_as_predicted(&self, scope: Scope) -> Report {
+        let began = self.now();
+        let late = || self.now().saturating_sub(began) > limits::PREDICT_FIRST_MAX;
+        let predicted = self.predict_unless(scope, &late);
+        let predicted = predicted.inspect_err(|error| {
+            tracing::info!(sr = %self.repo.uuid, %error, "collecting without a prediction");
+        });
+        let mut report = self.collect(scope);
+        report.predicted = predicted.ok().map(Box::new);
+        report
+    }
+
+    fn predict_unless(&self, scope: Scope, late: &dyn Fn() -> bool) -> Result<Report> {
         let forest = survey::glance(&self.repo)?;
         let settings = self.state().settings;
         let only = match scope {
             Scope::Sr => None,
             Scope::Vdi(vdi) => Some(vdi),
         };
-        let mut report = cost::predict(&self.repo, &forest, settings, only)?;
+        let mut report = cost::predict(&self.repo, &forest, settings, only, late)?;
         let rate = self.state().expected_rate();
         report.seconds = report.bytes_copied as f64 / rate;
         Ok(report)
@@ -336,13 +354,32 @@ impl Collector {
                     tracing::info!(sr = %self.repo.uuid, vdi = %node, "garbage: deleted");
                 }
                 state.count(key, deleted.gone.len());
-                state.end(key, None);
+                let done = state.end(key, None);
+                drop(state);
+                self.keep(done);
                 Ok(())
             }
             Err(stop) => {
-                state.end(key, Some(stop.to_string()));
+                let done = state.end(key, Some(stop.to_string()));
+                drop(state);
+                self.keep(done);
                 Err(stop)
             }
+        }
+    }
+
+    /// Writes what came of a job into the SR's history.
+    fn keep(&self, done: Option<Done>) {
+        let Some(done) = done else {
+            return;
+        };
+        let kept = serde_json::to_string(&done).map_err(|error| error.to_string()).and_then(|detail| {
+            let (at_s, operation) = (self.repo.ids.now_s(), done.kind.operation());
+            let event = Event { at_s, operation, vdi: done.vdi, detail };
+            self.repo.labels.note(&event).map_err(|error| error.to_string())
+        });
+        if let Err(error) = kept {
+            tracing::warn!(sr = %self.repo.uuid, vdi = %done.vdi, job = %done.job, %error, "history not written");
         }
     }
 
@@ -355,7 +392,8 @@ impl Collector {
             Choice::Begin { cost, mode: Mode::Shadow, .. } => cost.gained_max,
             Choice::Begin { .. } | Choice::Resume { .. } | Choice::Delete { .. } => 0,
         };
-        let key = self.state().begin(Doing { attached, room, ..doing });
+        let expected = cost::expected(&choice);
+        let key = self.state().begin(Doing { attached, room, expected, ..doing });
         let (begun, wait) = mpsc::channel();
         let this = self.clone();
         let body = move || {
@@ -410,7 +448,7 @@ impl Collector {
 
     fn ended(&self, key: u64, choice: &Choice, outcome: Result<bool>) {
         let now = self.now();
-        {
+        let done = {
             let mut state = self.state();
             let named = match choice {
                 Choice::Begin { merge, .. } => Some(merge.node()),
@@ -434,9 +472,11 @@ impl Collector {
                     }
                 }
             }
-            state.end(key, outcome.err().map(|stop| stop.to_string()));
+            let done = state.end(key, outcome.err().map(|stop| stop.to_string()));
             state.dirty = true;
-        }
+            done
+        };
+        self.keep(done);
         self.changed.notify_all();
     }
 }

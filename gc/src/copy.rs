@@ -56,6 +56,7 @@ impl Copying<'_> {
             return outcome;
         }
         (self.tell_readers)()?;
+        self.watch.note(Event::Slice);
         for (source, slots) in held {
             if let Some(writer) = self.emptied.get_mut(source) {
                 writer.release(slots).map_err(format)?;

@@ -26,7 +26,7 @@ use crate::job::Stop;
 use crate::limits;
 use crate::plan::{Choice, Cost, Holds, Merge, Plan, Settings, View, plan};
 use crate::reason::Reason;
-use crate::report::{FailedNode, Report};
+use crate::report::{Expected, FailedNode, Report};
 use crate::sources::Sources;
 
 /// What a merge would cost, from block tables alone: bounds to choose by.
@@ -48,6 +48,22 @@ pub fn cost(repo: &Repo, merge: &Merge) -> Result<Cost, String> {
     })
 }
 
+/// What a merge that was chosen is expected to come to; `None` for what is
+/// carried on, as nobody knows what was done of it.
+pub(crate) fn expected(choice: &Choice) -> Option<Expected> {
+    let Choice::Begin { merge, mode, cost } = choice else {
+        return None;
+    };
+    let peak_extra_bytes = match (merge, mode) {
+        // Its tapdisk moves a window at a time and does not say how the room
+        // changes within it.
+        (Merge::Leaf { attached: true, .. }, _) => cost.copy_max.min(limits::LIVE_WINDOW_BYTES),
+        (_, Mode::Shadow) => cost.gained_max,
+        (_, Mode::Empty) => cost.gained_max.min(limits::SLICE_BYTES_MAX),
+    };
+    Some(Expected { bytes_copied: cost.copy_max, bytes_freed: cost.freed, peak_extra_bytes })
+}
+
 /// A node of the predicted forest.
 #[derive(Debug, Clone, Default)]
 struct Stack {
@@ -58,13 +74,19 @@ struct Stack {
 }
 
 /// Predicts what collecting now, to the end, would do to a forest that
-/// nobody changes.
+/// nobody changes. Given up once `late` says so.
 ///
 /// # Errors
-/// A block table cannot be read.
-pub fn predict(repo: &Repo, forest: &Forest, settings: Settings, only: Option<Uuid>) -> Result<Report, Stop> {
+/// A block table cannot be read, or it was given up.
+pub fn predict(
+    repo: &Repo,
+    forest: &Forest,
+    settings: Settings,
+    only: Option<Uuid>,
+    late: &dyn Fn() -> bool,
+) -> Result<Report, Stop> {
     settle_attached(repo, forest);
-    let mut model = Model { repo, stacks: BTreeMap::new(), report: Report::default() };
+    let mut model = Model { repo, late, stacks: BTreeMap::new(), report: Report::default() };
     let mut forest = forest.clone();
     forest.claims.retain(|claim| !claim.merge);
     let running = BTreeSet::new();
@@ -135,6 +157,8 @@ fn settle_attached(repo: &Repo, forest: &Forest) {
 
 struct Model<'a> {
     repo: &'a Repo,
+    /// Whether to give up.
+    late: &'a dyn Fn() -> bool,
     stacks: BTreeMap<Uuid, Stack>,
     report: Report,
 }
@@ -163,6 +187,7 @@ impl Model<'_> {
                         peak += room;
                         relink(&mut nodes, merge);
                     }
+                    Err(Stop::Aborted) => return Err(Stop::Aborted),
                     Err(stop) => self.fails(merge.node(), &stop),
                 },
             }
@@ -253,6 +278,9 @@ impl Model<'_> {
         let mut walk = Blocks::new(Mode::Shadow, window, BlockNo(0));
         let mut gained = BTreeSet::new();
         while let Some(window) = sources.next(&mut walk)? {
+            if (self.late)() {
+                return Err(Stop::Aborted);
+            }
             for copy in window.copies.iter().filter(|copy| present.contains(&copy.block)) {
                 let is_below = own.contains(&copy.block) || below.contains(&copy.block);
                 if !is_below && is_zero(&sources, copy)? {

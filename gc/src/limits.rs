@@ -66,6 +66,10 @@ pub const LIVE_WINDOW_BYTES: u64 = 32 << 20;
 pub const ABORT_QUIET: Duration = Duration::from_secs(30);
 /// Finished jobs kept for the status.
 pub const DONE_KEPT: usize = 256;
+/// A prediction that takes longer than this is not made before a collection
+/// that was asked for: work begins within 5 s of a kick all the same, and who
+/// waits need not wait much longer for the figures.
+pub const PREDICT_FIRST_MAX: Duration = Duration::from_secs(4);
 /// Attempts that somebody who waits for a collection waits for.
 pub const AWAITED_ATTEMPTS: u32 = 3;
 /// Bytes of an API request body.

@@ -17,7 +17,7 @@ use crate::job::Stop;
 use crate::limits;
 use crate::plan::Settings;
 use crate::reason::Reason;
-use crate::report::Report;
+use crate::report::{Expected, Report};
 use crate::retry::Retries;
 use crate::watch::{Event, Ledger};
 
@@ -31,6 +31,18 @@ pub enum Kind {
     Leaf,
     /// Garbage.
     Delete,
+}
+
+impl Kind {
+    /// What the history of an SR calls it.
+    #[must_use]
+    pub fn operation(self) -> &'static str {
+        match self {
+            Self::Inner => "coalesce",
+            Self::Leaf => "leaf-coalesce",
+            Self::Delete => "collect-garbage",
+        }
+    }
 }
 
 /// Work under way.
@@ -56,6 +68,8 @@ pub struct Doing {
     pub focus: Vec<Uuid>,
     /// Bytes it may still gain on balance, as forecast.
     pub room: u64,
+    /// What it was chosen by.
+    pub expected: Option<Expected>,
 }
 
 /// What was done in the tree of a VDI that somebody waits for.
@@ -66,6 +80,15 @@ pub struct Focus {
     /// Counts of what was done.
     sums: Report,
     /// Bytes of what was done.
+    room: Ledger,
+}
+
+/// Somebody who waits for the whole repository.
+#[derive(Debug, Clone, Default)]
+struct Waiter {
+    /// Sums when they began to.
+    before: Report,
+    /// Bytes of everything since, for the peak over all jobs.
     room: Ledger,
 }
 
@@ -84,6 +107,7 @@ impl Doing {
             aborted: false,
             focus: Vec::new(),
             room: 0,
+            expected: None,
         }
     }
 
@@ -113,6 +137,14 @@ pub struct Done {
     pub bytes_cloned: u64,
     /// Bytes of blocks that went away on balance.
     pub bytes_freed: u64,
+    /// Most room needed beyond what was in use when it began.
+    pub peak_extra_bytes: u64,
+    /// Times space was given back before all was copied, as there was not
+    /// enough of it; every leaf merge that we run ourselves does that.
+    pub slices: u64,
+    /// What it was expected to come to; not there for one that was carried on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub predicted: Option<Expected>,
     /// Why it ended early.
     pub error: Option<String>,
 }
@@ -165,8 +197,8 @@ pub struct State {
     active: BTreeSet<Uuid>,
     /// The last round changed the forest itself.
     again: bool,
-    /// Sum of everything since `reset_peak`, for the peak over all jobs.
-    room: Ledger,
+    /// Those who wait for the whole repository, by number.
+    waiters: BTreeMap<u64, Waiter>,
     next_key: u64,
 }
 
@@ -197,7 +229,7 @@ impl State {
             roots: BTreeMap::new(),
             active: BTreeSet::new(),
             again: false,
-            room: Ledger::default(),
+            waiters: BTreeMap::new(),
             next_key: 1,
         }
     }
@@ -250,7 +282,9 @@ impl State {
     }
 
     pub(crate) fn note(&mut self, key: u64, event: Event) {
-        self.room.note(event);
+        for waiter in self.waiters.values_mut() {
+            waiter.room.note(event);
+        }
         let Some(doing) = self.running.get_mut(&key) else {
             return;
         };
@@ -285,17 +319,16 @@ impl State {
         self.focus.extend(focused);
     }
 
-    pub(crate) fn end(&mut self, key: u64, error: Option<String>) {
-        let Some(doing) = self.running.remove(&key) else {
-            return;
-        };
+    /// Returns what is to be kept of it.
+    pub(crate) fn end(&mut self, key: u64, error: Option<String>) -> Option<Done> {
+        let doing = self.running.remove(&key)?;
         self.totals.bytes_copied += doing.ledger.copied;
         self.totals.bytes_cloned += doing.ledger.cloned;
         self.totals.bytes_freed += doing.ledger.net_freed();
         if self.done.len() == limits::DONE_KEPT {
             self.done.pop_front();
         }
-        self.done.push_back(Done {
+        let done = Done {
             job: doing.intent.map_or_else(|| format!("{}-{key}", doing.began_ms), |id| id.to_string()),
             vdi: doing.nodes.first().copied().unwrap_or_default(),
             kind: doing.kind,
@@ -304,8 +337,13 @@ impl State {
             bytes_copied: doing.ledger.copied,
             bytes_cloned: doing.ledger.cloned,
             bytes_freed: doing.ledger.net_freed(),
+            peak_extra_bytes: doing.ledger.peak,
+            slices: doing.ledger.slices,
+            predicted: doing.expected,
             error,
-        });
+        };
+        self.done.push_back(done.clone());
+        Some(done)
     }
 
     pub(crate) fn abort(&mut self, which: impl Fn(&Doing) -> bool) -> usize {
@@ -412,8 +450,15 @@ impl State {
         report
     }
 
-    pub(crate) fn reset_peak(&mut self) {
-        self.room = Ledger::default();
+    /// Somebody waits for everything from now on; returns their number. What
+    /// runs already is waited for too, so it counts.
+    pub(crate) fn await_all(&mut self) -> u64 {
+        let mut room = Ledger::default();
+        self.running.values().for_each(|doing| room.add(&doing.ledger));
+        let key = self.next_key;
+        self.next_key += 1;
+        self.waiters.insert(key, Waiter { before: self.totals.clone(), room });
+        key
     }
 
     /// Free space that merges under way will still take.
@@ -422,16 +467,19 @@ impl State {
         self.running.values().map(left).sum()
     }
 
-    /// Sums since `before`.
-    pub(crate) fn since(&self, before: &Report) -> Report {
+    /// What was done since a waiter began to wait.
+    pub(crate) fn awaited(&mut self, waiter: u64) -> Report {
+        let Some(Waiter { before, room }) = self.waiters.remove(&waiter) else {
+            return Report::default();
+        };
         Report {
             coalesced: self.totals.coalesced - before.coalesced,
             leaf_coalesced: self.totals.leaf_coalesced - before.leaf_coalesced,
             deleted: self.totals.deleted - before.deleted,
             bytes_copied: self.totals.bytes_copied - before.bytes_copied,
             bytes_cloned: self.totals.bytes_cloned - before.bytes_cloned,
-            bytes_freed: self.room.net_freed(),
-            peak_extra_bytes: self.room.peak,
+            bytes_freed: room.net_freed(),
+            peak_extra_bytes: room.peak,
             ..Report::default()
         }
     }

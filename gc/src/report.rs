@@ -26,6 +26,10 @@ pub struct Report {
     pub seconds: f64,
     /// What failed or was left, and why.
     pub failed: Vec<FailedNode>,
+    /// What was predicted when it began; not there in a prediction itself,
+    /// and where predicting would have held up the work.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted: Option<Box<Report>>,
 }
 
 impl Report {
@@ -41,7 +45,27 @@ impl Report {
         self.peak_extra_bytes += other.peak_extra_bytes;
         self.seconds += other.seconds;
         self.failed.extend(other.failed);
+        // A sum of which a part is missing would be read as a bound.
+        self.predicted = match (self.predicted.take(), other.predicted) {
+            (Some(mut sum), Some(more)) => {
+                sum.add(*more);
+                Some(sum)
+            }
+            _ => None,
+        };
     }
+}
+
+/// What a job was expected to take and give when it was chosen, from block
+/// tables alone. In bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Expected {
+    /// At most so much is copied or shared.
+    pub bytes_copied: u64,
+    /// At least so much goes away on balance.
+    pub bytes_freed: u64,
+    /// At most so much room is needed beyond what was in use.
+    pub peak_extra_bytes: u64,
 }
 
 /// A node that was not collected.

@@ -29,6 +29,8 @@ pub enum Event {
     Freed(u64),
     /// Extra room that was needed for a moment and is given back.
     Peak(u64),
+    /// Space was given back before all was copied, as there is not enough.
+    Slice,
 }
 
 /// A job's outside world.
@@ -68,6 +70,8 @@ pub struct Ledger {
     pub freed: u64,
     /// Most extra bytes in use at any moment.
     pub peak: u64,
+    /// Times space was given back on the way.
+    pub slices: u64,
 }
 
 impl Ledger {
@@ -86,6 +90,7 @@ impl Ledger {
             }
             Event::Freed(bytes) => self.freed += bytes,
             Event::Peak(bytes) => self.peak = self.peak.max(self.extra() + bytes),
+            Event::Slice => self.slices += 1,
         }
     }
 
@@ -98,6 +103,7 @@ impl Ledger {
         self.gained += other.gained;
         self.freed += other.freed;
         self.peak += other.peak;
+        self.slices += other.slices;
     }
 
     /// Bytes of blocks that went away on balance.

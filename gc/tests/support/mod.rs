@@ -111,7 +111,7 @@ impl Sr {
         let asking = collector.clone();
         let asked = collector.state().asked;
         let asker = std::thread::spawn(move || {
-            let report = asking.collect(scope);
+            let report = asking.collect_as_predicted(scope);
             asking.close();
             report
         });
@@ -130,6 +130,7 @@ impl Sr {
         let before = self.allocated();
         let report = self.collect_with(&collector, scope);
         assert!(self.repo.volumes.records().unwrap().is_empty(), "records are left");
+        assert_eq!(report.predicted.as_deref(), Some(&predicted));
         assert_eq!(report.bytes_freed, before - self.allocated(), "{report:?}");
         assert_eq!(predicted.bytes_freed, report.bytes_freed, "{predicted:?}\n{report:?}");
         assert_eq!(

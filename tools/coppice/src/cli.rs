@@ -441,7 +441,7 @@ pub enum GcCommand {
         /// Say what would be done
         #[arg(long)]
         dry_run: bool,
-        /// Return when nothing is left to do
+        /// Return when nothing is left to do, with what was done beside what was predicted
         #[arg(long)]
         wait: bool,
     },

@@ -20,7 +20,8 @@ pub fn run(context: &Context, command: GcCommand) -> Outcome<()> {
                 let (key, uuid) = resolve::sr_or_vdi(&context.smd, &what)?;
                 body[key] = uuid.into();
             }
-            show(context, &gcd.post_slow("/run", &body)?);
+            let answer = gcd.post_slow("/run", &body)?;
+            context.output.result(&answer, || render::report::collected(&answer));
         }
         GcCommand::Status(scope) => status(context, &scope)?,
         GcCommand::Pause(scope) => tell(context, &scope, "/pause")?,

@@ -1,10 +1,11 @@
-//! What `sr probe` and `sr check` found, for people.
+//! What `sr probe`, `sr check` and `gc run` found, for people.
 
 use serde_json::Value;
 
 use super::style;
 use super::table::Table;
 use super::{object, plain};
+use crate::size::human;
 
 /// A probe: what is there, and what to do with it.
 pub fn probe(answer: &Value) -> String {
@@ -57,6 +58,46 @@ pub fn check(answer: &Value) -> String {
     text
 }
 
+/// What a collection did, beside what was predicted; or a prediction.
+pub fn collected(answer: &Value) -> String {
+    if answer.get("coalesced").is_none() {
+        return object(answer);
+    }
+    let predicted = answer.get("predicted");
+    let mut table = Table::new(["FIGURE", "VALUE", "PREDICTED"]);
+    let figures = [
+        ("coalesced", ""),
+        ("leaf_coalesced", ""),
+        ("deleted", ""),
+        ("bytes_copied", "at most "),
+        ("bytes_cloned", "at most "),
+        ("bytes_freed", ""),
+        ("peak_extra_bytes", "at most "),
+        ("seconds", "about "),
+    ];
+    for (name, bound) in figures {
+        let beside =
+            predicted.map_or_else(String::new, |report| format!("{bound}{}", figure(name, &report[name])));
+        table.row([name.to_owned(), figure(name, &answer[name]), beside]);
+    }
+    let mut text = table.to_string();
+    let failed: Vec<Value> = answer["failed"].as_array().into_iter().flatten().cloned().collect();
+    if !failed.is_empty() {
+        let mut table = Table::new(["NOT COLLECTED", "REASON"]);
+        failed.iter().for_each(|one| table.row([plain(&one["uuid"]), plain(&one["reason"])]));
+        text.push_str(&format!("\n{table}"));
+    }
+    text
+}
+
+fn figure(name: &str, value: &Value) -> String {
+    match (value.as_u64(), value.as_f64()) {
+        (Some(bytes), _) if name.contains("bytes") => format!("{} ({bytes})", human(bytes)),
+        (None, Some(seconds)) => format!("{seconds:.1}"),
+        _ => plain(value),
+    }
+}
+
 /// A table of things and what they are; nothing if there are none.
 fn remarks(heading: &str, list: &Value) -> String {
     let Some(list) = list.as_array().filter(|list| !list.is_empty()) else {
@@ -73,6 +114,22 @@ fn remarks(heading: &str, list: &Value) -> String {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn a_run_stands_beside_its_prediction() {
+        let text = collected(&json!({
+            "coalesced": 2, "leaf_coalesced": 1, "deleted": 0, "bytes_copied": 4096, "bytes_cloned": 0,
+            "bytes_freed": 2048, "peak_extra_bytes": 0, "seconds": 0.25,
+            "failed": [{"uuid": "x", "reason": "no space"}],
+            "predicted": {"coalesced": 2, "leaf_coalesced": 1, "deleted": 0, "bytes_copied": 8192,
+                "bytes_cloned": 8192, "bytes_freed": 2048, "peak_extra_bytes": 1024, "seconds": 0.5},
+        }));
+        let text = anstream::adapter::strip_str(&text).to_string();
+        for words in ["4 KiB (4096)", "at most 8 KiB (8192)", "about 0.5", "no space"] {
+            assert!(text.contains(words), "{words}: {text}");
+        }
+        assert_eq!(collected(&json!({"done": true})).trim(), "done  true");
+    }
 
     #[test]
     fn a_check_names_each_broken_image_with_every_reason() {
