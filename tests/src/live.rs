@@ -6,6 +6,7 @@
 
 mod bad_input;
 mod contract;
+mod deep_chain;
 mod disks;
 mod exclusive;
 mod groups;

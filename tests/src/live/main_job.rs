@@ -178,6 +178,7 @@ fn every_object_has_the_promised_fields() {
         "peak_extra_bytes",
         "seconds",
         "failed",
+        "predicted",
     ] {
         assert!(run.get(field).is_some(), "a run has no {field}: {run}");
     }

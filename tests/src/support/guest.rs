@@ -20,6 +20,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 const WRITE_UNITS_MAX: u32 = 6;
 /// Units of one read when checking.
 const READ_UNITS: usize = 64;
+/// Units of a block.
+const BLOCK_UNITS: u32 = 512;
 
 /// The guest and what it knows.
 #[derive(Debug, Clone)]
@@ -78,6 +80,32 @@ impl Guest {
             acked += 1;
             stopping = stopping || stop(acked);
         }
+    }
+
+    /// Writes whole blocks, in order.
+    pub fn fill(&mut self, at: &Attached, blocks: std::ops::Range<u32>) {
+        let mut client = Client::connect(&at.socket, &at.export).unwrap();
+        let answer = |client: &mut Client| {
+            assert_eq!(client.next(ANSWER_LIMIT).unwrap().outcome, Ok(Vec::new()));
+        };
+        for first in (blocks.start * BLOCK_UNITS..blocks.end * BLOCK_UNITS).step_by(READ_UNITS) {
+            self.next += 1;
+            let value = Value(self.next);
+            let units = first..first + READ_UNITS as u32;
+            let mut data = vec![0; READ_UNITS * UNIT_BYTES];
+            for (unit, buf) in units.zip(data.chunks_exact_mut(UNIT_BYTES)) {
+                stamp::fill(buf, unit, value);
+                self.held[unit as usize] = value;
+            }
+            client.write(u64::from(first) * UNIT_BYTES as u64, &data, false).unwrap();
+            if client.in_flight() >= IN_FLIGHT {
+                answer(&mut client);
+            }
+        }
+        while client.in_flight() > 0 {
+            answer(&mut client);
+        }
+        client.close();
     }
 
     fn send(&mut self, client: &mut Client, in_flight: &mut InFlight) -> std::io::Result<()> {
