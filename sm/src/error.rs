@@ -38,6 +38,16 @@ pub enum Error {
         /// By whom.
         reason: String,
     },
+    /// In use in a way that detaching the VDI does not end.
+    #[error("{what} is in use: {reason}")]
+    Held {
+        /// What.
+        what: String,
+        /// By whom.
+        reason: String,
+        /// What ends it.
+        next: &'static str,
+    },
     /// No room on the repository.
     #[error("no space left on the repository: {what}")]
     NoSpace {
@@ -174,7 +184,7 @@ impl Error {
             Self::NotFound { .. } => "NOT_FOUND",
             Self::Ambiguous { .. } => "AMBIGUOUS",
             Self::Exists { .. } => "EXISTS",
-            Self::InUse { .. } => "IN_USE",
+            Self::InUse { .. } | Self::Held { .. } => "IN_USE",
             Self::NoSpace { .. } => "NO_SPACE",
             Self::ChainTooLong { .. } => "CHAIN_TOO_LONG",
             Self::BadSize { .. } => "BAD_SIZE",
@@ -193,6 +203,18 @@ impl Error {
             Self::BadRequest { .. } => "BAD_REQUEST",
             Self::Journal { .. } => "BAD_JOURNAL",
             Self::Catalog(_) | Self::Io { .. } => "IO_ERROR",
+        }
+    }
+
+    /// What to do next, where the code alone does not tell.
+    #[must_use]
+    pub fn next(&self) -> Option<&'static str> {
+        match self {
+            Self::Held { next, .. } => Some(next),
+            Self::BadStream { .. } => Some(
+                "nothing was imported: check the file and the form (`--format`), or make the export again",
+            ),
+            _ => None,
         }
     }
 

@@ -79,6 +79,15 @@ pub struct JobError {
     pub code: &'static str,
     /// The sentence.
     pub message: String,
+    /// What to do next, where the code alone does not tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next: Option<&'static str>,
+}
+
+impl JobError {
+    fn of(error: &Error) -> Self {
+        Self { code: error.code(), message: error.to_string(), next: error.next() }
+    }
 }
 
 /// A job as the API shows it.
@@ -316,9 +325,7 @@ impl Job {
         self.note(match outcome {
             Ok(result) => JobState::Done { result },
             Err(Error::Cancelled) => JobState::Cancelled,
-            Err(error) => {
-                JobState::Failed { error: JobError { code: error.code(), message: error.to_string() } }
-            }
+            Err(error) => JobState::Failed { error: JobError::of(error) },
         });
     }
 
@@ -335,7 +342,7 @@ impl Job {
 impl Drop for Job {
     fn drop(&mut self) {
         let lost = Error::NotRunning { what: "the job".into(), reason: "it ended without an answer".into() };
-        self.note(JobState::Failed { error: JobError { code: lost.code(), message: lost.to_string() } });
+        self.note(JobState::Failed { error: JobError::of(&lost) });
     }
 }
 

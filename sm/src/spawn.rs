@@ -89,6 +89,9 @@ impl TapOrder {
 struct FirstWords {
     ready: bool,
     error: Option<String>,
+    /// It was told to use something that it cannot use: an address, a file.
+    #[serde(default)]
+    refused: bool,
     listen: Option<SocketAddr>,
 }
 
@@ -101,7 +104,8 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 ///
 /// # Errors
 /// It could not be started, ended, or did not come up in time (it is killed
-/// then); the message carries what it said.
+/// then); the message carries what it said. [`io::ErrorKind::InvalidInput`]: it
+/// cannot use the address or the files it was told to use.
 pub fn start(
     program: &TapProgram,
     order: &TapOrder,
@@ -136,6 +140,9 @@ pub fn start(
             // Killing what has ended already is no error that matters here.
             let _ = child.kill();
             let status = child.wait()?;
+            if error.kind() == io::ErrorKind::InvalidInput {
+                return Err(error);
+            }
             let words = last_words(&log_path);
             let text = format!("{error} ({status}; its log ends: {words})");
             return Err(io::Error::new(error.kind(), text));
@@ -169,7 +176,10 @@ fn wait_ready(mut stdout: ChildStdout) -> io::Result<Option<SocketAddr>> {
     }
     match serde_json::from_slice(&said) {
         Ok(FirstWords { ready: true, listen, .. }) => Ok(listen),
-        Ok(FirstWords { error, .. }) => Err(io::Error::other(error.unwrap_or_default())),
+        Ok(FirstWords { error, refused, .. }) => {
+            let kind = if refused { io::ErrorKind::InvalidInput } else { io::ErrorKind::Other };
+            Err(io::Error::new(kind, error.unwrap_or_default()))
+        }
         Err(_) => Err(io::Error::other(format!("it said {:?}", String::from_utf8_lossy(&said)))),
     }
 }

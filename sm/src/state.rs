@@ -56,7 +56,7 @@ impl State {
     /// Opens the folder, making it at the first use.
     ///
     /// # Errors
-    /// [`Error::InUse`] when another smd holds it, I/O errors.
+    /// [`Error::Held`] when another smd holds it, I/O errors.
     pub fn open(folder: &Path) -> Result<Self> {
         let what = || format!("state folder {}", folder.display());
         make_folder(folder).during(what)?;
@@ -66,7 +66,11 @@ impl State {
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                return Err(Error::InUse { what: what(), reason: "another smd runs on it".into() });
+                return Err(Error::Held {
+                    what: what(),
+                    reason: "another smd runs on it".into(),
+                    next: "end that one first, or give this one another folder with --state",
+                });
             }
             Err(TryLockError::Error(error)) => return Err(Error::io(what(), error)),
         }

@@ -337,3 +337,20 @@ fn a_snapshot_of_what_is_being_copied_changes_nothing_for_the_reader() {
     assert_eq!(bytes[0], 0x11);
     assert!(Reading::open(&sr.repo, snapshot, false).is_ok());
 }
+
+#[test]
+fn a_detach_is_busy_while_the_tapdisk_is_at_something_and_held_by_clients() {
+    let sr = sr();
+    let vdi = disk(&sr);
+    ops::attach(&sr.repo, vdi, true).unwrap();
+    let detach = |mood, force| {
+        *sr.host.mood.lock().unwrap() = mood;
+        ops::detach(&sr.repo, vdi, force)
+    };
+    // Over in a moment: to be tried again, by whoever asked.
+    assert!(detach(Mood::Occupied, false).unwrap_err().is_busy());
+    let held = detach(Mood::HasClients, false).unwrap_err();
+    assert_eq!(held.code(), "IN_USE");
+    assert!(held.next().unwrap().contains("--force"), "{held}");
+    assert!(detach(Mood::HasClients, true).unwrap());
+}

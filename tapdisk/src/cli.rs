@@ -29,7 +29,7 @@ use crate::limits::{LOCK_RETRY, LOCK_WAIT_MAX};
 use crate::nbd::Export;
 use crate::server::{DriverChoice, Parts, Server};
 use crate::service::Service;
-use crate::tls::{Settings, Tls};
+use crate::tls::{Settings, Tls, TlsError};
 
 /// Name of the NBD socket in the run folder.
 const NBD_SOCKET: &str = "nbd.sock";
@@ -97,6 +97,23 @@ struct Args {
     lease_fd: Option<u32>,
 }
 
+/// What it was told to use it cannot use: whoever said so has to change that.
+#[derive(Debug, thiserror::Error)]
+enum Unusable {
+    /// Files or settings of TLS.
+    #[error("TLS: {0}")]
+    Tls(#[from] TlsError),
+    /// An address.
+    #[error("cannot listen on {0}: {1}")]
+    Address(SocketAddr, std::io::Error),
+    /// An address that anybody could reach.
+    #[error(
+        "{0} can be reached from other hosts and nothing protects the disk: \
+         give --tls-certificates or --tls-psk, or, if the network itself is safe, --insecure"
+    )]
+    Unprotected(SocketAddr),
+}
+
 /// Runs a tapdisk; `args` begins with the program's name. Returns when it was
 /// told to stop.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -116,7 +133,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Err(error) => {
             let message = format!("{error:#}");
             tracing::error!(error = message, "ended");
-            say(&serde_json::json!({ "ready": false, "error": message }));
+            let refused = error.is::<Unusable>();
+            say(&serde_json::json!({ "ready": false, "error": message, "refused": refused }));
             ExitCode::FAILURE
         }
     }
@@ -182,7 +200,7 @@ fn open(args: &Args, signals: SignalFd) -> anyhow::Result<(Server<DataPath>, Opt
 }
 
 /// What is needed for clients from other hosts.
-fn listen(args: &Args) -> anyhow::Result<(Option<TcpListener>, Option<Tls>)> {
+fn listen(args: &Args) -> Result<(Option<TcpListener>, Option<Tls>), Unusable> {
     let settings = Settings {
         certificates: args.tls_certificates.clone(),
         verify_peer: args.tls_verify_peer,
@@ -191,12 +209,9 @@ fn listen(args: &Args) -> anyhow::Result<(Option<TcpListener>, Option<Tls>)> {
     let tls = Tls::load(&settings)?;
     let Some(address) = args.listen else { return Ok((None, tls)) };
     if tls.is_none() && !address.ip().is_loopback() && !args.insecure {
-        anyhow::bail!(
-            "{address} can be reached from other hosts and nothing protects the disk: \
-             give --tls-certificates or --tls-psk, or, if the network itself is safe, --insecure"
-        );
+        return Err(Unusable::Unprotected(address));
     }
-    let tcp = TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
+    let tcp = TcpListener::bind(address).map_err(|error| Unusable::Address(address, error))?;
     Ok((Some(tcp), tls))
 }
 

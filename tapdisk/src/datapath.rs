@@ -87,7 +87,7 @@ impl Core for DataPath {
         let Call { id, request } = call;
         if request == (Order::Stop { force: false }) && counters.clients > 0 {
             let detail = format!("{} NBD clients are connected", counters.clients);
-            let outcome = Err(Refusal::Busy { detail });
+            let outcome = Err(Refusal::InUse { detail });
             let answer = Answer { id, last: true, outcome };
             return self.effects.push_back(Effect::Answer(PeerId(peer), answer));
         }

@@ -11,7 +11,8 @@ use crate::error::Error;
 /// What a handler gives back.
 pub type Outcome = std::result::Result<Response, Failure>;
 
-/// An error on its way out: `{"error": {"code", "message"}}`.
+/// An error on its way out: `{"error": {"code", "message"}}`, with `next`
+/// where there is something to do that the code alone does not tell.
 #[derive(Debug)]
 pub struct Failure(pub Error);
 
@@ -32,6 +33,9 @@ impl IntoResponse for Failure {
         if let Error::ChainTooLong { depth, depth_max, .. } = &self.0 {
             error["depth"] = (*depth).into();
             error["depth_max"] = (*depth_max).into();
+        }
+        if let Some(next) = self.0.next() {
+            error["next"] = next.into();
         }
         (status(&self.0), Json(json!({ "error": error }))).into_response()
     }

@@ -141,7 +141,7 @@ fn error_schema() -> Value {
     let fields = json!({
         "type": "object",
         "required": ["code", "message"],
-        "properties": { "code": text, "message": text },
+        "properties": { "code": text, "message": text, "next": text },
     });
     json!({ "type": "object", "required": ["error"], "properties": { "error": fields } })
 }

@@ -174,7 +174,7 @@ impl Manager {
     /// merges, which stop at any point. Fine if it is detached.
     ///
     /// # Errors
-    /// [`Error::InUse`] while VDIs are attached, [`Error::Busy`] while
+    /// [`Error::Held`] while VDIs are attached, [`Error::Busy`] while
     /// somebody works on an intent, what keeps an image from being settled.
     pub fn detach_sr(&self, sr: Uuid) -> Result<()> {
         let _changing = self.changing();
@@ -189,7 +189,11 @@ impl Manager {
             let leases = repo.host.leases().during(|| "leases".into())?;
             if !leases.is_empty() {
                 let reason = format!("{} VDIs are attached or being copied", leases.len());
-                return Err(Error::InUse { what: format!("SR {}", repo.name), reason });
+                return Err(Error::Held {
+                    what: format!("SR {}", repo.name),
+                    reason,
+                    next: "detach its disks (`coppice vdi detach`) and let copies end",
+                });
             }
             if let Some(down) = repo.host.wanted().during(|| "run folder".into())?.first() {
                 let reason =
@@ -214,7 +218,7 @@ impl Manager {
     /// Forgets a detached SR; its images and labels stay where they are.
     ///
     /// # Errors
-    /// [`Error::InUse`] while attached, [`Error::NotFound`].
+    /// [`Error::Held`] while attached, [`Error::NotFound`].
     pub fn forget_sr(&self, sr: Uuid) -> Result<()> {
         let _changing = self.changing();
         {
@@ -222,7 +226,11 @@ impl Manager {
             let entry = find(&entries, sr)?;
             if entry.open.is_some() {
                 let what = format!("SR {}", entry.known.name);
-                return Err(Error::InUse { what, reason: "it is attached".into() });
+                return Err(Error::Held {
+                    what,
+                    reason: "it is attached".into(),
+                    next: "detach it first: `coppice sr detach`",
+                });
             }
             entries.retain(|entry| entry.known.uuid != sr);
         }
@@ -233,7 +241,7 @@ impl Manager {
     /// and the dot folder go, the folder itself stays.
     ///
     /// # Errors
-    /// [`Error::InUse`] while it has VDIs, or broken images that may be some;
+    /// [`Error::Held`] while it has VDIs, or broken images that may be some;
     /// else as [`Manager::detach_sr`].
     pub fn destroy_sr(&self, sr: Uuid) -> Result<()> {
         let open = self.open_sr(sr)?;
@@ -242,7 +250,7 @@ impl Manager {
         if let Some(node) = kept.next() {
             let what = format!("SR {}", open.repo.name);
             let reason = format!("it has {} VDIs, such as {}", 1 + kept.count(), node.uuid);
-            return Err(Error::InUse { what, reason });
+            return Err(Error::Held { what, reason, next: "delete its disks first: `coppice vdi delete`" });
         }
         let path = find(&self.entries(), sr)?.known.path.clone();
         self.detach_sr(sr)?;

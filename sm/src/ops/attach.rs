@@ -61,7 +61,8 @@ pub fn attach(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Attached> {
 /// # Errors
 /// [`Error::ReadOnly`] for a snapshot attached for writing, [`Error::InUse`]
 /// when attached the other way, [`Error::Busy`] while an operation is under
-/// way, what breaks its chain, [`Error::NotRunning`] with the tapdisk's words.
+/// way, what breaks its chain, [`Error::BadRequest`] for an address or files of
+/// TLS that cannot be used, [`Error::NotRunning`] with the tapdisk's words.
 pub fn attach_as(repo: &Repo, vdi: Uuid, how: &How) -> Result<Attached> {
     let read_only = how.read_only;
     let snapshot = repo.labels.get(vdi)?.is_some_and(|label| label.read_only);
@@ -100,6 +101,10 @@ fn not_started(repo: &Repo, vdi: Uuid, error: &std::io::Error) -> Error {
         .and_then(|leaf| Chain::open(repo.volumes.as_ref(), &leaf).map_err(|error| image::bad(&leaf, error)));
     match broken {
         Err(broken @ Error::BadImage { .. }) => broken,
+        // What it was told to use is not fit for use: nothing of ours is broken.
+        _ if error.kind() == std::io::ErrorKind::InvalidInput => {
+            Error::BadRequest { reason: format!("VDI {vdi} cannot be served: {error}") }
+        }
         _ => Error::NotRunning { what: format!("the tapdisk of VDI {vdi}"), reason: error.to_string() },
     }
 }
@@ -315,9 +320,9 @@ pub(crate) fn relink(repo: &Repo, links: &[Link], intents: &[crate::journal::Sto
 /// whoever opens the image next replays its record.
 ///
 /// # Errors
-/// [`Error::InUse`] while clients are connected, unless `force`;
-/// [`Error::Busy`] while an operation is under way; [`Error::NotRunning`]
-/// when the tapdisk lives but does not answer.
+/// [`Error::Held`] while clients are connected, unless `force`;
+/// [`Error::Busy`] while an operation is under way, also within the tapdisk;
+/// [`Error::NotRunning`] when the tapdisk lives but does not answer.
 pub fn detach(repo: &Repo, vdi: Uuid, force: bool) -> Result<bool> {
     let locked = super::lock(repo, &[vdi])?;
     let wanted = repo.host.wanted_one(vdi).during(|| wanted_of(vdi))?;
@@ -351,8 +356,13 @@ fn stop(repo: &Repo, vdi: Uuid, force: bool) -> Result<()> {
     };
     match tap.call(Request::Stop { force }) {
         Ok(_) => {}
+        Err(ClientError::Refused(Refusal::InUse { detail })) => {
+            let next = "disconnect its clients, or detach it with --force";
+            return Err(Error::Held { what: format!("VDI {vdi}"), reason: detail, next });
+        }
+        // The collector has it refresh its map, say: over in a moment.
         Err(ClientError::Refused(Refusal::Busy { detail })) => {
-            return Err(Error::InUse { what: format!("VDI {vdi}"), reason: detail });
+            return Err(Error::Busy { reason: format!("the tapdisk of VDI {vdi}: {detail}") });
         }
         Err(ClientError::Refused(refusal)) => return Err(lost(refusal.to_string())),
         // It may have ended before its answer was read.

@@ -60,7 +60,11 @@ pub fn delete(repo: &Repo, vdi: Uuid) -> Result<Deleted> {
     let deleted = if has_children || read {
         if volume.is_raw() {
             let reason = "it has children, and a raw volume cannot be hidden".into();
-            return Err(Error::InUse { what: format!("VDI {vdi}"), reason });
+            return Err(Error::Held {
+                what: format!("VDI {vdi}"),
+                reason,
+                next: "delete the disks that stand on it first",
+            });
         }
         image::settle(repo, &volume)?;
         image::set_hidden(repo, &volume, true)?;

@@ -78,7 +78,7 @@ impl Locked {
         Ok(())
     }
 
-    /// Refuses with [`Error::InUse`] while the VDI's leaf is being copied: it
+    /// Refuses with [`Error::Held`] while the VDI's leaf is being copied: it
     /// must not change then.
     pub fn nobody_copies(&self, vdi: Uuid, leaf: &Link) -> Result<()> {
         let copies = |lease: &&Lease| {
@@ -88,7 +88,11 @@ impl Locked {
         match self.leases.iter().find(copies) {
             Some(lease) => {
                 let reason = format!("it is being copied or exported, process {}", lease.pid);
-                Err(Error::InUse { what: format!("VDI {vdi}"), reason })
+                Err(Error::Held {
+                    what: format!("VDI {vdi}"),
+                    reason,
+                    next: "wait until the copy or export has ended, or cancel it",
+                })
             }
             None => Ok(()),
         }
@@ -136,7 +140,7 @@ pub(crate) fn visible_chain(repo: &Repo, vdi: Uuid) -> Result<Vec<Link>> {
     Ok(chain)
 }
 
-/// Refuses with [`Error::InUse`] if other images stand on that of a VDI:
+/// Refuses with [`Error::Held`] if other images stand on that of a VDI:
 /// trees of others' making. Seen without the lock, as none of our operations
 /// gives a visible node children.
 pub(crate) fn no_children(repo: &Repo, vdis: &[Uuid]) -> Result<()> {
@@ -144,7 +148,11 @@ pub(crate) fn no_children(repo: &Repo, vdis: &[Uuid]) -> Result<()> {
     for vdi in vdis {
         if tree.by_uuid(*vdi).is_some_and(|ix| !tree.nodes[ix].children.is_empty()) {
             let reason = "other disks stand on its image".into();
-            return Err(Error::InUse { what: format!("VDI {vdi}"), reason });
+            return Err(Error::Held {
+                what: format!("VDI {vdi}"),
+                reason,
+                next: "delete those disks first, or work on a clone of this one",
+            });
         }
     }
     Ok(())

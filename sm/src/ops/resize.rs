@@ -121,7 +121,11 @@ fn begin_offline(repo: &Repo, vdi: Uuid, locked: &Locked, leaf: &Link, new_bytes
     // Only those who read it as a base are left, through maps of old places.
     if locked.leases.iter().any(|lease| lease.names(&leaf.volume, leaf.head.footer)) {
         let reason = "somebody reads its image".into();
-        return Err(Error::InUse { what: format!("VDI {vdi}"), reason });
+        return Err(Error::Held {
+            what: format!("VDI {vdi}"),
+            reason,
+            next: "wait until the copy or export has ended, or cancel it",
+        });
     }
     snapshot_steps::stop_leaf_merge(repo, locked, leaf, None)?;
     image::settle(repo, &leaf.volume)?;

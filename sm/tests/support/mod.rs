@@ -68,6 +68,10 @@ pub enum Mood {
     Refuses,
     /// Its guest writes between the statistics and the pause.
     WritesFirst,
+    /// Refuses to stop: it is at something else.
+    Occupied,
+    /// Refuses to stop: clients are connected.
+    HasClients,
     /// The pause runs out of time before anything is decided.
     TimesOut,
 }
@@ -276,6 +280,10 @@ impl FakeTap {
                 let mut left = blocks.iter().map(|block| block.0).filter(|block| *block >= from);
                 let runs = left.next().map(|block| (block, 1)).into_iter().collect();
                 Ok(Reply::Blocks { runs, next: left.next() })
+            }
+            Request::Stop { .. } if mood == Mood::Occupied => Err(busy()),
+            Request::Stop { force: false } if mood == Mood::HasClients => {
+                Err(Refusal::InUse { detail: "2 NBD clients are connected".into() })
             }
             Request::Stop { .. } => {
                 self.host.leases.lock().unwrap().retain(|lease| lease.vdi != self.lease.vdi);

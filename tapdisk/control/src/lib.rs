@@ -226,6 +226,12 @@ pub enum Refusal {
         /// Which.
         detail: String,
     },
+    /// Somebody uses the disk.
+    #[error("in use: {detail}")]
+    InUse {
+        /// Who.
+        detail: String,
+    },
     /// The intent was voided before (a pause that ran out of time).
     #[error("the intent was voided: the pause ended by itself")]
     Voided,

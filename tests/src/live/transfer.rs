@@ -231,3 +231,14 @@ fn an_export_outlives_the_deletion_of_what_it_reads() {
     host.ok(&["gc", "run", "--wait"]);
     assert_eq!(host.ok(&["sr", "tree", "a"])["roots"].as_array().unwrap().len(), 0, "all is collected");
 }
+
+#[test]
+fn a_stream_that_is_no_image_is_said_to_be_that() {
+    let host = Host::new();
+    host.sr("a");
+    let file = path(&host, "bad.vhd");
+    std::fs::write(&file, b"no image at all").unwrap();
+    let said = host.refused(&["vdi", "import", "a", "x", text(&file)], "BAD_IMAGE");
+    // Advice is about the file, not about an image of the repository.
+    assert!(said.stderr.contains("nothing was imported") && !said.stderr.contains("sr check"), "{said:?}");
+}

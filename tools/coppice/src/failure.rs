@@ -49,8 +49,12 @@ impl Failure {
         Self { code, message, more }
     }
 
-    /// What the operator can do, where that does not depend on the case.
-    pub fn advice(&self) -> Option<&'static str> {
+    /// What the operator can do: what the daemon said of this case, else what
+    /// fits the code.
+    pub fn advice(&self) -> Option<&str> {
+        if let Some(next) = self.more.get("next").and_then(Value::as_str) {
+            return Some(next);
+        }
         Some(match self.code.as_str() {
             "NOT_RUNNING" if self.message.contains("tapdisk") => {
                 "its log is in the run folder, tap/UUID/log; `coppice sr check` reads its images"
@@ -123,6 +127,14 @@ mod tests {
         let failure = Failure::from_answer(400, body);
         assert_eq!(failure.code, "BAD_IMAGE");
         assert_eq!(failure.document()["error"]["image"], "x");
+    }
+
+    #[test]
+    fn what_the_daemon_says_to_do_next_is_said_instead_of_what_fits_the_code() {
+        let plain = Failure::from_answer(409, br#"{"error":{"code":"IN_USE","message":"x"}}"#);
+        assert!(plain.advice().unwrap().contains("vdi detach"));
+        let body = br#"{"error":{"code":"IN_USE","message":"x","next":"disconnect its clients"}}"#;
+        assert_eq!(Failure::from_answer(409, body).advice(), Some("disconnect its clients"));
     }
 
     #[test]
