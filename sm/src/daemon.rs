@@ -12,6 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::access::Rights;
 use crate::api;
 use crate::manager::{Manager, Settings};
+use crate::offer::OfferArgs;
 use crate::sd_notify::Notifier;
 use crate::spawn::TapProgram;
 
@@ -37,6 +38,9 @@ struct Args {
     /// Socket of the collector [default: gcd.sock in the run folder]
     #[arg(long)]
     gcd_socket: Option<PathBuf>,
+    /// Where disks are offered.
+    #[command(flatten)]
+    offer: OfferArgs,
 }
 
 /// Runs smd with the arguments of a process, its name first, until SIGTERM
@@ -63,11 +67,13 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn serve(args: Args) -> anyhow::Result<()> {
     let run = std::path::absolute(&args.run).context("run folder")?;
+    let offer = args.offer.remote()?;
     let settings = Settings {
         state: std::path::absolute(&args.state).context("state folder")?,
         gcd_socket: args.gcd_socket.unwrap_or_else(|| run.join("gcd.sock")),
         tapdisk: TapProgram { program: args.tapdisk, args: args.tapdisk_args },
         run,
+        offer,
     };
     let rights = Rights::new(args.group.as_deref()).context("group")?;
     let notifier = Arc::new(Notifier::from_env());

@@ -48,6 +48,7 @@ pub mod limits;
 pub mod making;
 pub mod manager;
 pub mod nudge;
+pub mod offer;
 pub mod offline;
 pub mod ops;
 pub mod owner;

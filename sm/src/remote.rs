@@ -10,6 +10,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
+
 /// Where to listen, and whom to let in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Remote {
@@ -54,6 +56,22 @@ impl Remote {
     pub fn is_open_by_mistake(&self) -> bool {
         let tls = self.tls_certificates.is_some() || self.tls_psk.is_some();
         !(tls || self.insecure || self.listen.ip().is_loopback())
+    }
+
+    /// Refuses what is open by mistake.
+    ///
+    /// # Errors
+    /// [`Error::BadRequest`] with what to say instead.
+    pub fn refuse_open_by_mistake(&self) -> Result<()> {
+        if !self.is_open_by_mistake() {
+            return Ok(());
+        }
+        let reason = format!(
+            "{} can be reached from other hosts and nothing protects the disk: give a folder \
+            of certificates or a file of keys, or, if the network itself is safe, say `insecure`",
+            self.listen
+        );
+        Err(Error::BadRequest { reason })
     }
 
     /// The NBD URI for clients elsewhere, without what only they know: their

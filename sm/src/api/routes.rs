@@ -476,24 +476,20 @@ impl AttachHow {
             if tls_certificates.is_some() || tls_psk.is_some() || tls_verify_peer || insecure {
                 return Err(Error::BadRequest { reason: "`tls_…` and `insecure` need `listen`".into() });
             }
-            return Ok(ops::How { read_only, remote: None });
+            return Ok(ops::How { read_only, ..ops::How::default() });
         };
         let remote = Remote { listen, tls_certificates, tls_verify_peer, tls_psk, insecure };
-        if remote.is_open_by_mistake() {
-            let reason = format!(
-                "{listen} can be reached from other hosts and nothing protects the disk: give \
-                a folder of certificates or a file of keys, or, if the network itself is safe, say `insecure`"
-            );
-            return Err(Error::BadRequest { reason });
-        }
-        Ok(ops::How { read_only, remote: Some(remote) })
+        remote.refuse_open_by_mistake()?;
+        Ok(ops::How { read_only, remote: Some(remote), offer: None })
     }
 }
 
 async fn attach(State(app): State<App>, Path(vdi): Path<String>, body: Bytes) -> Outcome {
     let how = read::<AttachHow>(&body)?.how()?;
-    let attached = run_on(&app, "attach", vdi, move |_, repo, vdi| {
-        ops::attach_as(repo, vdi, &how)?;
+    let attached = run_on(&app, "attach", vdi, move |manager, repo, vdi| {
+        let claim = if how.remote.is_none() { manager.claim_offer()? } else { None };
+        let offer = claim.as_ref().map(|claim| claim.remote().clone());
+        ops::attach_as(repo, vdi, &ops::How { offer, ..how.clone() })?;
         Look::of(repo, vdi)?.one(vdi)
     });
     document(attached.await?)

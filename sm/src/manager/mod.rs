@@ -23,8 +23,10 @@ use crate::caretaker;
 use crate::chain;
 use crate::error::{Error, IoContext, Result};
 use crate::nudge::Nudge;
+use crate::offer::Offer;
 use crate::owner::HostId;
 use crate::probe::FeaturesView;
+use crate::remote::Remote;
 use crate::repo::Repo;
 use crate::run_folder::make_folder;
 use crate::spawn::TapProgram;
@@ -44,6 +46,8 @@ pub struct Settings {
     pub tapdisk: TapProgram,
     /// Where the collector listens.
     pub gcd_socket: PathBuf,
+    /// Where disks are served whose attach names no address.
+    pub offer: Option<Remote>,
 }
 
 #[derive(Debug)]
@@ -62,6 +66,7 @@ pub struct Manager {
     id: HostId,
     tapdisk: TapProgram,
     nudge: Nudge,
+    offer: Option<Offer>,
     /// Tapdisks that died and came back.
     pub(crate) tap_counters: caretaker::Counters,
     entries: Mutex<Vec<Entry>>,
@@ -75,7 +80,7 @@ impl Manager {
     /// detached.
     ///
     /// # Errors
-    /// [`Error::InUse`] when another smd holds the folder, I/O errors.
+    /// [`Error::Held`] when another smd holds the folder, I/O errors.
     pub fn open(settings: Settings) -> Result<Self> {
         let state = State::open(&settings.state)?;
         let id = HostId::of_this_boot(state.host()).during(|| "boot id".into())?;
@@ -88,6 +93,7 @@ impl Manager {
             id,
             tapdisk: settings.tapdisk,
             nudge: Nudge::new(settings.gcd_socket),
+            offer: settings.offer.map(Offer::new),
             tap_counters: caretaker::Counters::default(),
             entries: Mutex::new(entries),
             changing: Mutex::new(()),
@@ -106,6 +112,11 @@ impl Manager {
     #[must_use]
     pub fn run(&self) -> &std::path::Path {
         &self.run
+    }
+
+    /// Where all disks are offered.
+    pub(crate) fn offer(&self) -> Option<&Offer> {
+        self.offer.as_ref()
     }
 
     /// Tells the collector that an SR has changed.

@@ -34,6 +34,9 @@ pub struct How {
     pub read_only: bool,
     /// Serve it to other hosts too.
     pub remote: Option<Remote>,
+    /// Where to serve it if `remote` says nothing; one that is attached stays
+    /// where it is.
+    pub offer: Option<Remote>,
 }
 
 /// Attaches a VDI on this host: see [`attach_as`].
@@ -41,7 +44,7 @@ pub struct How {
 /// # Errors
 /// As there.
 pub fn attach(repo: &Repo, vdi: Uuid, read_only: bool) -> Result<Attached> {
-    attach_as(repo, vdi, &How { read_only, remote: None })
+    attach_as(repo, vdi, &How { read_only, ..How::default() })
 }
 
 /// Attaches a VDI, or finds it attached the same way already.
@@ -142,7 +145,7 @@ pub fn revive(repo: &Repo, vdi: Uuid) -> Result<bool> {
     let Some(wanted) = repo.host.wanted_one(vdi).during(|| wanted_of(vdi))? else {
         return Ok(false);
     };
-    let how = How { read_only: wanted.read_only, remote: None };
+    let how = How { read_only: wanted.read_only, ..How::default() };
     let hold = match lease(repo, vdi, &how, For::Caretaker) {
         Ok(Leased::Already(_)) => return Ok(true),
         Ok(Leased::Fresh(hold)) => hold,
@@ -205,7 +208,8 @@ fn lease(repo: &Repo, vdi: Uuid, how: &How, whom: For) -> Result<Leased> {
         same_place(repo, vdi, how.remote.as_ref())?;
         return Ok(Leased::Already(repo.host.endpoint(lease)));
     }
-    match (repo.host.wanted_one(vdi).during(|| wanted_of(vdi))?, whom) {
+    let before = repo.host.wanted_one(vdi).during(|| wanted_of(vdi))?;
+    match (&before, whom) {
         (None, For::Caretaker) => return Err(Error::NotFound { what: format!("attach of VDI {vdi}") }),
         (None, For::Person) => {}
         (Some(wanted), _) => {
@@ -238,7 +242,9 @@ fn lease(repo: &Repo, vdi: Uuid, how: &How, whom: For) -> Result<Leased> {
     let chain = links.iter().map(Link::image_ref).collect();
     let lease = Lease { vdi, sr: repo.uuid, pid: 0, read_only, reader: Reader::Tapdisk, chain };
     if whom == For::Person {
-        let remote = how.remote.clone();
+        // One whose tapdisk died comes back where its clients look for it.
+        let otherwise = || before.map_or_else(|| how.offer.clone(), |before| before.remote);
+        let remote = how.remote.clone().or_else(otherwise);
         let wanted = Wanted { remote, ..Wanted::starting(repo.uuid, vdi, read_only) };
         repo.host.want(&wanted).during(|| wanted_of(vdi))?;
     }

@@ -4,12 +4,12 @@
 //! those of the contract and are never renamed.
 
 use std::ffi::OsString;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use uuid::Uuid;
 
+use crate::reach::{OfferArgs, RemoteArgs};
 use crate::size::Size;
 
 /// Where the state lies when nobody says otherwise.
@@ -111,6 +111,9 @@ pub struct UpArgs {
     /// Leave attached disks served when ending
     #[arg(long)]
     pub leave_attached: bool,
+    /// Where else disks are served.
+    #[command(flatten)]
+    pub offer: OfferArgs,
 }
 
 /// Kind of a storage repository.
@@ -408,26 +411,6 @@ pub enum VdiCommand {
         #[arg(long)]
         force: bool,
     },
-}
-
-/// Where else a disk is served.
-#[derive(Debug, Args)]
-pub struct RemoteArgs {
-    /// Serve it on this TCP address too, such as 10.0.0.1:10809
-    #[arg(long, value_name = "ADDRESS:PORT")]
-    pub listen: Option<SocketAddr>,
-    /// A folder with server-cert.pem and server-key.pem: TCP clients must use TLS
-    #[arg(long, value_name = "DIR", requires = "listen")]
-    pub tls_certificates: Option<PathBuf>,
-    /// Let in only clients with a certificate signed by the folder's ca-cert.pem
-    #[arg(long, requires = "tls_certificates")]
-    pub tls_verify_peer: bool,
-    /// A file of pre-shared keys, in lines `user:key`, for TLS without certificates
-    #[arg(long, value_name = "FILE", requires = "listen")]
-    pub tls_psk: Option<PathBuf>,
-    /// Serve it without TLS also where other hosts can reach the address
-    #[arg(long, requires = "listen")]
-    pub insecure: bool,
 }
 
 /// Verbs of `gc`.

@@ -71,7 +71,9 @@ pub struct Host {
 
 impl Host {
     /// Starts both daemons and waits until they answer.
-    pub fn start(folders: Folders, logs: Logs) -> Outcome<Self> {
+    ///
+    /// `more` are further arguments of smd.
+    pub fn start(folders: Folders, logs: Logs, more: Vec<OsString>) -> Outcome<Self> {
         prepare(&folders)?;
         let exe = std::env::current_exe()?;
         let common = |name: &str| {
@@ -88,6 +90,7 @@ impl Host {
             smd_args.push("--tapdisk-arg".into());
             smd_args.push(part.into());
         }
+        smd_args.extend(more);
         let smd = Service::start("smd", smd_args, Daemon::smd(&folders.run), &exe, &folders, logs)?;
         let started = Service::start("gcd", common("gcd"), Daemon::gcd(&folders.run), &exe, &folders, logs);
         let gcd = match started {

@@ -22,6 +22,7 @@ pub mod jobs;
 pub mod nbd_client;
 pub mod output;
 pub mod progress;
+pub mod reach;
 pub mod render;
 pub mod resolve;
 pub mod size;

@@ -24,8 +24,9 @@ pub fn run(global: &Global, args: &UpArgs, output: Output) -> Outcome<()> {
         let _context = runtime.enter();
         (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
     };
+    args.offer.check()?;
     let (folders, private) = folders(global, args)?;
-    let mut host = Host::start(folders.clone(), Logs::Inherit)?;
+    let mut host = Host::start(folders.clone(), Logs::Inherit, args.offer.daemon_args()?)?;
     announce(&folders, &host, output);
     let mut restarts = 0;
     let ended = loop {

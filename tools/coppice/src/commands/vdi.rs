@@ -1,15 +1,15 @@
 //! `coppice vdi …`.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::{Context, looks, snapshot, transfer};
-use crate::cli::{RemoteArgs, VdiCommand};
+use crate::cli::VdiCommand;
 use crate::client::escaped;
 use crate::failure::Outcome;
 use crate::jobs;
+use crate::reach::RemoteArgs;
 use crate::render;
 use crate::resolve;
 use crate::view::{self, Vdi};
@@ -96,17 +96,15 @@ fn list(context: &Context, sr: Option<&str>) -> Outcome<()> {
     table(context, &view::inner(context.smd.get(&path)?, "vdis"))
 }
 
-/// How to attach. Files are named from the root: the daemon has another
-/// folder to start from.
 fn attach_body(read_only: bool, remote: &RemoteArgs) -> Outcome<Value> {
-    let whole = |path: &Option<PathBuf>| path.as_deref().map(std::path::absolute).transpose();
+    let tls = remote.tls.from_root()?;
     Ok(json!({
         "read_only": read_only,
         "listen": remote.listen,
-        "tls_certificates": whole(&remote.tls_certificates)?,
-        "tls_verify_peer": remote.tls_verify_peer,
-        "tls_psk": whole(&remote.tls_psk)?,
-        "insecure": remote.insecure,
+        "tls_certificates": tls.tls_certificates,
+        "tls_verify_peer": tls.tls_verify_peer,
+        "tls_psk": tls.tls_psk,
+        "insecure": tls.insecure,
     }))
 }
 

@@ -66,7 +66,7 @@ impl Stage {
         let folders = Folders { state: data.path().join("state"), run: run.path().to_owned() };
         let smd = Daemon::smd(&folders.run);
         let gcd = Daemon::gcd(&folders.run);
-        let host = Host::start(folders, Logs::Files)?;
+        let host = Host::start(folders, Logs::Files, Vec::new())?;
         Ok(Self { host, smd, gcd, store, data, run })
     }
 
