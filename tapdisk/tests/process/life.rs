@@ -52,7 +52,7 @@ fn stop_is_refused_while_clients_are_there_unless_forced() {
     assert_eq!(place.stats().clients, 1);
     let mut control = place.control();
     let refused = control.call(Request::Stop { force: false });
-    assert!(matches!(refused, Err(ClientError::Refused(Refusal::Busy { .. }))), "{refused:?}");
+    assert!(matches!(refused, Err(ClientError::Refused(Refusal::InUse { .. }))), "{refused:?}");
     assert_eq!(control.call(Request::Stop { force: true }).unwrap(), Reply::Done);
     assert!(tapdisk.wait().success());
     drop(socket);
