@@ -106,6 +106,13 @@ pub const PSK_KEY_BYTES_MIN: usize = 16;
 pub const PSK_KEY_BYTES_MAX: usize = 256;
 /// Time a client has for the whole handshake, that of TLS included.
 pub const HANDSHAKE_TIME_MAX: Duration = Duration::from_secs(60);
+/// Time a client that was refused has to read why and close: until then the
+/// connection is closed on our side only.
+pub const LINGER_TIME_MAX: Duration = Duration::from_secs(2);
+/// How long nobody is let in after letting in failed for want of descriptors.
+pub const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
+/// How often files of TLS are looked at for changes.
+pub const TLS_LOOK: Duration = Duration::from_secs(2);
 /// Extents in one block-status reply and context; the client asks again for
 /// the rest.
 pub const REPLY_EXTENTS_MAX: usize = 4096;

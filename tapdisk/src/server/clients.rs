@@ -1,7 +1,7 @@
-//! NBD clients: their sockets, and the [`Connection`] behind each.
+//! All NBD clients: who is let in, whose turn it is, who has to go.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, IoSlice};
+use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
@@ -10,15 +10,14 @@ use std::time::Instant;
 
 use nix::poll::PollFlags;
 
-use super::transport::{Socket, Transport};
+use super::client::Client;
+use super::doors::accepted;
+use super::transport::Socket;
 use crate::buffer::Pool;
 use crate::engine::Extent;
-use crate::limits::{CLIENTS_MAX, HANDSHAKE_TIME_MAX, TCP_CLIENTS_MAX, TURN_BYTES_MAX};
+use crate::limits::{CLIENTS_MAX, TCP_CLIENTS_MAX, TURN_BYTES_MAX};
 use crate::nbd::{Connection, Export, GuestRequest, Security, Slot};
 use crate::tls::Tls;
-
-/// Most pieces given to one write call.
-const SLICES_MAX: usize = 64;
 
 /// Names a client for the life of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -34,19 +33,6 @@ impl ClientId {
     pub fn of(number: u64) -> Self {
         Self(number)
     }
-}
-
-/// One client.
-#[derive(Debug)]
-struct Client {
-    connection: Connection,
-    /// `None` once the connection is over. The entry stays, and counts
-    /// against the limit, until the core has finished its requests: so the
-    /// memory those hold is bounded however often somebody reconnects.
-    socket: Option<Transport>,
-    /// It came over TCP.
-    remote: bool,
-    handshake_deadline: Instant,
 }
 
 /// All clients.
@@ -89,28 +75,35 @@ impl Clients {
 
     /// How many are past their handshake and connected.
     pub fn transmitting(&self) -> u64 {
-        let transmitting = |client: &&Client| client.socket.is_some() && client.connection.is_transmitting();
-        self.all.values().filter(transmitting).count() as u64
+        self.all.values().filter(|client| client.is_transmitting()).count() as u64
     }
 
     /// Takes those of this host who wait at the door.
-    pub fn accept(&mut self, listener: &UnixListener) {
-        while let Some(socket) = accepted(listener.accept()) {
+    ///
+    /// # Errors
+    /// Nobody can be taken now, though somebody may wait.
+    pub fn accept(&mut self, listener: &UnixListener) -> io::Result<()> {
+        while let Some(socket) = accepted(listener.accept())? {
             let security = if self.tls.is_some() { Security::Offered } else { Security::Plain };
             let socket = socket.set_nonblocking(true).map(|()| Socket::Unix(socket));
             self.admit(socket, false, security);
         }
+        Ok(())
     }
 
     /// Takes those from anywhere who wait at the door.
-    pub fn accept_tcp(&mut self, listener: &TcpListener) {
-        while let Some(socket) = accepted(listener.accept()) {
+    ///
+    /// # Errors
+    /// Nobody can be taken now, though somebody may wait.
+    pub fn accept_tcp(&mut self, listener: &TcpListener) -> io::Result<()> {
+        while let Some(socket) = accepted(listener.accept())? {
             let security = if self.tls.is_some() { Security::Required } else { Security::Plain };
             if self.all.values().filter(|client| client.remote).count() >= TCP_CLIENTS_MAX {
                 self.give_up_slowest_stranger();
             }
             self.admit(Socket::from_tcp(socket), true, security);
         }
+        Ok(())
     }
 
     fn admit(&mut self, socket: io::Result<Socket>, remote: bool, security: Security) {
@@ -124,12 +117,8 @@ impl Clients {
         };
         let id = ClientId(self.next_id);
         self.next_id += 1;
-        let client = Client {
-            connection: Connection::new(Arc::clone(&self.export), security, self.pool.clone()),
-            socket: Some(Transport::Plain(socket)),
-            remote,
-            handshake_deadline: Instant::now() + HANDSHAKE_TIME_MAX,
-        };
+        let connection = Connection::new(Arc::clone(&self.export), security, self.pool.clone());
+        let client = Client::new(connection, socket, remote);
         self.all.insert(id, client);
         self.stirred.insert(id);
         tracing::info!(client = id.0, remote, "NBD client connected");
@@ -137,8 +126,8 @@ impl Clients {
 
     /// Makes room: whoever connects and says nothing must not keep others out.
     fn give_up_slowest_stranger(&mut self) {
-        let strangers = self.all.iter_mut().filter(|(_, client)| client.remote && client.is_shaking_hands());
-        if let Some((id, client)) = strangers.min_by_key(|(_, client)| client.handshake_deadline) {
+        let strangers = self.all.iter_mut().filter(|(_, client)| client.remote && client.is_timed());
+        if let Some((id, client)) = strangers.min_by_key(|(_, client)| client.deadline) {
             tracing::warn!(client = id.0, "NBD client given up for a new one: too many");
             client.hang_up(*id);
             let id = *id;
@@ -149,17 +138,8 @@ impl Clients {
     /// What to poll for.
     pub fn sources(&self) -> impl Iterator<Item = (ClientId, BorrowedFd<'_>, PollFlags)> {
         self.all.iter().filter_map(|(id, client)| {
-            let mut want = PollFlags::empty();
-            want.set(PollFlags::POLLIN, client.connection.wants_input());
-            want.set(PollFlags::POLLOUT, client.connection.has_output());
             let socket = client.socket.as_ref()?;
-            if socket.is_shaking() {
-                want = socket.wants();
-            } else if client.connection.wants_input() {
-                // Only while it is read: else it would be ready for nothing.
-                want |= socket.wants();
-            }
-            Some((*id, socket.as_fd(), want))
+            Some((*id, socket.as_fd(), client.wants()))
         })
     }
 
@@ -169,6 +149,9 @@ impl Clients {
             return;
         };
         self.stirred.insert(id);
+        if client.drain(id) {
+            return;
+        }
         let gone = PollFlags::POLLHUP | PollFlags::POLLERR;
         let Some(socket) = &client.socket else { return };
         if socket.is_shaking() {
@@ -200,6 +183,9 @@ impl Clients {
             let Some(client) = self.all.get_mut(&id) else {
                 continue;
             };
+            if client.is_leaving() {
+                continue;
+            }
             client.write(id);
             if client.connection.wants_tls() {
                 client.start_tls(id, self.tls.as_ref());
@@ -239,147 +225,20 @@ impl Clients {
         }
     }
 
-    /// When the next client has had its time for the handshake.
+    /// When the next client has had its time.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.all
-            .values()
-            .filter(|client| client.is_shaking_hands())
-            .map(|client| client.handshake_deadline)
-            .min()
+        self.all.values().filter(|client| client.is_timed()).map(|client| client.deadline).min()
     }
 
-    /// Disconnects those who did not finish their handshake in time.
+    /// Disconnects those who did not finish their handshake in time, or did
+    /// not leave.
     pub fn drop_late_handshakes(&mut self, now: Instant) {
         for (id, client) in &mut self.all {
-            if client.is_shaking_hands() && client.handshake_deadline <= now {
-                tracing::warn!(client = id.0, "NBD handshake took too long");
+            if client.is_timed() && client.deadline <= now {
+                tracing::warn!(client = id.0, "NBD client's time is up");
                 client.hang_up(*id);
                 self.stirred.insert(*id);
             }
-        }
-    }
-}
-
-/// The next one, or `None` if nobody is there or none can be taken.
-fn accepted<S, A>(result: io::Result<(S, A)>) -> Option<S> {
-    match result {
-        Ok((socket, _)) => Some(socket),
-        Err(error) => {
-            if error.kind() != io::ErrorKind::WouldBlock {
-                tracing::warn!(%error, "cannot accept an NBD client");
-            }
-            None
-        }
-    }
-}
-
-impl Client {
-    /// Whether it has not chosen the export yet.
-    fn is_shaking_hands(&self) -> bool {
-        self.socket.is_some() && !self.connection.is_transmitting()
-    }
-
-    fn start_tls(&mut self, id: ClientId, tls: Option<&Tls>) {
-        let (Some(socket), Some(tls)) = (self.socket.take(), tls) else { return };
-        match socket.start_tls(tls) {
-            Ok(socket) => {
-                self.socket = Some(socket);
-                self.connection.tls_begun();
-            }
-            Err(error) => {
-                tracing::warn!(client = id.0, %error, "no TLS for an NBD client");
-                self.connection.abandon();
-            }
-        }
-    }
-
-    fn shake(&mut self, id: ClientId) {
-        if let Some(socket) = &mut self.socket
-            && let Err(error) = socket.shake()
-        {
-            tracing::warn!(client = id.0, %error, "a TLS handshake failed");
-            self.hang_up(id);
-        }
-    }
-
-    /// Reads about `bytes_max` at most.
-    fn read(&mut self, bytes_max: usize, submit: &mut impl FnMut(GuestRequest)) {
-        let Some(socket) = &mut self.socket else {
-            return;
-        };
-        let mut taken = 0;
-        while taken < bytes_max {
-            let space = self.connection.input_space();
-            let wanted = space.len();
-            if wanted == 0 {
-                return;
-            }
-            match socket.read(space) {
-                Ok(0) => {
-                    self.connection.input_ended();
-                    return;
-                }
-                Ok(n) => {
-                    self.connection.input_filled(n);
-                    while let Some(request) = self.connection.next_request() {
-                        submit(request);
-                    }
-                    taken += n;
-                    if n < wanted && socket.reads_all() {
-                        return; // that was all there is
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => {
-                    self.connection.input_ended();
-                    return;
-                }
-            }
-        }
-    }
-
-    /// Reads what TLS has decrypted already: no poll would tell of it.
-    fn read_pending(&mut self, submit: &mut impl FnMut(GuestRequest)) {
-        while let Some(socket) = &self.socket
-            && self.connection.wants_input()
-            && socket.pending() > 0
-        {
-            self.read(socket.pending(), submit);
-        }
-    }
-
-    fn write(&mut self, id: ClientId) {
-        if let Err(error) = self.try_write() {
-            tracing::debug!(client = id.0, %error, "NBD client gone while sending");
-            self.hang_up(id);
-        }
-    }
-
-    fn try_write(&mut self) -> io::Result<()> {
-        let Some(socket) = &mut self.socket else {
-            return Ok(());
-        };
-        while self.connection.has_output() {
-            let mut slices: Vec<IoSlice<'_>> = Vec::with_capacity(SLICES_MAX);
-            self.connection.output(&mut slices, SLICES_MAX);
-            match socket.write_vectored(&slices) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(n) => self.connection.output_written(n),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    /// Closes the socket. What the core still has is finished silently.
-    fn hang_up(&mut self, id: ClientId) {
-        if let Some(socket) = self.socket.take() {
-            socket.close();
-            self.connection.abandon();
-            tracing::info!(client = id.0, "NBD client disconnected");
         }
     }
 }

@@ -30,8 +30,10 @@ use nix::sys::signalfd::SignalFd;
 use tapdisk_control::{Call, Request as ControlRequest};
 use vhd::storage::Volumes;
 
+mod client;
 mod clients;
 mod counters;
+mod doors;
 #[cfg(any(test, feature = "fuzz"))]
 pub mod fuzz;
 mod guests;
@@ -51,6 +53,7 @@ use crate::limits::{COMPLETIONS_PER_TURN, FAILURE_LOG_PAUSE, FAREWELL_TIME_MAX, 
 use crate::nbd::Export;
 use crate::tls::Tls;
 use clients::Clients;
+use doors::Doors;
 use guests::{Answered, Guests};
 use peers::Peers;
 use reactor::{Happening, Reactor, Source, Started};
@@ -87,9 +90,7 @@ pub struct Server<C: Core> {
     workers: Workers<C::JobDone>,
     volumes: Arc<dyn Volumes>,
     files: Arc<Files>,
-    nbd: UnixListener,
-    tcp: Option<TcpListener>,
-    control: UnixListener,
+    doors: Doors,
     signals: Option<SignalFd>,
     clients: Clients,
     peers: Peers,
@@ -138,11 +139,6 @@ impl<C: Core> Server<C> {
     /// What the system says when threads or descriptors run out, or there is
     /// no io_uring and [`DriverChoice::Uring`] wants one.
     pub fn new(core: C, parts: Parts) -> io::Result<Self> {
-        parts.nbd.set_nonblocking(true)?;
-        parts.control.set_nonblocking(true)?;
-        if let Some(tcp) = &parts.tcp {
-            tcp.set_nonblocking(true)?;
-        }
         let (pool, arena) = Pool::with_arena().ok_or(io::ErrorKind::OutOfMemory)?;
         let reactor = Reactor::new(parts.driver, Some(arena))?;
         tracing::info!(driver = reactor.word(), "data moves");
@@ -153,9 +149,7 @@ impl<C: Core> Server<C> {
             workers: Workers::start()?,
             volumes: parts.volumes,
             files: parts.files,
-            nbd: parts.nbd,
-            tcp: parts.tcp,
-            control: parts.control,
+            doors: Doors::new(parts.nbd, parts.tcp, parts.control)?,
             signals: parts.signals,
             clients: Clients::new(Arc::new(parts.export), parts.tls, pool.clone()),
             peers: Peers::default(),
@@ -200,15 +194,10 @@ impl<C: Core> Server<C> {
     /// Waits until something can be done.
     fn wait(&mut self) -> io::Result<()> {
         let timeout = self.timeout();
-        let Self { workers, nbd, tcp, control, signals, clients, peers, reactor, happened, .. } = self;
-        let mut sources: Vec<(Source, BorrowedFd<'_>, PollFlags)> = vec![
-            (Source::Workers, workers.wake_fd(), PollFlags::POLLIN),
-            (Source::Nbd, nbd.as_fd(), PollFlags::POLLIN),
-            (Source::Control, control.as_fd(), PollFlags::POLLIN),
-        ];
-        if let Some(tcp) = &*tcp {
-            sources.push((Source::NbdTcp, tcp.as_fd(), PollFlags::POLLIN));
-        }
+        let Self { workers, doors, signals, clients, peers, reactor, happened, .. } = self;
+        let mut sources: Vec<(Source, BorrowedFd<'_>, PollFlags)> =
+            vec![(Source::Workers, workers.wake_fd(), PollFlags::POLLIN)];
+        sources.extend(doors.sources(Instant::now()).map(|(door, fd)| (door, fd, PollFlags::POLLIN)));
         if let Some(signals) = &*signals {
             sources.push((Source::Signals, signals.as_fd(), PollFlags::POLLIN));
         }
@@ -221,7 +210,8 @@ impl<C: Core> Server<C> {
         let now = Instant::now();
         let tick = self.core.tick_due_us().map(|due_us| self.started + Duration::from_micros(due_us));
         let stop = self.stopping.map(|stopping| stopping.next_attempt);
-        let due = [tick, stop, self.clients.next_deadline()].into_iter().flatten().min();
+        let due = [tick, stop, self.clients.next_deadline(), self.doors.opens(now)];
+        let due = due.into_iter().flatten().min();
         due.map(|due| due.saturating_duration_since(now))
     }
 
@@ -234,9 +224,12 @@ impl<C: Core> Server<C> {
         match source {
             Source::Workers => self.take_ended(),
             Source::Signals => self.take_signals(),
-            Source::Nbd => self.clients.accept(&self.nbd),
-            Source::NbdTcp => self.tcp.iter().for_each(|tcp| self.clients.accept_tcp(tcp)),
-            Source::Control => self.peers.accept(&self.control),
+            Source::Nbd => self.doors.heed(self.clients.accept(&self.doors.nbd)),
+            Source::NbdTcp => {
+                let taken = self.doors.tcp.as_ref().map_or(Ok(()), |tcp| self.clients.accept_tcp(tcp));
+                self.doors.heed(taken);
+            }
+            Source::Control => self.doors.heed(self.peers.accept(&self.doors.control)),
             Source::Client(id) => {
                 let now_us = self.now_us;
                 let Self { clients, core, guests, .. } = self;

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use nix::poll::PollFlags;
 use tapdisk_control::{Answer, Call, LINE_BYTES_MAX, Refusal};
 
+use super::doors::accepted;
 use crate::driver::PeerId;
 use crate::limits::{CONTROL_OUTPUT_BYTES_MAX, CONTROL_PEERS_MAX};
 
@@ -61,18 +62,14 @@ enum State {
 
 impl Peers {
     /// Takes those who wait at the door.
-    pub fn accept(&mut self, listener: &UnixListener) {
-        loop {
-            let socket = match listener.accept() {
-                Ok((socket, _)) => socket,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept a control peer");
-                    return;
-                }
-            };
+    ///
+    /// # Errors
+    /// Nobody can be taken now, though somebody may wait.
+    pub fn accept(&mut self, listener: &UnixListener) -> io::Result<()> {
+        while let Some(socket) = accepted(listener.accept())? {
             self.admit(socket);
         }
+        Ok(())
     }
 
     /// Takes one, if there is room.

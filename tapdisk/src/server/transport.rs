@@ -42,6 +42,13 @@ impl Socket {
         Ok(Self::Tcp(socket))
     }
 
+    fn half_close(&self) -> io::Result<()> {
+        match self {
+            Self::Unix(socket) => socket.shutdown(Shutdown::Write),
+            Self::Tcp(socket) => socket.shutdown(Shutdown::Write),
+        }
+    }
+
     fn shutdown(&self) {
         // Whatever else still holds the socket, the peer hears of it now.
         let _ = match self {
@@ -196,6 +203,40 @@ impl Transport {
         matches!(self, Self::Plain(_))
     }
 
+    fn socket(&self) -> &Socket {
+        match self {
+            Self::Plain(socket) => socket,
+            Self::Tls(encrypted) => encrypted.stream.get_ref(),
+        }
+    }
+
+    /// Closes our half: the peer reads what was sent, and then the end.
+    ///
+    /// # Errors
+    /// When the peer is gone.
+    pub fn half_close(&self) -> io::Result<()> {
+        self.socket().half_close()
+    }
+
+    /// Reads and drops what has come, encrypted or not, about `bytes_max` at
+    /// most; `false` at the end.
+    pub fn drain(&mut self, bytes_max: usize) -> bool {
+        let socket = match self {
+            Self::Plain(socket) => socket,
+            Self::Tls(encrypted) => encrypted.stream.get_mut(),
+        };
+        let mut dropped = [0; 4096];
+        for _ in 0..bytes_max.div_ceil(dropped.len()) {
+            match socket.read(&mut dropped) {
+                Ok(0) => return false,
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
+            }
+        }
+        true
+    }
+
     /// Says goodbye and closes.
     pub fn close(self) {
         match self {
@@ -212,10 +253,7 @@ impl Transport {
 
 impl AsFd for Transport {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Plain(socket) => socket.as_fd(),
-            Self::Tls(encrypted) => encrypted.stream.get_ref().as_fd(),
-        }
+        self.socket().as_fd()
     }
 }
 
