@@ -2,7 +2,7 @@
 //!
 //! A tapdisk is a process of its own and outlives us. It inherits two
 //! descriptors and holds them for life: its lease's, locked, and the SR
-//! owner's. On its standard output it says one line of JSON, once it serves or
+//! owner's; it makes a session of its own. On its standard output it says one line of JSON, once it serves or
 //! knows why it cannot; its standard error goes to `log` in its run folder.
 
 use std::ffi::OsString;
@@ -10,7 +10,6 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -126,7 +125,6 @@ pub fn start(
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)
-            .process_group(0)
             .spawn();
         drop((lease, owner));
         child.map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", program.program.to_string_lossy())))?

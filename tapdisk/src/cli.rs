@@ -78,7 +78,8 @@ struct Args {
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Option<SocketAddr>,
     /// A folder with server-cert.pem and server-key.pem: TLS on offer to
-    /// clients of this host, and required from TCP clients
+    /// clients of this host, and required from TCP clients. Files that are
+    /// replaced count for connections that begin some seconds later
     #[arg(long, value_name = "DIR")]
     tls_certificates: Option<PathBuf>,
     /// Clients must show a certificate signed by the folder's ca-cert.pem
@@ -103,6 +104,9 @@ enum Unusable {
     /// Files or settings of TLS.
     #[error("TLS: {0}")]
     Tls(#[from] TlsError),
+    /// No thread that follows changes of those files.
+    #[error("TLS: no thread: {0}")]
+    Thread(std::io::Error),
     /// An address.
     #[error("cannot listen on {0}: {1}")]
     Address(SocketAddr, std::io::Error),
@@ -145,6 +149,10 @@ fn serve(args: &Args) -> anyhow::Result<()> {
         // Nothing here ever closes it, so the lock lasts as long as we do.
         std::fs::metadata(format!("/proc/self/fd/{fd}")).context("the lease is not open")?;
     }
+    // A session of our own: signals to the group or the terminal of whoever
+    // started us are not for us. Refused only to what leads a group already,
+    // such as a command of a shell, and that is where it should stay.
+    let _ = nix::unistd::setsid();
     // Before any thread starts, so that all of them leave signals to the loop.
     let signals = signals().context("signals")?;
     let (server, listens) = open(args, signals)?;
@@ -207,6 +215,9 @@ fn listen(args: &Args) -> Result<(Option<TcpListener>, Option<Tls>), Unusable> {
         psk: args.tls_psk.clone(),
     };
     let tls = Tls::load(&settings)?;
+    if let Some(tls) = &tls {
+        tls.follow(settings).map_err(Unusable::Thread)?;
+    }
     let Some(address) = args.listen else { return Ok((None, tls)) };
     if tls.is_none() && !address.ip().is_loopback() && !args.insecure {
         return Err(Unusable::Unprotected(address));
@@ -245,7 +256,13 @@ fn bind(path: &Path) -> anyhow::Result<UnixListener> {
 }
 
 /// The signals that ask for an end, as a descriptor.
+///
+/// Not SIGHUP, which says that a terminal or whoever started us is gone: the
+/// disk is served on. It comes to a stopped process when its parent ends.
 fn signals() -> nix::Result<SignalFd> {
+    let mut hang_up = SigSet::empty();
+    hang_up.add(Signal::SIGHUP);
+    hang_up.thread_block()?;
     let mut set = SigSet::empty();
     set.add(Signal::SIGTERM);
     set.add(Signal::SIGINT);

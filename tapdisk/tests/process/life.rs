@@ -5,7 +5,8 @@ use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, getsid};
 use tapdisk_control::{Call, ClientError, IntentNames, Refusal, Reply, Request};
 
 use super::support::*;
@@ -187,4 +188,42 @@ fn statistics_tell_each_kind_and_how_long_it_took() {
     }
     assert_eq!((stats.depth, stats.in_flight, stats.in_flight_max), (1, 0, 1));
     assert!(stats.owners.runs_max > 0 && stats.buffer_bytes == 0);
+}
+
+#[test]
+fn a_hang_up_of_whoever_started_it_ends_nothing() {
+    let place = Place::new();
+    let tapdisk = place.ready();
+    let pid = Pid::from_raw(tapdisk.0.id() as i32);
+    assert_eq!(getsid(Some(pid)).unwrap(), pid, "a session of its own");
+    let mut socket = place.nbd();
+    for signal in [Signal::SIGHUP, Signal::SIGSTOP, Signal::SIGHUP, Signal::SIGCONT] {
+        kill(pid, signal).unwrap();
+    }
+    assert_eq!(write(&mut socket, 4096, &[5; 8192]), 0);
+    assert_eq!(read(&mut place.nbd(), 4096, 8192), [5; 8192]);
+}
+
+#[test]
+fn clients_that_cannot_be_let_in_for_want_of_descriptors_cost_no_time() {
+    let place = Place::new();
+    let tapdisk = place.ready();
+    let mut inside = place.nbd();
+    let pid = tapdisk.0.id().to_string();
+    let limit = |soft: usize| {
+        let limit = format!("--nofile={soft}:");
+        assert!(Command::new("prlimit").args(["--pid", &pid, &limit]).status().unwrap().success());
+    };
+    limit(3); // it has those
+    let mut waiting = UnixStream::connect(place.path("run/nbd.sock")).unwrap();
+    let before = ticks(&tapdisk);
+    std::thread::sleep(Duration::from_secs(2));
+    let used = ticks(&tapdisk) - before;
+    assert!(used <= 5, "{used} ticks in two seconds of waiting");
+    assert_eq!(write(&mut inside, 4096, &[5; 8192]), 0);
+    limit(1024);
+    waiting.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut greeting = [0; 18];
+    std::io::Read::read_exact(&mut waiting, &mut greeting).unwrap();
+    assert_eq!(&greeting[..8], b"NBDMAGIC");
 }

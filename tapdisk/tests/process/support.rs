@@ -232,3 +232,11 @@ pub fn client(program: &str, args: &[&str]) -> Option<String> {
     assert!(fine, "{program} {args:?}: {said}");
     Some(said)
 }
+
+/// Ticks of processor time that a process has used.
+pub fn ticks(tapdisk: &Tapdisk) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", tapdisk.0.id())).unwrap();
+    let after_name = stat.rsplit_once(')').unwrap().1;
+    let fields: Vec<&str> = after_name.split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
