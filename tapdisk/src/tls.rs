@@ -8,11 +8,15 @@
 //! At least TLS 1.2; no renegotiation, no tickets, no compression: one
 //! handshake for each connection, which is what the limits count.
 //!
-//! Absent on purpose: sockets, waiting ([`crate::server`] has both), reloading
-//! of files while running.
+//! Files that change are read again, for new connections: see [`reload`].
+//!
+//! Absent on purpose: sockets, waiting ([`crate::server`] has both).
+
+mod reload;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use openssl::error::ErrorStack;
 use openssl::ssl::{
@@ -87,7 +91,7 @@ pub enum TlsError {
 
 /// Ready to shake hands; a clone is another handle.
 #[derive(Clone)]
-pub struct Tls(SslContext);
+pub struct Tls(Arc<RwLock<SslContext>>);
 
 impl std::fmt::Debug for Tls {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -101,42 +105,7 @@ impl Tls {
     /// # Errors
     /// Which file or setting is wrong, and how.
     pub fn load(settings: &Settings) -> Result<Option<Self>, TlsError> {
-        if settings.verify_peer && settings.certificates.is_none() {
-            return Err(TlsError::Settings("verifying clients needs a folder of certificates"));
-        }
-        if settings.psk.is_some() && settings.certificates.is_some() && !settings.verify_peer {
-            let text = "with certificates that clients need not have, pre-shared keys protect nothing: \
-                verify clients, or leave out one of the two";
-            return Err(TlsError::Settings(text));
-        }
-        if settings.psk.is_none() && settings.certificates.is_none() {
-            return Ok(None);
-        }
-        let mut context = SslContextBuilder::new(SslMethod::tls_server())?;
-        context.set_min_proto_version(Some(SslVersion::TLS1_2))?;
-        context.set_options(
-            SslOptions::NO_RENEGOTIATION
-                | SslOptions::NO_TICKET
-                | SslOptions::NO_COMPRESSION
-                | SslOptions::CIPHER_SERVER_PREFERENCE,
-        );
-        context.set_num_tickets(0)?;
-        context.set_session_cache_mode(SslSessionCacheMode::OFF);
-        context.set_mode(
-            SslMode::ENABLE_PARTIAL_WRITE | SslMode::ACCEPT_MOVING_WRITE_BUFFER | SslMode::RELEASE_BUFFERS,
-        );
-        context.set_cipher_list(CIPHERS)?;
-        if let Some(folder) = &settings.certificates {
-            use_certificates(&mut context, folder, settings.verify_peer)?;
-        }
-        if let Some(path) = &settings.psk {
-            use_keys(&mut context, read_keys(path)?)?;
-            if settings.certificates.is_none() {
-                // Without a certificate there is nothing to fall back to.
-                context.set_min_proto_version(Some(SslVersion::TLS1_3))?;
-            }
-        }
-        Ok(Some(Self(context.build())))
+        Ok(context(settings)?.map(|context| Self(Arc::new(RwLock::new(context)))))
     }
 
     /// The state of a new connection, on our side.
@@ -144,10 +113,52 @@ impl Tls {
     /// # Errors
     /// When the library has no memory.
     pub fn session(&self) -> Result<Ssl, ErrorStack> {
-        let mut session = Ssl::new(&self.0)?;
+        // Only ever replaced as a whole.
+        let context = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let mut session = Ssl::new(&context)?;
         session.set_accept_state();
         Ok(session)
     }
+}
+
+/// Reads what the settings name, and checks that it fits together.
+fn context(settings: &Settings) -> Result<Option<SslContext>, TlsError> {
+    if settings.verify_peer && settings.certificates.is_none() {
+        return Err(TlsError::Settings("verifying clients needs a folder of certificates"));
+    }
+    if settings.psk.is_some() && settings.certificates.is_some() && !settings.verify_peer {
+        let text = "with certificates that clients need not have, pre-shared keys protect nothing: \
+            verify clients, or leave out one of the two";
+        return Err(TlsError::Settings(text));
+    }
+    if settings.psk.is_none() && settings.certificates.is_none() {
+        return Ok(None);
+    }
+    let mut context = SslContextBuilder::new(SslMethod::tls_server())?;
+    context.set_min_proto_version(Some(SslVersion::TLS1_2))?;
+    context.set_options(
+        SslOptions::NO_RENEGOTIATION
+            | SslOptions::NO_TICKET
+            | SslOptions::NO_COMPRESSION
+            | SslOptions::CIPHER_SERVER_PREFERENCE,
+    );
+    context.set_num_tickets(0)?;
+    context.set_session_cache_mode(SslSessionCacheMode::OFF);
+    context.set_mode(
+        SslMode::ENABLE_PARTIAL_WRITE | SslMode::ACCEPT_MOVING_WRITE_BUFFER | SslMode::RELEASE_BUFFERS,
+    );
+    context.set_cipher_list(CIPHERS)?;
+    if let Some(folder) = &settings.certificates {
+        use_certificates(&mut context, folder, settings.verify_peer)?;
+    }
+    if let Some(path) = &settings.psk {
+        use_keys(&mut context, read_keys(path)?)?;
+        if settings.certificates.is_none() {
+            // Without a certificate there is nothing to fall back to.
+            context.set_min_proto_version(Some(SslVersion::TLS1_3))?;
+        }
+    }
+    Ok(Some(context.build()))
 }
 
 /// Whom the client says it is, once the handshake is over: for the log.

@@ -4,7 +4,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use openssl::asn1::Asn1Time;
 use openssl::bn::BigNum;
@@ -114,8 +114,10 @@ fn clients_with_certificates_get_in_and_others_do_not() {
         assert!(said.contains("export-size: 67108864"), "{said}");
     }
     copies(&place, &uri("client"));
-    // Whether a stranger still reads the alert before the end is a race.
-    for (uri, word) in [(format!("nbd://{address}/disk"), "TLS"), (uri("stranger"), ""), (uri("psk"), "")] {
+    // Whoever is turned away reads the alert, which says why.
+    for (uri, word) in
+        [(format!("nbd://{address}/disk"), "TLS"), (uri("stranger"), "alert"), (uri("psk"), "alert")]
+    {
         let Some((fine, said)) = try_client("nbdinfo", &[&uri]) else { return };
         assert!(!fine && said.contains(word), "{uri}: {said}");
     }
@@ -198,14 +200,6 @@ fn starttls(address: SocketAddr) -> TcpStream {
     socket
 }
 
-/// Ticks of processor time that a process has used.
-fn ticks(tapdisk: &Tapdisk) -> u64 {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", tapdisk.0.id())).unwrap();
-    let after_name = stat.rsplit_once(')').unwrap().1;
-    let fields: Vec<&str> = after_name.split_whitespace().collect();
-    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
-}
-
 #[test]
 fn a_flood_over_tls_that_nobody_reads_the_answers_of_costs_no_time() {
     let place = Place::new();
@@ -277,4 +271,52 @@ fn peers_that_stall_or_babble_in_tls_disturb_nobody() {
     let _ = eager.read_to_end(&mut said); // ends, by reset or by end
     assert!(said.len() <= 18 + 20);
     client("nbdinfo", &["--size", &uri]);
+}
+
+#[test]
+fn a_client_that_babbles_on_reads_why_it_is_turned_away() {
+    let place = Place::new();
+    folders(&place);
+    let keys = place.path("keys.psk");
+    let (_tapdisk, address) = listening(&place, &["--tls-psk", keys.to_str().unwrap()]);
+    for _ in 0..20 {
+        let mut socket = starttls(address);
+        // A record that begins no handshake, and more than is ever looked at.
+        socket.write_all(b"\x16\x03\x01\x00\x05").unwrap();
+        socket.write_all(&[0x55; 64 << 10]).unwrap();
+        let mut said = Vec::new();
+        socket.read_to_end(&mut said).unwrap(); // by an end, not by a reset
+        assert_eq!(said.first(), Some(&21), "an alert: {said:?}");
+    }
+}
+
+#[test]
+fn certificates_that_are_renewed_count_for_new_connections() {
+    let place = Place::new();
+    folders(&place);
+    let certificates = place.path("server");
+    let (_tapdisk, address) =
+        listening(&place, &["--tls-certificates", certificates.to_str().unwrap(), "--tls-verify-peer"]);
+    let uri =
+        |folder: &str| format!("nbds://{address}/disk?tls-certificates={}", place.path(folder).display());
+    if client("nbdinfo", &["--size", &uri("client")]).is_none() {
+        return;
+    }
+    // Another authority from here on; the key comes last, as it may.
+    let authority = Papers::new("another authority", None);
+    let host = Papers::new("host", Some(&authority));
+    std::fs::create_dir(place.path("renewed")).unwrap();
+    authority.write(&place.path("renewed"), "ca");
+    Papers::new("alice", Some(&authority)).write(&place.path("renewed"), "client");
+    authority.write(&certificates, "ca");
+    std::fs::write(certificates.join("server-cert.pem"), host.certificate.to_pem().unwrap()).unwrap();
+    std::thread::sleep(Duration::from_millis(2500));
+    client("nbdinfo", &["--size", &uri("client")]); // what does not fit together changes nothing
+    host.write(&certificates, "server");
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !try_client("nbdinfo", &["--size", &uri("renewed")]).unwrap().0 {
+        assert!(Instant::now() < deadline, "the new authority's client is not let in");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(!try_client("nbdinfo", &[&uri("client")]).unwrap().0, "the former authority's still is");
 }

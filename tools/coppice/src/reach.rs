@@ -53,7 +53,9 @@ pub struct RemoteArgs {
 /// What protects a disk that others can reach.
 #[derive(Debug, Args)]
 pub struct TlsArgs {
-    /// A folder with server-cert.pem and server-key.pem: TCP clients must use TLS
+    /// A folder with server-cert.pem and server-key.pem: TCP clients must use
+    /// TLS. Files that are replaced count for connections that begin some
+    /// seconds later
     #[arg(long, value_name = "DIR", requires = "listen")]
     pub tls_certificates: Option<PathBuf>,
     /// Let in only clients with a certificate signed by the folder's ca-cert.pem
