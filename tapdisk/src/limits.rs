@@ -128,6 +128,15 @@ pub const CONTROL_OUTPUT_BYTES_MAX: usize = 1 << 20;
 pub const RING_ENTRIES: u32 = 512;
 /// Transfers in flight on the ring; more go to the threads.
 pub const RING_TRANSFERS_MAX: usize = 2048;
+/// Transfers that are handed to the kernel together, so that the disk is at
+/// work while the rest of a turn is still looked at.
+pub const RING_SUBMIT_BATCH: usize = 4;
+/// Longest wait for the disk without going to sleep.
+pub const POLL_TIME_MAX: Duration = Duration::from_micros(200);
+/// Transfers in flight that make a deep queue.
+pub const POLL_DEPTH_MIN: usize = 16;
+/// How long such waits go on after a deep queue ran dry.
+pub const POLL_SPELL: Duration = Duration::from_millis(100);
 /// Files registered with the ring; more are used by descriptor.
 pub const RING_FILES_MAX: u32 = 128;
 /// Bytes of the disk that one lookup of a control peer looks at.
