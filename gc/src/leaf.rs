@@ -6,8 +6,8 @@
 //! | 1 | check, record | `Merging`, in one hold of the SR lock |
 //! | 2 | L's blocks move to P window by window | |
 //! | 3 | L is durably empty: record | `Committing`, unless somebody stopped us |
-//! | 4 | P unhidden, durably, then renamed over L, synced | |
-//! | 5 | the lease's chain; clear the record | - |
+//! | 4 | P unhidden, durably, then given L's name, synced | |
+//! | 5 | the lease's chain; what stepped aside goes; clear the record | - |
 //!
 //! This file is the only place where a leaf that is attached (its tapdisk
 //! does 2 and 4) differs from one that is not (we do, under its lock).
@@ -19,12 +19,14 @@
 //! * 3 follows the last clear's flush, so in `Committing` P alone is the disk.
 //!   Its flag is cleared before the rename, so L's name never leads to a
 //!   hidden image; until the rename the record tells scans that P is no VDI.
-//!   The rename is atomic; found done or not done, the rest is repeated.
+//!   The rename is atomic, or it is two and L's name is free between them (see
+//!   `sm::naming`); found done, half done or not done, the rest is repeated.
 //! * Others may stop a merge before 3, under the SR lock, and remove its
 //!   record. We look for it under that lock before we write `Committing`.
 
 use sm::image;
 use sm::journal::{self, Intent, LeafMergeIntent, LeafMergeState};
+use sm::naming::{Found, NameSwap};
 use tapdisk_control::{ClientError, MergePhase, MergeStatus, Refusal, Reply, Request};
 use uuid::Uuid;
 use vhd::units::BLOCK_BYTES;
@@ -72,6 +74,7 @@ impl Job<'_> {
         if survey_has(self, intent.vdi)? {
             update_lease(self, intent.vdi)?;
         }
+        intent.name_swap()?.drop_aside(self.repo)?;
         self.clear(intent.id, "leaf merge: record cleared")
     }
 
@@ -96,10 +99,11 @@ impl Job<'_> {
         self.put(&Intent::LeafMerge(intent.clone()), "leaf merge: record commit")
     }
 
-    /// Whether the name of the leaf leads to its former parent already.
-    fn has_taken_name(&self, intent: &LeafMergeIntent) -> Result<bool> {
-        let leaf = journal::volume_of(&intent.leaf)?;
-        Ok(image::footer_of(self.repo, &leaf)? == Some(intent.parent.footer))
+    /// How far the parent is in taking the leaf's name.
+    fn naming(&self, intent: &LeafMergeIntent) -> Result<(NameSwap, Found)> {
+        let swap = intent.name_swap()?;
+        let found = swap.found(self.repo)?;
+        Ok((swap, found))
     }
 }
 
@@ -243,9 +247,11 @@ impl LeafMerger for Live<'_> {
     }
 
     fn commit(&mut self) -> Result<()> {
-        if !self.job.has_taken_name(&self.intent)? {
+        let (swap, found) = self.job.naming(&self.intent)?;
+        if found != Found::Done {
             let (leaf, parent) = (self.intent.leaf.clone(), self.intent.parent.clone());
-            self.call(Request::MergeCommit { leaf, parent })?;
+            let aside = Some(swap.aside.as_str().to_owned());
+            self.call(Request::MergeCommit { leaf, parent, aside })?;
         }
         if let (Some(before), Ok(Reply::Stats(stats))) = (self.parent_before, self.call(Request::Stats)) {
             let gained = (stats.leaf_blocks * BLOCK_BYTES).saturating_sub(before);
@@ -298,7 +304,8 @@ impl LeafMerger for Offline<'_> {
     fn commit(&mut self) -> Result<()> {
         let repo = self.job.repo;
         let leaf = journal::volume_of(&self.intent.leaf)?;
-        if !self.job.has_taken_name(&self.intent)? {
+        let (swap, found) = self.job.naming(&self.intent)?;
+        if found == Found::Before {
             // After the death of the tapdisk that was committing, acknowledged
             // writes may wait in the parent's record.
             let parent = self.job.volume(&self.intent.parent)?;
@@ -308,8 +315,8 @@ impl LeafMerger for Offline<'_> {
                 return Err(Stop::Later(format!("{leaf} is being committed but is not empty")));
             }
             image::set_hidden(repo, &parent, false)?;
-            io("take the leaf's name", repo.volumes.replace(&parent, &leaf))?;
         }
+        swap.carry_out(repo)?;
         io("take the leaf's name", repo.volumes.sync("leaf merge: name"))?;
         io("pending record", repo.host.records().remove(self.intent.leaf.footer))
     }

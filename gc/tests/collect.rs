@@ -160,11 +160,14 @@ impl Volumes for Tight {
     fn open(&self, name: &VolumeName, access: Access) -> io::Result<Arc<dyn Volume>> {
         self.0.open(name, access)
     }
-    fn link(&self, from: &VolumeName, to: &VolumeName) -> io::Result<()> {
-        self.0.link(from, to)
+    fn rename(&self, from: &VolumeName, to: &VolumeName) -> io::Result<()> {
+        self.0.rename(from, to)
     }
-    fn replace(&self, from: &VolumeName, over: &VolumeName) -> io::Result<()> {
-        self.0.replace(from, over)
+    fn lay_aside(&self, over: &VolumeName, aside: &VolumeName) -> io::Result<()> {
+        self.0.lay_aside(over, aside)
+    }
+    fn swap(&self, new: &VolumeName, over: &VolumeName, aside: &VolumeName) -> io::Result<()> {
+        self.0.swap(new, over, aside)
     }
     fn delete(&self, name: &VolumeName) -> io::Result<()> {
         self.0.delete(name)

@@ -150,11 +150,14 @@ impl Volumes for DecidedMeanwhile {
     fn open(&self, name: &VolumeName, access: Access) -> io::Result<Arc<dyn Volume>> {
         self.inner.open(name, access)
     }
-    fn link(&self, from: &VolumeName, to: &VolumeName) -> io::Result<()> {
-        self.inner.link(from, to)
+    fn rename(&self, from: &VolumeName, to: &VolumeName) -> io::Result<()> {
+        self.inner.rename(from, to)
     }
-    fn replace(&self, from: &VolumeName, over: &VolumeName) -> io::Result<()> {
-        self.inner.replace(from, over)
+    fn lay_aside(&self, over: &VolumeName, aside: &VolumeName) -> io::Result<()> {
+        self.inner.lay_aside(over, aside)
+    }
+    fn swap(&self, new: &VolumeName, over: &VolumeName, aside: &VolumeName) -> io::Result<()> {
+        self.inner.swap(new, over, aside)
     }
     fn delete(&self, name: &VolumeName) -> io::Result<()> {
         self.inner.delete(name)

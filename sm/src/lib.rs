@@ -47,6 +47,7 @@ pub mod lease;
 pub mod limits;
 pub mod making;
 pub mod manager;
+pub mod naming;
 pub mod nudge;
 pub mod offer;
 pub mod offline;

@@ -164,7 +164,7 @@ impl<'a> Making<'a> {
         let _sr = self.repo.host.lock_sr().during(|| format!("lock of SR {}", self.repo.name))?;
         last(&self.volume()?)?;
         let (temporary, volume) = (volume_of(&self.intent.image)?, VolumeName::vhd(self.intent.vdi));
-        self.repo.volumes.replace(&temporary, &volume).during(|| format!("name {volume}"))?;
+        self.repo.volumes.rename(&temporary, &volume).during(|| format!("name {volume}"))?;
         recover(self.repo, &self.intent)?;
         self.held = None;
         Ok(self.intent.vdi)

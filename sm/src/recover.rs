@@ -21,6 +21,7 @@ use crate::journal::{
     self, Intent, LeafMergeIntent, LeafMergeState, RecordName, RecordState, SnapshotIntent, Stored, volume_of,
 };
 use crate::making;
+use crate::naming::{Found, NameSwap};
 use crate::ops::{self, Decision};
 use crate::repo::Repo;
 
@@ -129,7 +130,7 @@ fn snapshot(repo: &Repo, intent: &SnapshotIntent, state: RecordState) -> Result<
         RecordState::Pending => {
             let mut found = false;
             for member in &intent.members {
-                found |= ops::swapped(repo, member)?;
+                found |= ops::swap_begun(repo, member)?;
             }
             let wish = if found { Decision::Swap } else { Decision::Void };
             ops::decide(repo, intent.id, wish)?
@@ -152,8 +153,10 @@ fn snapshot(repo: &Repo, intent: &SnapshotIntent, state: RecordState) -> Result<
 ///   leaf's name leads to     state        then
 ///   the parent               -            done but for the record
 ///   the leaf                 Merging      settle both; the intent goes
-///   the leaf                 Committing   unhide the parent, rename it over
+///   the leaf                 Committing   unhide the parent, give it the name
+///   nothing                  Committing   give the parent the name
 /// ```
+/// What stepped aside for the parent is empty, and goes.
 fn leaf_merge(repo: &Repo, merge: &LeafMergeIntent) -> Result<()> {
     let tap = repo.host.tap(merge.vdi).during(|| format!("tapdisk of VDI {}", merge.vdi))?;
     if tap.is_some() {
@@ -161,27 +164,43 @@ fn leaf_merge(repo: &Repo, merge: &LeafMergeIntent) -> Result<()> {
         return Ok(());
     }
     let (leaf, parent) = (volume_of(&merge.leaf)?, volume_of(&merge.parent)?);
-    let footer = image::footer_of(repo, &leaf)?;
-    if footer == Some(merge.leaf.footer) {
-        image::settle(repo, &leaf)?;
-        image::settle(repo, &parent)?;
-        if merge.state == LeafMergeState::Committing {
-            take_name(repo, &leaf, &parent)?;
+    let swap = merge.name_swap()?;
+    match (swap.found(repo)?, merge.state) {
+        (Found::Before, state) => {
+            if image::footer_of(repo, &leaf)? == Some(merge.leaf.footer) {
+                image::settle(repo, &leaf)?;
+                image::settle(repo, &parent)?;
+                if state == LeafMergeState::Committing {
+                    take_name(repo, &leaf, &parent, &swap)?;
+                }
+            }
         }
-    } else if footer == Some(merge.parent.footer) {
-        repo.volumes.sync("leaf merge: name").during(|| format!("name {leaf}"))?;
-        image::settle(repo, &leaf)?;
+        (Found::Between, LeafMergeState::Committing) => {
+            named(repo, &swap)?;
+            image::settle(repo, &leaf)?;
+        }
+        (Found::Done, _) => {
+            repo.volumes.sync("leaf merge: name").during(|| format!("name {leaf}"))?;
+            image::settle(repo, &leaf)?;
+        }
+        // It was deleted.
+        (Found::Between, LeafMergeState::Merging) => {}
     }
+    swap.drop_aside(repo)?;
     let name = RecordName { id: merge.id, state: RecordState::Job };
     journal::remove(repo.volumes.as_ref(), name, "leaf merge: record cleared")
 }
 
-fn take_name(repo: &Repo, leaf: &VolumeName, parent: &VolumeName) -> Result<()> {
+fn take_name(repo: &Repo, leaf: &VolumeName, parent: &VolumeName, swap: &NameSwap) -> Result<()> {
     if image::allocated_bytes(repo, leaf)? != 0 {
         let reason = "its merge was being committed, but it is not empty".into();
         return Err(Error::BadImage { volume: leaf.clone(), reason });
     }
     image::set_hidden(repo, parent, false)?;
-    repo.volumes.replace(parent, leaf).during(|| format!("name {leaf}"))?;
-    repo.volumes.sync("leaf merge: name").during(|| format!("name {leaf}"))
+    named(repo, swap)
+}
+
+fn named(repo: &Repo, swap: &NameSwap) -> Result<()> {
+    swap.carry_out(repo)?;
+    repo.volumes.sync("leaf merge: name").during(|| format!("name {}", swap.over))
 }

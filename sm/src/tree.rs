@@ -463,11 +463,12 @@ fn role(volume: &VolumeName, footers: &BTreeMap<VolumeName, Uuid>, intents: &[St
                     if *volume != VolumeName::vhd(*base) {
                         continue;
                     }
-                    // Before the swap the base is a second name of the leaf.
+                    // Before the swap the base is a second name of the leaf;
+                    // in the middle of it, nothing has the leaf's.
                     let leaf = footers.get(&VolumeName::vhd(member.vdi));
                     let swapped = leaf == Some(&new_leaf.footer);
                     debug_assert!(!swapped || stored.name.state != RecordState::Void);
-                    return if swapped { Role::Hidden } else { Role::Prepared };
+                    return if swapped || leaf.is_none() { Role::Hidden } else { Role::Prepared };
                 }
             }
             // While it commits the parent is unhidden under its own name.
@@ -479,7 +480,8 @@ fn role(volume: &VolumeName, footers: &BTreeMap<VolumeName, Uuid>, intents: &[St
             Intent::Revert(intent) => {
                 if let Some(swap) = intent.swaps.iter().find(|swap| *volume == VolumeName::vhd(swap.aside)) {
                     let now = footers.get(&VolumeName::vhd(swap.vdi));
-                    return if now == Some(&swap.new.footer) { Role::Hidden } else { Role::Prepared };
+                    let swapped = now.is_none_or(|now| *now == swap.new.footer);
+                    return if swapped { Role::Hidden } else { Role::Prepared };
                 }
             }
             // A VDI is whole before it has its name.

@@ -274,7 +274,7 @@ fn a_leaf_merge_nobody_works_on_ends_or_is_committed() {
             assert_eq!(visible.count(), 1, "the parent never shows up as a VDI");
         }
         if done > 1 {
-            sr.repo.volumes.replace(&name(&merge.parent), &name(&merge.leaf)).unwrap();
+            merge.name_swap().unwrap().carry_out(&sr.repo).unwrap();
         }
         recover::recover(&sr.repo, Scope::Vdis(&[vdi])).unwrap();
         assert_clean(&sr.repo);

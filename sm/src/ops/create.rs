@@ -38,7 +38,7 @@ pub fn create(repo: &Repo, name: &str, virtual_bytes: u64) -> Result<Uuid> {
     let made = image::create(repo, &new).and_then(|opened| {
         // First: a VDI without its name would be nobody's.
         repo.labels.put(vdi, &Label { name: name.to_owned(), created_s, ..Label::default() })?;
-        repo.volumes.replace(&temporary, &volume).during(|| format!("name {volume}"))?;
+        repo.volumes.rename(&temporary, &volume).during(|| format!("name {volume}"))?;
         drop(opened);
         repo.volumes.sync("create: name durable").during(|| format!("name {volume}"))
     });

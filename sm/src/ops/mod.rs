@@ -36,7 +36,7 @@ pub(crate) use revert::recover as recover_revert;
 pub use revert::revert;
 pub(crate) use snapshot::Filled;
 pub use snapshot::{Wanted, snapshot, snapshot_watched};
-pub(crate) use snapshot_steps::{Decision, decide, finish, swapped, take_back};
+pub(crate) use snapshot_steps::{Decision, decide, finish, swap_begun, take_back};
 pub use stat::{Stat, stat};
 
 use uuid::Uuid;

@@ -13,10 +13,11 @@
 //!
 //! ```text
 //!   1  record, durable
-//!   2  each former image gets its second name (G, S'); the new images are
-//!      created under temporary names, flushed
+//!   2  each former image gets its second name (G, S'), where it can have two;
+//!      the new images are created under temporary names, flushed
 //!   3  names synced
-//!   4  the new images renamed over L and S: THE INSTANT is the first of them
+//!   4  the new images take the names of L and S (see `naming`): THE INSTANT is
+//!      the first rename
 //!   5  names synced
 //!   6  former images settled and hidden
 //!   7  history, record cleared
@@ -24,7 +25,7 @@
 //!
 //! Crash argument. Before 4 nothing that exists has changed; second names and
 //! temporaries are garbage, and the record hides them from scans: recovery
-//! takes them back. A swap that is found decides: no swap is durable before
+//! takes them back. A swap that is found, or half of one, decides: no swap is durable before
 //! 3 was, so all that the others need is there, and recovery repeats from 4.
 //! A former image is hidden only once the swaps are durable, so a revert that
 //! is taken back never hid what became the leaf again.
@@ -33,7 +34,7 @@
 //! caches, and would write it back over the new one.
 
 use uuid::Uuid;
-use vhd::storage::{Access, VolumeName};
+use vhd::storage::VolumeName;
 
 use super::{Locked, snapshot_steps};
 use crate::catalog::Event;
@@ -42,6 +43,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::identity;
 use crate::image::{self, NewVhd};
 use crate::journal::{self, ImageRef, Intent, RecordName, RecordState, RevertIntent, Swap, volume_of};
+use crate::naming::{Found, NameSwap};
 use crate::repo::Repo;
 
 /// A swap with what its new image stands on.
@@ -76,7 +78,7 @@ pub fn revert(repo: &Repo, vdi: Uuid, to: Uuid) -> Result<()> {
         return Err(error);
     }
     let done = finish(repo, &intent);
-    if done.is_err() && !any_swapped(repo, &intent)? {
+    if done.is_err() && !any_begun(repo, &intent)? {
         take_back(repo, &intent)?;
     }
     done
@@ -156,8 +158,7 @@ fn check_labels(repo: &Repo, vdi: Uuid, to: Uuid) -> Result<()> {
 /// Steps 2 and 3.
 fn make_images(repo: &Repo, planned: &[Planned], virtual_bytes: u64) -> Result<()> {
     for Planned { swap, .. } in planned {
-        let (leaf, aside) = (VolumeName::vhd(swap.vdi), VolumeName::vhd(swap.aside));
-        repo.volumes.link(&leaf, &aside).during(|| format!("second name of {leaf}"))?;
+        name_swap(swap)?.prepare(repo)?;
     }
     for Planned { swap, parent } in planned {
         let volume = volume_of(&swap.new)?;
@@ -167,13 +168,14 @@ fn make_images(repo: &Repo, planned: &[Planned], virtual_bytes: u64) -> Result<(
     repo.volumes.sync("revert: new images and second names").during(|| "names of a revert's images".into())
 }
 
-fn swapped(repo: &Repo, swap: &Swap) -> Result<bool> {
-    Ok(image::footer_of(repo, &VolumeName::vhd(swap.vdi))? == Some(swap.new.footer))
+fn name_swap(swap: &Swap) -> Result<NameSwap> {
+    let (over, aside) = (VolumeName::vhd(swap.vdi), VolumeName::vhd(swap.aside));
+    Ok(NameSwap { new: volume_of(&swap.new)?, footer: swap.new.footer, over, aside })
 }
 
-fn any_swapped(repo: &Repo, intent: &RevertIntent) -> Result<bool> {
+fn any_begun(repo: &Repo, intent: &RevertIntent) -> Result<bool> {
     for swap in &intent.swaps {
-        if swapped(repo, swap)? {
+        if name_swap(swap)?.found(repo)? != Found::Before {
             return Ok(true);
         }
     }
@@ -186,19 +188,19 @@ fn any_swapped(repo: &Repo, intent: &RevertIntent) -> Result<bool> {
 /// # Errors
 /// I/O errors; the record then stays.
 pub(crate) fn recover(repo: &Repo, intent: &RevertIntent) -> Result<()> {
-    if any_swapped(repo, intent)? { finish(repo, intent) } else { take_back(repo, intent) }
+    if any_begun(repo, intent)? { finish(repo, intent) } else { take_back(repo, intent) }
 }
 
 /// Steps 4 to 7.
 fn finish(repo: &Repo, intent: &RevertIntent) -> Result<()> {
     for swap in &intent.swaps {
-        if swapped(repo, swap)? {
+        let swap = name_swap(swap)?;
+        if swap.found(repo)? == Found::Done {
             continue;
         }
-        let leaf = VolumeName::vhd(swap.vdi);
         // Somebody without a lease may have it open for writing.
-        let lock = image::open(repo, &leaf, Access::Write)?;
-        repo.volumes.replace(&volume_of(&swap.new)?, &leaf).during(|| format!("new image of {leaf}"))?;
+        let lock = swap.lock_former(repo)?;
+        swap.carry_out(repo)?;
         drop(lock);
     }
     repo.volumes.sync("revert: swaps").during(|| "swaps of a revert".into())?;
@@ -215,20 +217,10 @@ fn finish(repo: &Repo, intent: &RevertIntent) -> Result<()> {
     clear(repo, intent)
 }
 
-/// Removes what was prepared. A second name goes only while it is one:
-/// anything else there is not ours to remove.
+/// Removes what was prepared.
 fn take_back(repo: &Repo, intent: &RevertIntent) -> Result<()> {
     for swap in &intent.swaps {
-        let new = volume_of(&swap.new)?;
-        repo.volumes.delete(&new).during(|| format!("take back {new}"))?;
-        let (leaf, aside) = (VolumeName::vhd(swap.vdi), VolumeName::vhd(swap.aside));
-        let what = || format!("take back {aside}");
-        if repo.volumes.same(&aside, &leaf).during(what)? {
-            repo.volumes.delete(&aside).during(what)?;
-        } else if image::footer_of(repo, &aside)?.is_some() {
-            let reason = "a revert that was taken back finds it no second name".into();
-            return Err(Error::BadImage { volume: aside, reason });
-        }
+        name_swap(swap)?.take_back(repo)?;
     }
     repo.volumes.sync("revert: taken back").during(|| "taking a revert back".into())?;
     clear(repo, intent)

@@ -13,14 +13,15 @@
 //! ```text
 //!  [lock]
 //!   1  record `pending`, durable
-//!   2  <B> becomes a second name of L's image; new leaf and S are created
-//!      under temporary names, flushed
+//!   2  <B> becomes a second name of L's image, where it can have two; new leaf
+//!      and S are created under temporary names, flushed
 //!   3  names synced
 //!  [no lock] attached members:
 //!   4  Prepare: the tapdisk opens its new leaf
 //!   5  Pause, all of them: nothing is in flight anywhere
 //!   6  record renamed to `decided`: THE INSTANT
-//!   7  Resume with swap: new leaf renamed over L, writes go on
+//!   7  Resume with swap: new leaf renamed over L (or L renamed to <B>, then
+//!      the new leaf to L: see `naming`), writes go on
 //!   8  swaps synced, then the decision
 //!   9  SettleBase: B settled, then hidden
 //!  [lock]
@@ -31,8 +32,8 @@
 //! Crash argument. Up to 6 nothing that exists has changed: the second name
 //! and the temporaries are garbage, and while the record says so no scan
 //! shows them. Power may be lost with the record's rename to `decided` not
-//! durable but a swap durable; so a swap that is found decides, too. No swap
-//! is ever durable before step 3 was, so what a swap needs is there. S gets
+//! durable but a swap durable; so a swap that is found, or the first half of
+//! one, decides, too. No swap is ever durable before step 3 was, so what a swap needs is there. S gets
 //! its name, and B its flag, only after swaps and decision are durable: a
 //! snapshot that is taken back never had either. From `decided` on every step
 //! is idempotent and recovery repeats them from 7; its one `match` is in
@@ -42,7 +43,7 @@
 //! `void`; only one rename of `pending` can win, so all of them resume the
 //! same way.
 //!
-//! Inside the pause there are one rename and, in each tapdisk, another;
+//! Inside the pause there are one rename and, in each tapdisk, another, or two;
 //! nothing is read and nothing synced.
 
 use tapdisk_control::{Reply, Request};
@@ -331,9 +332,9 @@ fn make_images(
         match &member.shape {
             Shape::Divide { base, new_leaf } => {
                 let base = VolumeName::vhd(*base);
-                repo.volumes
-                    .link(&chain[0].volume, &base)
-                    .during(|| format!("second name of {}", chain[0].volume))?;
+                if let Some(swap) = steps::name_swap(member)? {
+                    swap.prepare(repo)?;
+                }
                 let parent = Some((&base, member.leaf_footer));
                 make(new_leaf, parent)?;
                 sibling(&member.sibling.image, parent)?;
@@ -357,7 +358,7 @@ fn take_over(
 ) -> Result<()> {
     image::set_parent(repo, &filled.volume, parent, footer)?;
     repo.volumes
-        .replace(&filled.volume, &journal::volume_of(image)?)
+        .rename(&filled.volume, &journal::volume_of(image)?)
         .during(|| format!("prepare {}", filled.volume))
 }
 
@@ -415,11 +416,13 @@ fn pause_all(repo: &Repo, intent: &SnapshotIntent, targets: &mut [Target<'_>]) -
         };
         let leaf =
             ImageRef { volume: VolumeName::vhd(member.vdi).as_str().to_owned(), footer: member.leaf_footer };
-        let child = match &member.shape {
-            Shape::Divide { new_leaf, .. } => Some(new_leaf.clone()),
-            Shape::Empty => None,
+        let (child, base) = match &member.shape {
+            Shape::Divide { new_leaf, base } => {
+                (Some(new_leaf.clone()), Some(VolumeName::vhd(*base).as_str().to_owned()))
+            }
+            Shape::Empty => (None, None),
         };
-        let request = Request::Prepare { intent: names.clone(), leaf, child };
+        let request = Request::Prepare { intent: names.clone(), leaf, child, base };
         live.tap.call(request).map_err(|e| failed(member.vdi, e))?;
     }
     for (member, target) in intent.members.iter().zip(targets) {

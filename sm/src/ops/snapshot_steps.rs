@@ -5,7 +5,7 @@
 
 use tapdisk_control::Request;
 use uuid::Uuid;
-use vhd::storage::{Access, VolumeName};
+use vhd::storage::VolumeName;
 
 use super::Locked;
 use crate::catalog::{Event, Label};
@@ -18,6 +18,7 @@ use crate::journal::{
     self, ImageRef, LeafMergeState, Member, RecordName, RecordState, Shape, SiblingKind, SnapshotIntent,
     volume_of,
 };
+use crate::naming::{Found, NameSwap};
 use crate::repo::Repo;
 
 /// What became of a pending snapshot.
@@ -76,34 +77,38 @@ pub(crate) fn finish(repo: &Repo, intent: &SnapshotIntent) -> Result<()> {
     Ok(())
 }
 
-/// Whether the leaf's name leads to the new leaf already.
-pub(crate) fn swapped(repo: &Repo, member: &Member) -> Result<bool> {
-    let Shape::Divide { new_leaf, .. } = &member.shape else {
-        return Ok(false);
+/// Whether the member's swap has happened, or has begun.
+pub(crate) fn swap_begun(repo: &Repo, member: &Member) -> Result<bool> {
+    match name_swap(member)? {
+        Some(swap) => Ok(swap.found(repo)? != Found::Before),
+        None => Ok(false),
+    }
+}
+
+/// How the new leaf takes the leaf's name; `None` if the leaf stays.
+pub(super) fn name_swap(member: &Member) -> Result<Option<NameSwap>> {
+    let Shape::Divide { base, new_leaf } = &member.shape else {
+        return Ok(None);
     };
-    Ok(image::footer_of(repo, &VolumeName::vhd(member.vdi))? == Some(new_leaf.footer))
+    let (over, aside) = (VolumeName::vhd(member.vdi), VolumeName::vhd(*base));
+    Ok(Some(NameSwap { new: volume_of(new_leaf)?, footer: new_leaf.footer, over, aside }))
 }
 
 /// Only a tapdisk swaps the leaf it serves; for any other it is done here,
 /// under the image's lock.
 fn swap(repo: &Repo, member: &Member) -> Result<()> {
-    let Shape::Divide { new_leaf, .. } = &member.shape else {
+    let Some(swap) = name_swap(member)? else {
         return Ok(());
     };
-    if swapped(repo, member)? {
+    if swap.found(repo)? == Found::Done {
         return Ok(());
     }
     if live_tap(repo, member.vdi)?.is_some() {
         let reason = format!("the tapdisk of VDI {} has not swapped its leaf yet", member.vdi);
         return Err(Error::Busy { reason });
     }
-    let leaf = VolumeName::vhd(member.vdi);
-    let lock = image::open(repo, &leaf, Access::Write)?;
-    repo.volumes
-        .replace(&volume_of(new_leaf)?, &leaf)
-        .during(|| format!("new leaf of VDI {}", member.vdi))?;
-    drop(lock);
-    Ok(())
+    let _lock = swap.lock_former(repo)?;
+    swap.carry_out(repo)
 }
 
 /// Step 9 for a member whose tapdisk lives.
@@ -143,7 +148,7 @@ fn name_sibling(repo: &Repo, member: &Member) -> Result<()> {
         return Ok(());
     }
     repo.volumes
-        .replace(&volume_of(&member.sibling.image)?, &name)
+        .rename(&volume_of(&member.sibling.image)?, &name)
         .during(|| format!("name of sibling {}", member.sibling.vdi))
 }
 
@@ -184,24 +189,12 @@ fn refresh_lease(repo: &Repo, member: &Member) -> Result<()> {
 }
 
 /// Takes back a void snapshot; the caller holds the SR lock.
-///
-/// The base's name goes only while it is a second name of the leaf's image;
-/// anything else there is not ours to remove.
 pub(crate) fn take_back(repo: &Repo, intent: &SnapshotIntent) -> Result<()> {
-    let gone = |volume: &VolumeName| repo.volumes.delete(volume).during(|| format!("take back {volume}"));
     for member in &intent.members {
-        gone(&volume_of(&member.sibling.image)?)?;
-        let Shape::Divide { base, new_leaf } = &member.shape else {
-            continue;
-        };
-        gone(&volume_of(new_leaf)?)?;
-        let (base, leaf) = (VolumeName::vhd(*base), VolumeName::vhd(member.vdi));
-        let what = || format!("take back {base}");
-        if repo.volumes.same(&base, &leaf).during(what)? {
-            gone(&base)?;
-        } else if image::footer_of(repo, &base)?.is_some() {
-            let reason = "a snapshot that was taken back finds it no second name".into();
-            return Err(Error::BadImage { volume: base, reason });
+        let sibling = volume_of(&member.sibling.image)?;
+        repo.volumes.delete(&sibling).during(|| format!("take back {sibling}"))?;
+        if let Some(swap) = name_swap(member)? {
+            swap.take_back(repo)?;
         }
     }
     repo.volumes.sync("snapshot: taken back").during(|| "taking a snapshot back".into())?;

@@ -174,7 +174,7 @@ fn belongs(repo: &Repo, name: &str, leaf: &VolumeName, parent: &VolumeName) -> R
 
 fn rename(repo: &Repo, from: &VolumeName, to: &VolumeName) -> Result<()> {
     let what = || format!("rename {from} to {to}");
-    repo.volumes.replace(from, to).during(what)?;
+    repo.volumes.rename(from, to).during(what)?;
     repo.volumes.sync("reference: name given back").during(what)
 }
 

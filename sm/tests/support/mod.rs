@@ -198,7 +198,7 @@ impl LeaseHold for FakeHold {
 struct FakeTap {
     host: FakeHost,
     lease: Lease,
-    child: Option<ImageRef>,
+    child: Option<(ImageRef, String)>,
     paused: Option<IntentNames>,
 }
 
@@ -227,8 +227,8 @@ impl FakeTap {
                     ..Stats::default()
                 })))
             }
-            Request::Prepare { child, .. } => {
-                self.child = child;
+            Request::Prepare { child, base, .. } => {
+                self.child = child.zip(base);
                 Ok(Reply::Done)
             }
             Request::Pause { .. } if mood == Mood::Refuses => Err(busy()),
@@ -294,10 +294,10 @@ impl FakeTap {
     }
 
     fn resume(&mut self, swap: bool) {
-        if let (true, Some(child)) = (swap, self.child.take()) {
-            let child = VolumeName::new(&child.volume).unwrap();
+        if let (true, Some((child, base))) = (swap, self.child.take()) {
+            let (child, base) = (VolumeName::new(&child.volume).unwrap(), VolumeName::new(&base).unwrap());
             // Fails only when the machine is dead.
-            let _ = self.host.taps_volumes.replace(&child, &self.leaf());
+            let _ = self.host.taps_volumes.swap(&child, &self.leaf(), &base);
         }
     }
 

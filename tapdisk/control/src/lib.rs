@@ -82,6 +82,10 @@ pub enum Request {
         /// The prepared child; `None` when the leaf is expected to hold
         /// nothing and will stay the leaf.
         child: Option<ImageRef>,
+        /// The volume that the leaf becomes. Without it the swap needs a
+        /// repository in which volumes can have two names.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        base: Option<String>,
     },
     /// Stops serving and drains; answered once nothing is in flight. A lease:
     /// after `limit_ms`, or when this connection ends, the tapdisk tries to
@@ -161,13 +165,17 @@ pub enum Request {
     /// Stops the merge, bounded by one window; the parent is settled and
     /// read-only again when this is answered.
     MergeStop,
-    /// After [`MergePhase::Empty`]: unhides the parent, renames it over the
-    /// leaf and drops the leaf from the map; durable when answered.
+    /// After [`MergePhase::Empty`]: unhides the parent, gives it the leaf's
+    /// name and drops the leaf from the map; durable when answered.
     MergeCommit {
         /// The emptied leaf.
         leaf: ImageRef,
         /// The parent that takes its name.
         parent: ImageRef,
+        /// What the leaf is called afterwards, where the parent cannot
+        /// replace it: the caller's to delete.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        aside: Option<String>,
     },
     /// Settles, closes and ends the process. Refused with [`Refusal::Busy`]
     /// while clients are connected, unless `force`.

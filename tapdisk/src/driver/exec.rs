@@ -31,9 +31,9 @@ enum Task {
     WriteMeta { file: Arc<dyn Volume>, offset: u64, bytes: Arc<[u8]> },
     Copy { from: Arc<dyn Volume>, from_offset: u64, to: Arc<dyn Volume>, to_offset: u64, len: u64 },
     Zero { file: Arc<dyn Volume>, offset: u64, len: u64, keep: bool },
-    SetLen { file: Arc<dyn Volume>, len: u64 },
+    Extend { file: Arc<dyn Volume>, len: u64 },
     Flush { file: Arc<dyn Volume>, why: Why },
-    Replace { volumes: Arc<dyn Volumes>, from: VolumeName, over: VolumeName },
+    Swap { volumes: Arc<dyn Volumes>, new: VolumeName, over: VolumeName, aside: VolumeName },
     SyncNames { volumes: Arc<dyn Volumes>, why: Why },
 }
 
@@ -81,9 +81,9 @@ pub fn prepare(
             Task::Copy { from: file(from)?, from_offset, to: file(to)?, to_offset, len }
         }
         Op::Zero { file: id, offset, len, keep, why: _ } => Task::Zero { file: file(id)?, offset, len, keep },
-        Op::SetLen { file: id, len } => Task::SetLen { file: file(id)?, len },
+        Op::Extend { file: id, len } => Task::Extend { file: file(id)?, len },
         Op::Flush { file: id, why } => Task::Flush { file: file(id)?, why },
-        Op::Replace { from, over, why: _ } => Task::Replace { volumes: volumes(), from, over },
+        Op::Swap { new, over, aside, why: _ } => Task::Swap { volumes: volumes(), new, over, aside },
         Op::SyncNames { why } => Task::SyncNames { volumes: volumes(), why },
     }))
 }
@@ -231,9 +231,9 @@ impl Task {
             Self::WriteMeta { offset, bytes, .. } => ("metadata write", *offset, bytes.len() as u64),
             Self::Copy { to_offset, len, .. } => ("copy", *to_offset, *len),
             Self::Zero { offset, len, .. } => ("zeroing", *offset, *len),
-            Self::SetLen { len, .. } => ("setting the length", *len, 0),
+            Self::Extend { len, .. } => ("extension", *len, 0),
             Self::Flush { .. } => ("flush", 0, 0),
-            Self::Replace { .. } => ("rename", 0, 0),
+            Self::Swap { .. } => ("rename", 0, 0),
             Self::SyncNames { .. } => ("sync of names", 0, 0),
         }
     }
@@ -254,9 +254,9 @@ impl Task {
             }
             Self::Zero { file, offset, len, keep: false } => file.zero(offset, len)?,
             Self::Zero { file, offset, len, keep: true } => file.zero_keeping_space(offset, len)?,
-            Self::SetLen { file, len } => file.set_len(len)?,
+            Self::Extend { file, len } => file.extend(len)?,
             Self::Flush { file, why } => file.flush(why)?,
-            Self::Replace { volumes, from, over } => volumes.replace(&from, &over)?,
+            Self::Swap { volumes, new, over, aside } => volumes.swap(&new, &over, &aside)?,
             Self::SyncNames { volumes, why } => volumes.sync(why)?,
         }
         Ok(Completion::Done)

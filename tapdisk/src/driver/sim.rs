@@ -13,7 +13,7 @@ use tapdisk_control::{Answer, Call, Request as Order, Stats};
 use uuid::Uuid;
 use vhd::record::{Owner, PendingRecord, RECORD_WORDS, RecordStore, Words};
 use vhd::storage::sim::{SimBuffer, SimDisk, SimDone, SimFile, SimOp, SimRequest, SimRun};
-use vhd::storage::{CopyKind, VolumeName, Volumes, Why};
+use vhd::storage::{CopyKind, Fs, VolumeName, Volumes, Why};
 
 use super::{Core, Effect, PeerId};
 use crate::datapath::{DataPath, JobDone};
@@ -93,6 +93,8 @@ struct Flying {
     op: OpId,
     sim: SimOp,
     into: Option<BufferRange>,
+    /// What follows before the operation is complete.
+    rest: VecDeque<(SimRequest, Why)>,
 }
 
 /// One tapdisk on a simulated machine.
@@ -239,8 +241,12 @@ impl SimTap {
         true
     }
 
-    fn land(&mut self, flying: Flying) {
+    fn land(&mut self, mut flying: Flying) {
         let completion = match self.disk.complete(flying.sim) {
+            Ok(_) if !flying.rest.is_empty() => {
+                let next = flying.rest.pop_front();
+                return self.fly(flying.op, next, flying.into, flying.rest);
+            }
             Ok(done) => self.arrived(done, flying.into),
             Err(error) => Completion::Failed(error.raw_os_error().unwrap_or(libc::EIO)),
         };
@@ -305,8 +311,24 @@ impl SimTap {
             Op::ReadGuest { into, .. } => Some(*into),
             _ => None,
         };
-        let begun = self.request(what).and_then(|(request, why)| self.disk.begin(request, why).ok());
-        match begun {
+        let mut requests = self.requests(what);
+        let first = requests.pop_front();
+        self.fly(op, first, into, requests);
+    }
+
+    fn fly(
+        &mut self,
+        op: OpId,
+        request: Option<(SimRequest, Why)>,
+        into: Option<BufferRange>,
+        mut rest: VecDeque<(SimRequest, Why)>,
+    ) {
+        match request.and_then(|(request, why)| self.disk.begin(request, why).ok()) {
+            Some(sim) if sim.early() && !rest.is_empty() => {
+                self.late.push(sim);
+                let next = rest.pop_front();
+                self.fly(op, next, into, rest);
+            }
             Some(sim) if sim.early() => {
                 let completion = match sim.early_answer() {
                     SimDone::Copied(_) => Completion::Copied(CopyKind::Copied),
@@ -315,13 +337,33 @@ impl SimTap {
                 self.late.push(sim);
                 self.core.complete(self.now_us, op, completion);
             }
-            Some(sim) => self.flying.push(Flying { op, sim, into }),
+            Some(sim) => self.flying.push(Flying { op, sim, into, rest }),
             None => self.core.complete(self.now_us, op, Completion::Failed(libc::EIO)),
         }
     }
 
     fn file(&self, file: crate::engine::FileId) -> Option<SimFile> {
         SimFile::of(self.files.get(file)?.as_ref())
+    }
+
+    /// An operation as the machine does it: mostly one request. None if the
+    /// file was closed.
+    fn requests(&mut self, op: Op) -> VecDeque<(SimRequest, Why)> {
+        let rename = |from: &VolumeName, over: &VolumeName| SimRequest::Rename {
+            from: from.as_str().to_owned(),
+            over: over.as_str().to_owned(),
+        };
+        match op {
+            Op::Swap { new, over, aside, why } if self.disk.has_devices() => {
+                let aside = (rename(&over, &aside), "swap: the former leaf steps aside");
+                // A swap that failed half way is tried again.
+                let there = self.disk.same_file(over.as_str(), over.as_str()).unwrap_or(true);
+                let first = there.then_some(aside);
+                first.into_iter().chain([(rename(&new, &over), why)]).collect()
+            }
+            Op::Swap { new, over, why, .. } => VecDeque::from([(rename(&new, &over), why)]),
+            op => self.request(op).into_iter().collect(),
+        }
     }
 
     fn request(&mut self, op: Op) -> Option<(SimRequest, Why)> {
@@ -346,12 +388,9 @@ impl SimTap {
             Op::Zero { file, offset, len, keep, why } => {
                 (SimRequest::Zero { file: self.file(file)?, offset, len, keep }, why)
             }
-            Op::SetLen { file, len } => (SimRequest::SetLen { file: self.file(file)?, len }, "longer file"),
+            Op::Extend { file, len } => (SimRequest::Extend { file: self.file(file)?, len }, "longer file"),
             Op::Flush { file, why } => (SimRequest::Flush { file: self.file(file)? }, why),
-            Op::Replace { from, over, why } => {
-                let (from, over) = (from.as_str().to_owned(), over.as_str().to_owned());
-                (SimRequest::Rename { from, over }, why)
-            }
+            Op::Swap { .. } => return None,
             Op::SyncNames { why } => (SimRequest::SyncNames { folder: String::new() }, why),
         })
     }

@@ -143,11 +143,11 @@ pub enum Op {
         /// Names the step.
         why: Why,
     },
-    /// Sets a file's length.
-    SetLen {
-        /// The file.
+    /// Makes a volume longer: see [`vhd::storage::Volume::extend`].
+    Extend {
+        /// The volume.
         file: FileId,
-        /// New length in bytes.
+        /// Bytes it has at least afterwards.
         len: u64,
     },
     /// Makes everything completed before its start durable.
@@ -157,12 +157,14 @@ pub enum Op {
         /// Names the step.
         why: Why,
     },
-    /// Renames a volume over another.
-    Replace {
+    /// A volume takes another's name: see [`vhd::storage::Volumes::swap`].
+    Swap {
         /// The one that takes the name.
-        from: VolumeName,
+        new: VolumeName,
         /// The name taken.
         over: VolumeName,
+        /// What the one that had it is called then.
+        aside: VolumeName,
         /// Names the step.
         why: Why,
     },

@@ -21,6 +21,8 @@ pub struct NewLeaf {
     pub image: Image,
     /// The name it takes.
     pub name: VolumeName,
+    /// What the former leaf is called then.
+    pub aside: VolumeName,
 }
 
 /// An order. Everything in it was opened before: no order reads an image.
@@ -72,6 +74,9 @@ pub enum Command {
     MergeCommit {
         /// The parent's footer without the hidden flag.
         footer: Box<[u8; 512]>,
+        /// What the leaf is called until somebody deletes it, where the
+        /// parent cannot replace it.
+        aside: VolumeName,
     },
     /// Drain, hold, and tell what settling everything takes. Also before the
     /// leaf's tables change.
@@ -176,7 +181,7 @@ impl Engine {
                 self.answer(token, Ok(CommandReply::Done));
             }
             Command::MergeStop => self.merge_stop(token)?,
-            Command::MergeCommit { footer } => self.merge_commit(token, &footer)?,
+            Command::MergeCommit { footer, aside } => self.merge_commit(token, &footer, aside)?,
             Command::Close => self.drain_then(Then::Close(token))?,
             Command::Changed { rw, virtual_bytes } => self.leaf_changed(token, rw, virtual_bytes)?,
             Command::Lookup { offset, len } => self.look_up(token, offset, len),
@@ -199,16 +204,18 @@ impl Engine {
         }
     }
 
-    /// Renames the prepared child over the leaf's name. The rename is the
-    /// only step inside the pause; nothing is synced (the next FLUSH, and the
-    /// snapshot's own answer, owe that).
+    /// Gives the prepared child the leaf's name: the only step inside the
+    /// pause, one rename or two; nothing is synced (the next FLUSH, and the
+    /// snapshot's own answer, owe that). One that failed half way goes on when
+    /// it is tried again.
     fn swap(&mut self, token: Token, leaf: NewLeaf) -> Result<(), CommandError> {
         if self.stack.len() != 1 {
             return Err(CommandError::Busy("no single leaf to swap"));
         }
-        let op = Op::Replace {
-            from: leaf.image.name.clone(),
+        let op = Op::Swap {
+            new: leaf.image.name.clone(),
             over: leaf.name.clone(),
+            aside: leaf.aside.clone(),
             why: "swap: the new leaf takes the name",
         };
         let image = Image { name: leaf.name, ..leaf.image };

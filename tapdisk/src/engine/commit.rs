@@ -1,5 +1,7 @@
 //! The end of a leaf merge: the emptied leaf goes, the parent takes its name.
 
+use vhd::storage::VolumeName;
+
 use super::command::{CommandError, CommandReply, Token};
 use super::image::Purpose;
 use super::merge::{CommitStep, LEAF, PARENT, Phase};
@@ -12,17 +14,24 @@ impl Engine {
     ///    "committing". A crash: recovery sees L empty and starts here.
     /// 2. P's hidden flag is cleared, durably. A crash: as before; scans
     ///    consult the intent, so P never shows up twice.
-    /// 3. P is renamed over L. A crash: L's name leads to P or to the empty L;
-    ///    in the latter case P is still there, and recovery renames.
-    /// 4. The names are synced, L leaves the map, the caller drops the intent.
-    pub(super) fn merge_commit(&mut self, token: Token, footer: &[u8; 512]) -> Result<(), CommandError> {
+    /// 3. P is renamed over L; where that takes two steps, L steps `aside`
+    ///    first. A crash: L's name leads to P, to the empty L or nowhere; in the
+    ///    two latter cases P is still there, and recovery goes on from there.
+    /// 4. The names are synced, L leaves the map, the caller deletes what stepped
+    ///    aside and drops the intent.
+    pub(super) fn merge_commit(
+        &mut self,
+        token: Token,
+        footer: &[u8; 512],
+        aside: VolumeName,
+    ) -> Result<(), CommandError> {
         if !matches!(self.merge.phase, Phase::Empty) || self.merge.stop.is_some() {
             return Err(CommandError::Busy("the leaf is not empty"));
         }
         if !self.stack[LEAF].is_clean() {
             return Err(CommandError::Busy("the leaf has metadata to write back"));
         }
-        self.merge.phase = Phase::Committing { token, step: CommitStep::Unhide };
+        self.merge.phase = Phase::Committing { token, step: CommitStep::Unhide, aside };
         let file = self.stack[PARENT].file;
         let bytes = footer.as_slice().into();
         self.start(
@@ -33,7 +42,8 @@ impl Engine {
     }
 
     pub(super) fn commit_step(&mut self, result: Result<(), i32>) {
-        let Phase::Committing { token, step } = self.merge.phase else { return };
+        let Phase::Committing { token, step, aside } = &self.merge.phase else { return };
+        let (token, step, aside) = (*token, *step, aside.clone());
         if let Err(errno) = result {
             if step == CommitStep::RenameSync {
                 self.names_owed = true;
@@ -44,15 +54,15 @@ impl Engine {
             let detail = format!("committing the merge failed at {step:?}: errno {errno}");
             return self.answer(token, Err(CommandError::Failed(detail)));
         }
-        let (from, over, file) =
-            (self.stack[PARENT].name.clone(), self.stack[LEAF].name.clone(), self.stack[PARENT].file);
+        let (new, over) = (self.stack[PARENT].name.clone(), self.stack[LEAF].name.clone());
+        let file = self.stack[PARENT].file;
         let (next, op) = match step {
             CommitStep::Unhide => {
                 (CommitStep::UnhideFlush, Op::Flush { file, why: "merge commit: unhidden before the rename" })
             }
             CommitStep::UnhideFlush => (
                 CommitStep::Rename,
-                Op::Replace { from, over, why: "merge commit: the parent takes the name" },
+                Op::Swap { new, over, aside: aside.clone(), why: "merge commit: the parent takes the name" },
             ),
             CommitStep::Rename => (
                 CommitStep::RenameSync,
@@ -63,7 +73,7 @@ impl Engine {
                 return self.answer(token, Ok(CommandReply::Done));
             }
         };
-        self.merge.phase = Phase::Committing { token, step: next };
+        self.merge.phase = Phase::Committing { token, step: next, aside };
         self.start(op, Purpose::Commit);
     }
 

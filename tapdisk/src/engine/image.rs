@@ -98,7 +98,7 @@ pub(crate) enum Purpose {
     Bitmap { file: FileId, block: BlockNo, slot: Slot },
     /// A bitmap of a lower level, for resolving a block's owners.
     Owners { generation: u64, block: BlockNo, level: usize },
-    /// A longer file.
+    /// A longer volume.
     Extend { file: FileId, len: u64 },
     /// A step of a write-back.
     WriteBack(FileId),
@@ -177,7 +177,7 @@ impl Engine {
         if image.extending_to.is_none() {
             image.extending_to = Some(len);
             let file = image.file;
-            self.start(Op::SetLen { file, len }, Purpose::Extend { file, len });
+            self.start(Op::Extend { file, len }, Purpose::Extend { file, len });
         }
         false
     }

@@ -20,6 +20,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use vhd::storage::VolumeName;
 use vhd::units::{BlockNo, SectorRun};
 
 use super::command::{CommandError, Token};
@@ -77,6 +78,8 @@ pub(super) enum Phase {
     Committing {
         token: Token,
         step: CommitStep,
+        /// What the leaf is called afterwards, if it is called anything.
+        aside: VolumeName,
     },
     Failed,
 }
@@ -88,7 +91,7 @@ pub(super) enum CommitStep {
     Unhide,
     /// That is being made durable.
     UnhideFlush,
-    /// P is being renamed over L.
+    /// P is taking L's name.
     Rename,
     /// The name is being made durable.
     RenameSync,

@@ -36,7 +36,12 @@ pub(super) struct Piece {
 enum Action {
     Read,
     Write,
-    Zero { keep: bool },
+    Zero {
+        keep: bool,
+    },
+    /// As zeroing, where that costs no space and no writing over what lies
+    /// below.
+    Trim,
     Status,
     Cache,
 }
@@ -67,7 +72,7 @@ pub(super) enum Source {
 
 impl Piece {
     fn zeros(&self) -> bool {
-        matches!(self.action, Action::Zero { .. })
+        matches!(self.action, Action::Zero { .. } | Action::Trim)
     }
 
     /// The buffer bytes of a part of the piece's run.
@@ -111,7 +116,7 @@ impl Engine {
             RequestKind::Read => self.cut(request, Action::Read),
             RequestKind::Write { .. } => self.cut(request, Action::Write),
             RequestKind::WriteZeroes { no_hole, .. } => self.cut(request, Action::Zero { keep: no_hole }),
-            RequestKind::Trim { .. } => self.cut(request, Action::Zero { keep: false }),
+            RequestKind::Trim { .. } => self.cut(request, Action::Trim),
             RequestKind::BlockStatus => {
                 let len = self.resolvable(&request);
                 self.cut(Request { len, ..request }, Action::Status);
@@ -155,7 +160,7 @@ impl Engine {
             Action::Status => self.plan_status(piece),
             Action::Cache => self.plan_cache(piece),
             Action::Write => self.plan_write(piece),
-            Action::Zero { .. } => self.plan_zero(piece),
+            Action::Zero { .. } | Action::Trim => self.plan_zero(piece),
         }
     }
 
@@ -284,17 +289,18 @@ impl Engine {
                 None => return,
             }
         }
-        let trimmed = piece.action == Action::Zero { keep: false } && piece.run == SectorRun::BLOCK;
+        let given_up = matches!(piece.action, Action::Zero { keep: false } | Action::Trim);
+        let trimmed = given_up && piece.run == SectorRun::BLOCK;
         self.note_content(piece.block, piece.zeros(), trimmed);
         for ((index, run), slot) in targets.into_iter().zip(slots) {
             let file = self.stack[index].file;
             let part = Part { request: piece.request, file, block: piece.block, slot, run };
             let offset = slot.data_offset(run.first);
-            let op = match piece.action {
-                Action::Zero { keep } => {
-                    Op::Zero { file, offset, len: run.bytes(), keep, why: "guest: zeros" }
-                }
-                _ => Op::WriteGuest { file, offset, from: piece.buffer(run) },
+            let op = if piece.zeros() {
+                let keep = piece.action == (Action::Zero { keep: true });
+                Op::Zero { file, offset, len: run.bytes(), keep, why: "guest: zeros" }
+            } else {
+                Op::WriteGuest { file, offset, from: piece.buffer(run) }
             };
             self.one_more(piece.request);
             self.write_started(piece.block, run);
@@ -346,7 +352,9 @@ impl Engine {
 
     /// Zeros: where nobody below has the block, a whole block leaves the
     /// image, and what is not there needs nothing, unless the guest wants to
-    /// keep the space; all else is a write of zeros.
+    /// keep the space; all else is a write of zeros. But a trim over data that
+    /// lies below, which a VHD cannot hide without a block of zeros, does
+    /// nothing on a device: it would take space there, and the guest cares not.
     fn plan_zero(&mut self, piece: Piece) {
         let whole_block = piece.run == SectorRun::BLOCK;
         let merging = self.merging();
@@ -354,13 +362,16 @@ impl Engine {
         // In a merge's leaf it stays a block of zeros until its turn comes.
         let in_leaf = merging && self.stack[0].rw.presence(piece.block) != Presence::Absent;
         if self.has_below(target, piece.block) || in_leaf {
+            if piece.action == Action::Trim && self.stack[target].rw.on_device() {
+                return self.part_done(piece.request, Ok(()));
+            }
             return self.plan_write(piece);
         }
         match self.stack[target].rw.presence(piece.block) {
             Presence::Absent if piece.action == (Action::Zero { keep: true }) => self.plan_write(piece),
             Presence::Absent => self.part_done(piece.request, Ok(())),
             Presence::Whole(_) | Presence::Partial(_)
-                if whole_block && piece.action == (Action::Zero { keep: false }) =>
+                if whole_block && piece.action != (Action::Zero { keep: true }) =>
             {
                 self.free_block(target, piece);
             }

@@ -234,12 +234,16 @@ impl Engine {
         self.merge_writeback_failed(index, errno);
     }
 
-    /// Slots nobody can read any more are zeroed, then free.
+    /// Slots nobody can read any more are zeroed, then free; on a device,
+    /// where nobody takes a slot to be zero, they are free at once.
     pub(super) fn zero_released(&mut self, file: FileId, slots: Vec<Slot>) {
-        if self.index_of(file).is_none() {
-            return;
-        }
+        let Some(index) = self.index_of(file) else { return };
         for slot in slots {
+            if self.stack[index].rw.on_device() {
+                self.stack[index].rw.slots().put(slot);
+                self.merge_released(file);
+                continue;
+            }
             let gap = vhd::slots::slot_bytes(slot);
             let op = Op::Zero {
                 file,

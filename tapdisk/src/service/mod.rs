@@ -64,7 +64,7 @@ impl std::fmt::Debug for Step {
 #[derive(Debug)]
 pub enum JobResult {
     /// An image to swap in.
-    Child(Box<OpenImage>),
+    Child(Box<Child>),
     /// The parent of a merge and everything below it.
     Parent(Box<OpenImage>, Box<crate::engine::Lower>),
     /// The image under the leaf was settled; read through this file.
@@ -134,6 +134,14 @@ struct Operation {
     caller: Option<(Connection, u64)>,
 }
 
+/// An image opened to become the leaf.
+#[derive(Debug)]
+pub struct Child {
+    open: OpenImage,
+    /// What the leaf is called then.
+    aside: VolumeName,
+}
+
 /// A pause in force.
 #[derive(Debug)]
 struct Lease {
@@ -150,7 +158,7 @@ pub struct Service {
     leaf: Option<(VolumeName, Meta)>,
     /// Metadata of the second image of the stack: former leaf, or parent.
     second: Option<Meta>,
-    prepared: Option<(IntentNames, Connection, Option<Box<OpenImage>>)>,
+    prepared: Option<(IntentNames, Connection, Option<Box<Child>>)>,
     lease: Option<Lease>,
     operations: HashMap<Token, Operation>,
     /// Who asked where a range lies. These stand in nobody's way.
@@ -221,7 +229,9 @@ impl Service {
                 Ok(Vec::new())
             }
             Request::Grow { leaf, virtual_bytes } => self.grow(engine, caller, &leaf, virtual_bytes),
-            Request::Prepare { intent, leaf, child } => self.prepare(caller, intent, &leaf, child),
+            Request::Prepare { intent, leaf, child, base } => {
+                self.prepare(caller, intent, &leaf, child, base.as_deref())
+            }
             Request::Pause { intent, limit_ms } => {
                 if self.prepared.as_ref().is_none_or(|(prepared, ..)| *prepared != intent) {
                     return Err(stale("nothing was prepared under this intent"));
@@ -245,7 +255,9 @@ impl Service {
                 Ok(vec![answer(caller, Ok(Reply::Done))])
             }
             Request::MergeStop => Ok(self.command(caller, Doing::StoppingMerge, Command::MergeStop)),
-            Request::MergeCommit { leaf, parent } => self.merge_commit(caller, &leaf, &parent),
+            Request::MergeCommit { leaf, parent, aside } => {
+                self.merge_commit(caller, &leaf, &parent, aside.as_deref())
+            }
             Request::Stop { .. } => Ok(self.command(caller, Doing::Closing, Command::Close)),
         }
     }
@@ -336,15 +348,17 @@ impl Service {
         caller: (Connection, u64),
         leaf: &ImageRef,
         parent: &ImageRef,
+        aside: Option<&str>,
     ) -> Result<Vec<Step>, Refusal> {
         self.leaf_checked(leaf)?;
+        let aside = volume_name(aside.unwrap_or(&parent.volume))?;
         let Some(meta) = self.second.clone().filter(|meta| meta.uuid() == parent.footer) else {
             return Err(stale("no merge into that image is running"));
         };
         let mut footer = meta.footer;
         footer.hidden = false;
         let footer = Box::new(footer.to_bytes());
-        Ok(self.command(caller, Doing::Committing, Command::MergeCommit { footer }))
+        Ok(self.command(caller, Doing::Committing, Command::MergeCommit { footer, aside }))
     }
 
     /// A control connection ended. What it had prepared is dropped; a pause

@@ -4,7 +4,7 @@
 use tapdisk_control::{ImageRef, IntentNames, Refusal, Reply};
 
 use super::answers::{answer, volume_name};
-use super::{Connection, Doing, JobResult, Service, Step};
+use super::{Child, Connection, Doing, JobResult, Service, Step};
 use crate::engine::{Command, NewLeaf};
 
 impl Service {
@@ -14,6 +14,7 @@ impl Service {
         intent: IntentNames,
         leaf: &ImageRef,
         child: Option<ImageRef>,
+        base: Option<&str>,
     ) -> Result<Vec<Step>, Refusal> {
         let bytes = self.leaf_checked(leaf)?.1.virtual_bytes();
         self.drop_prepared();
@@ -22,6 +23,7 @@ impl Service {
             return Ok(vec![answer(caller, Ok(Reply::Done))]);
         };
         let name = volume_name(&child.volume)?;
+        let aside = volume_name(base.unwrap_or(&child.volume))?;
         let opener = self.opener.clone();
         let job = move || match opener.image(&name) {
             Err(error) => JobResult::Failed(error.to_string()),
@@ -33,7 +35,7 @@ impl Service {
             Ok(open) if open.meta.virtual_bytes() != bytes || open.image.rw.allocated_blocks() != 0 => {
                 JobResult::Failed(format!("{name} is not an empty image of {bytes} bytes"))
             }
-            Ok(open) => JobResult::Child(Box::new(open)),
+            Ok(open) => JobResult::Child(Box::new(Child { open, aside })),
         };
         Ok(self.job(caller, Doing::Preparing(intent), job))
     }
@@ -58,12 +60,13 @@ impl Service {
         let child = self.prepared.take().and_then(|(_, _, child)| child);
         let (swapped, command) = match (swap, child, leaf_name) {
             (true, Some(child), Some(name)) => {
-                let leaf = Box::new(NewLeaf { image: child.image, name });
-                (Some(Box::new(child.meta)), Command::Resume { swap: Some(leaf) })
+                let Child { open, aside } = *child;
+                let leaf = Box::new(NewLeaf { image: open.image, name, aside });
+                (Some(Box::new(open.meta)), Command::Resume { swap: Some(leaf) })
             }
             (_, child, _) => {
                 if let Some(child) = child {
-                    self.opener.files.close(child.image.file);
+                    self.opener.files.close(child.open.image.file);
                 }
                 (None, Command::Resume { swap: None })
             }
@@ -93,7 +96,7 @@ impl Service {
 
     pub(super) fn drop_prepared(&mut self) {
         if let Some((_, _, Some(child))) = self.prepared.take() {
-            self.opener.files.close(child.image.file);
+            self.opener.files.close(child.open.image.file);
         }
     }
 }

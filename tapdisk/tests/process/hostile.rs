@@ -48,7 +48,7 @@ fn half_a_request_holds_up_neither_the_others_nor_a_pause() {
     let intent = IntentNames { pending: name("pending"), decided: name("decided"), void: name("void") };
     let mut control = place.control();
     let leaf = place.stats().leaf.unwrap();
-    let prepare = Request::Prepare { intent: intent.clone(), leaf, child: None };
+    let prepare = Request::Prepare { intent: intent.clone(), leaf, child: None, base: None };
     assert_eq!(control.call(prepare).unwrap(), Reply::Done);
     let paused = control.call(Request::Pause { intent: intent.clone(), limit_ms: 60_000 }).unwrap();
     assert!(matches!(paused, Reply::Paused { .. }), "{paused:?}");

@@ -68,7 +68,7 @@ fn a_pause_ends_with_its_connection_even_before_its_answer() {
     for asked_and_left in [true, false] {
         let mut control = place.control();
         let leaf = place.stats().leaf.unwrap();
-        let prepare = Request::Prepare { intent: intent.clone(), leaf, child: None };
+        let prepare = Request::Prepare { intent: intent.clone(), leaf, child: None, base: None };
         assert_eq!(control.call(prepare).unwrap(), Reply::Done);
         let pause = Request::Pause { intent: intent.clone(), limit_ms: 60_000 };
         if asked_and_left {

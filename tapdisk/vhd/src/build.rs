@@ -19,9 +19,10 @@ use crate::create::{Contents, NewImage, TABLE_OFFSET, footer, head};
 use crate::error::{Error, Result};
 use crate::locator::space_for;
 use crate::meta::Meta;
-use crate::slots::{NoRoom, STRIDE_SECTORS};
+use crate::slots::{EXTEND_SLOTS, NoRoom, STRIDE_SECTORS};
 use crate::storage::Volume;
 use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockNo, SECTOR_BYTES, Slot, round_up};
+use crate::writer::{footer_place, give_back};
 
 /// Bytes of the longest locator: UTF-16 of a name of 255 bytes, and `.\`.
 const LOCATOR_BYTES_MAX: usize = 2 * (255 + 2);
@@ -74,6 +75,7 @@ impl Builder {
             *byte |= 0x80 >> (block.0 % 8);
         }
         let slot = Slot(sector);
+        self.hold(slot.data_offset(BLOCK_SECTORS))?;
         self.volume.write_at(&bitmap.to_bytes(), slot.bitmap_offset())?;
         self.volume.write_at(data, slot.data_offset(0))?;
         self.next_sector += STRIDE_SECTORS;
@@ -95,11 +97,21 @@ impl Builder {
         let last = self.bat.iter().filter(|entry| **entry != BAT_FREE).max();
         let data_end = last.map_or(head.len() as u64, |slot| Slot(*slot).data_offset(BLOCK_SECTORS));
         debug_assert!(self.bat.iter().all(|entry| u64::from(*entry) * SECTOR_BYTES >= head.len() as u64));
+        let end = footer_place(self.volume.as_ref(), data_end)?;
         self.volume.write_at(&head, 0)?;
-        let end = if self.volume.is_device() { self.volume.len()? - SECTOR_BYTES } else { data_end };
         self.volume.write_at(&footer.to_bytes(), end)?;
         self.volume.flush("build: the new image before anything names it")?;
+        give_back(self.volume.as_ref(), end)?;
         Meta::read(self.volume.as_ref())
+    }
+
+    /// A device is given space for many blocks at once; a file grows as it is
+    /// written.
+    fn hold(&self, end: u64) -> Result<()> {
+        if self.volume.is_device() && self.volume.len()? < end {
+            self.volume.extend(end + EXTEND_SLOTS * STRIDE_SECTORS * SECTOR_BYTES)?;
+        }
+        Ok(())
     }
 }
 

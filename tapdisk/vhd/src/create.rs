@@ -13,6 +13,7 @@ use crate::meta::Meta;
 pub use crate::reparent::ParentLink;
 use crate::storage::Volume;
 use crate::units::{BLOCK_BYTES, SECTOR_BYTES, VIRTUAL_BYTES_MAX, round_up};
+use crate::writer::{footer_place, give_back};
 
 /// Where the BAT of our images begins.
 pub(crate) const TABLE_OFFSET: u64 = 1536;
@@ -56,17 +57,18 @@ pub struct NewImage {
 /// [`Error::BadSize`], or what writing said.
 pub fn create(volume: &dyn Volume, new: &NewImage) -> Result<Meta> {
     let footer = footer(new)?;
-    let end = match new.kind {
-        NewKind::Fixed => footer.virtual_bytes,
-        NewKind::Dynamic | NewKind::Child { .. } => {
-            let head = head(new, &footer, &Contents::default())?;
-            volume.write_at(&head, 0)?;
-            head.len() as u64
-        }
+    let head = match new.kind {
+        NewKind::Fixed => Vec::new(),
+        NewKind::Dynamic | NewKind::Child { .. } => head(new, &footer, &Contents::default())?,
     };
-    let end = if volume.is_device() { volume.len()?.saturating_sub(SECTOR_BYTES) } else { end };
+    let data_end = if head.is_empty() { footer.virtual_bytes } else { head.len() as u64 };
+    let end = footer_place(volume, data_end)?;
+    if !head.is_empty() {
+        volume.write_at(&head, 0)?;
+    }
     volume.write_at(&footer.to_bytes(), end)?;
     volume.flush("create: the new image before anything names it")?;
+    give_back(volume, end)?;
     Meta::read(volume)
 }
 

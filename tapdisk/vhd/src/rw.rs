@@ -147,6 +147,13 @@ impl RwImage {
         self.allocated
     }
 
+    /// Whether the image lies on a device: new space is not zero there, and
+    /// zeros give none back.
+    #[must_use]
+    pub fn on_device(&self) -> bool {
+        !self.slots.fresh_is_zero()
+    }
+
     /// Free and used space of the file.
     pub fn slots(&mut self) -> &mut Slots {
         &mut self.slots
@@ -191,15 +198,17 @@ impl RwImage {
         true
     }
 
-    /// Gives an absent block a slot. `whole`: nobody below has the block and
-    /// the slot reads as zeros, so all of it becomes present at once; else
-    /// only what [`Self::written`] names. Nothing is on the file yet.
+    /// Gives an absent block a slot. `alone`: nobody below has the block; if
+    /// the slot also reads as zeros all of it becomes present at once. Else,
+    /// so on a device always, only what [`Self::written`] names: the rest
+    /// reads as what lies below, or as zeros. Nothing is on the file yet.
     ///
     /// # Errors
     /// [`NoRoom`] when block places past 2 TiB would be needed.
-    pub fn allocate(&mut self, block: BlockNo, whole: bool) -> Result<Slot, NoRoom> {
+    pub fn allocate(&mut self, block: BlockNo, alone: bool) -> Result<Slot, NoRoom> {
         debug_assert_eq!(self.presence(block), Presence::Absent);
         let slot = self.slots.take()?;
+        let whole = alone && self.slots.fresh_is_zero();
         self.set_entry(block, slot.0);
         self.allocated += 1;
         self.whole.put(block, whole);
@@ -378,8 +387,8 @@ impl RwImage {
     }
 
     /// A capture is durable in full. Returns the slots it released: to be
-    /// zeroed, once nothing that was started before still reads them, and
-    /// then given to [`Slots::put`].
+    /// zeroed (but on a device), once nothing that was started before still
+    /// reads them, and then given to [`Slots::put`].
     pub fn durable(&mut self, captured: Captured) -> Vec<Slot> {
         for block in captured.pinned {
             if self.dirty_bitmaps.contains(&block) || self.unwritten.contains(&block) {

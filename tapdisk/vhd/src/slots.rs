@@ -3,6 +3,9 @@
 //! Data starts on a 4 KiB boundary, so a bitmap sits at a sector that is 7
 //! modulo 8 and slots are 4104 sectors apart, as the reference places them.
 //!
+//! On a file a slot that was never used reads as zeros; on a device it holds
+//! anything ([`Slots::fresh_is_zero`]).
+//!
 //! Every length the file is ever given ends in [`GUARD_BYTES`] that no slot
 //! takes, now or later: whichever of those lengths a crash leaves, what a
 //! reader finds at the end is not a footer a guest forged (invariant 10).
@@ -47,12 +50,14 @@ pub struct Gap {
 /// See the module.
 #[derive(Debug)]
 pub struct Slots {
-    /// Given back, zeroed; lowest first, to keep the file short.
+    /// Given back, zeroed on a file; lowest first, to keep it short.
     free: BTreeSet<Slot>,
     /// First sector that neither a slot nor the guard behind it has taken.
     end_sector: u64,
-    /// Length of the file, all of it past the last slot reading as zeros.
+    /// Length of the file, or device.
     len_bytes: u64,
+    /// See [`Self::fresh_is_zero`].
+    fresh_is_zero: bool,
     /// See [`Self::page_aligned`].
     page_aligned: bool,
 }
@@ -82,7 +87,20 @@ impl Slots {
         }
         let end_sector = at + GUARD_SECTORS;
         let len_bytes = end_sector * SECTOR_BYTES;
-        (Self { free, end_sector, len_bytes, page_aligned }, gaps)
+        (Self { free, end_sector, len_bytes, fresh_is_zero: true, page_aligned }, gaps)
+    }
+
+    /// The same on a device of some length, where a slot holds whatever was
+    /// left there: only what is written to it counts.
+    #[must_use]
+    pub fn on_device(self, len_bytes: u64) -> Self {
+        Self { len_bytes, fresh_is_zero: false, ..self }
+    }
+
+    /// Whether a slot that [`Self::take`] gives reads as zeros.
+    #[must_use]
+    pub fn fresh_is_zero(&self) -> bool {
+        self.fresh_is_zero
     }
 
     /// One past the last byte any slot takes; the guard follows.
@@ -92,7 +110,7 @@ impl Slots {
     }
 
     /// Length of the file: after the survey just the last slot and the guard,
-    /// later as told to [`Self::extended`].
+    /// later as told to [`Self::extended`]. A device's is its own.
     #[must_use]
     pub fn len_bytes(&self) -> u64 {
         self.len_bytes
@@ -124,7 +142,7 @@ impl Slots {
         self.len_bytes = self.len_bytes.max(len_bytes);
     }
 
-    /// Takes a slot that reads as zeros.
+    /// Takes a slot: see [`Self::fresh_is_zero`].
     ///
     /// # Errors
     /// [`NoRoom`].
@@ -138,7 +156,7 @@ impl Slots {
         Ok(Slot(slot))
     }
 
-    /// Gives back a slot that was zeroed.
+    /// Gives back a slot that was zeroed, where fresh ones are.
     pub fn put(&mut self, slot: Slot) {
         self.free.insert(slot);
     }

@@ -47,6 +47,9 @@ pub struct OpenRw {
 ///    as zeros (invariant 6), and no BATmap bit may outlive a block that is
 ///    freed later (invariant 7). No flush follows here: the first metadata
 ///    anybody writes is written after a flush of data, which covers this too.
+///    On a device, whose free space is anything and stays so, only the footer
+///    at the end is zeroed: as on a file that was cut, the copy at the front
+///    alone counts from here until the image is settled.
 ///
 /// # Errors
 /// Whatever is wrong with the image, naming it; `WouldBlock` inside
@@ -113,13 +116,18 @@ fn prepare(volume: &dyn Volume, meta: &Meta) -> Result<RwImage> {
         return Err(Error::BadBat { block, sector, reason: "it overlaps another block" });
     }
     let (slots, gaps) = Slots::survey(&bat, layout.data_start);
-    if !volume.is_device() {
+    let slots = if volume.is_device() {
+        let len = volume.len()?;
+        volume.zero(len.saturating_sub(SECTOR_BYTES), SECTOR_BYTES)?;
+        slots.on_device(len)
+    } else {
         volume.set_len(slots.end_bytes())?;
         volume.set_len(slots.len_bytes())?;
-    }
-    for gap in gaps {
-        volume.zero(gap.offset, gap.len)?;
-    }
+        for gap in gaps {
+            volume.zero(gap.offset, gap.len)?;
+        }
+        slots
+    };
     let whole = read_batmap(volume, meta);
     if batmap_has_bits(volume, meta) {
         write_batmap(volume, meta, &[])?;
@@ -135,27 +143,31 @@ fn prepare(volume: &dyn Volume, meta: &Meta) -> Result<RwImage> {
 ///
 /// 1. flush: the data every entry vouches for was in the page cache when the
 ///    entry became valid; now it is durable.
-/// 2. bitmaps are merged and written, flush.
+/// 2. bitmaps are written, flush: of a block that the record places they are
+///    what the record says (its slot may hold anything), of others merged with
+///    what is on the file.
 /// 3. BAT entries are written. The caller may remove the record: only a power
 ///    cut could lose them now, and that voids the record anyway. A second
 ///    crash anywhere starts over, and what a power cut leaves of steps 2 and 3
 ///    is the state of some write-back.
 fn replay(volume: &dyn Volume, meta: &Meta, record: &PendingRecord) -> Result<()> {
     let layout = layout(meta)?;
-    let mut blocks: BTreeMap<BlockNo, (u32, SectorBitmap)> = BTreeMap::new();
+    let mut blocks: BTreeMap<BlockNo, Replayed> = BTreeMap::new();
     let bat = read_bat(volume, layout)?;
     let now = |block: BlockNo| bat.get(block.index()).copied().unwrap_or(BAT_FREE);
     for entry in record.entries() {
         match entry {
             Entry::Placed { block, slot, whole } => {
                 let bitmap = if whole { SectorBitmap::FULL } else { SectorBitmap::EMPTY };
-                blocks.insert(block, (slot.0, bitmap));
+                blocks.insert(block, Replayed { entry: slot.0, placed: true, bitmap });
             }
             Entry::Present { block, run } => {
-                blocks.entry(block).or_insert((now(block), SectorBitmap::EMPTY)).1.set(run);
+                let known = || Replayed { entry: now(block), placed: false, bitmap: SectorBitmap::EMPTY };
+                blocks.entry(block).or_insert_with(known).bitmap.set(run);
             }
             Entry::Freed { block } => {
-                blocks.insert(block, (BAT_FREE, SectorBitmap::EMPTY));
+                let freed = Replayed { entry: BAT_FREE, placed: true, bitmap: SectorBitmap::EMPTY };
+                blocks.insert(block, freed);
             }
         }
     }
@@ -164,18 +176,48 @@ fn replay(volume: &dyn Volume, meta: &Meta, record: &PendingRecord) -> Result<()
         return Ok(());
     }
     volume.flush("replay: data before metadata")?;
-    for (slot, bitmap) in blocks.values().filter(|(slot, _)| *slot != BAT_FREE) {
+    for block in blocks.values().filter(|block| block.entry != BAT_FREE) {
         let mut bytes = [0; 512];
-        let at = Slot(*slot).bitmap_offset();
-        volume.read_at(&mut bytes, at)?;
-        let mut merged = SectorBitmap::from_bytes(&bytes);
-        merged.union(bitmap);
-        volume.write_at(&merged.to_bytes(), at)?;
+        let at = Slot(block.entry).bitmap_offset();
+        let mut bitmap = block.bitmap.clone();
+        if !block.placed {
+            volume.read_at(&mut bytes, at)?;
+            bitmap.union(&SectorBitmap::from_bytes(&bytes));
+        }
+        volume.write_at(&bitmap.to_bytes(), at)?;
     }
     volume.flush("replay: bitmaps before BAT")?;
-    for (block, (slot, _)) in &blocks {
+    for (block, Replayed { entry, .. }) in &blocks {
         let at = layout.table_offset + u64::from(block.0) * 4;
-        volume.write_at(&slot.to_be_bytes(), at)?;
+        volume.write_at(&entry.to_be_bytes(), at)?;
+    }
+    Ok(())
+}
+
+/// What a record says of a block.
+struct Replayed {
+    /// Its BAT entry.
+    entry: u32,
+    /// The record has all that happened to it since it was given this entry.
+    placed: bool,
+    bitmap: SectorBitmap,
+}
+
+/// Where the footer goes in a volume that is to end behind `data_end`, a
+/// device being given the space that it lacks. Afterwards see [`give_back`].
+pub(crate) fn footer_place(volume: &dyn Volume, data_end: u64) -> Result<u64> {
+    if !volume.is_device() {
+        return Ok(data_end);
+    }
+    volume.extend(data_end + SECTOR_BYTES)?;
+    Ok(volume.reduced_len(data_end + SECTOR_BYTES)? - SECTOR_BYTES)
+}
+
+/// Takes from a device what lies past its footer, once that is durable. A
+/// file was cut before.
+pub(crate) fn give_back(volume: &dyn Volume, footer_at: u64) -> Result<()> {
+    if volume.is_device() {
+        volume.reduce(footer_at + SECTOR_BYTES)?;
     }
     Ok(())
 }
@@ -210,7 +252,9 @@ impl Settled {
 /// A crash anywhere leaves an image that opens: a torn BATmap is ignored and
 /// rebuilt, and until the footer at the end is whole the copy at the front
 /// serves. The sector at `data_end` is the guard no slot takes, so at no
-/// length does the guest choose the last sector.
+/// length does the guest choose the last sector. A device is made shorter last:
+/// until that one change its end has what it had, be it zeros or the footer of
+/// before, and after it the new footer, which is durable by then.
 ///
 /// # Errors
 /// What writing said.
@@ -225,15 +269,14 @@ pub fn settle_files(
         meta.footer.hidden = hidden;
     }
     let footer = meta.footer.to_bytes();
-    let end = if volume.is_device() {
-        volume.len()? - SECTOR_BYTES
-    } else {
-        volume.set_len(settled.data_end + SECTOR_BYTES)?;
-        settled.data_end
-    };
+    let end = footer_place(volume, settled.data_end)?;
+    if !volume.is_device() {
+        volume.set_len(end + SECTOR_BYTES)?;
+    }
     volume.write_at(&footer, end)?;
     volume.write_at(&footer, 0)?;
     volume.flush("settle: BATmap and footers")?;
+    give_back(volume, end)?;
     meta.footer_state = FooterState::Settled;
     Ok(())
 }
@@ -367,9 +410,7 @@ impl Writer {
                 .map_err(|full| Error::Unsupported { what: full.what() }.of(&self.name))?,
         };
         if let Some(len) = rw.slots().extension_for(slot) {
-            if !self.open.volume.is_device() {
-                self.open.volume.set_len(len).map_err(|e| Error::from(e).of(&self.name))?;
-            }
+            self.open.volume.extend(len).map_err(|e| Error::from(e).of(&self.name))?;
             rw.slots().extended(len);
         }
         Ok(slot)
@@ -406,8 +447,10 @@ impl Writer {
     /// the image next.
     pub fn release(&mut self, slots: Vec<Slot>) -> Result<()> {
         for slot in slots {
-            let gap = slot_bytes(slot);
-            self.open.volume.zero(gap.offset, gap.len).map_err(|e| Error::from(e).of(&self.name))?;
+            if self.open.rw.slots().fresh_is_zero() {
+                let gap = slot_bytes(slot);
+                self.open.volume.zero(gap.offset, gap.len).map_err(|e| Error::from(e).of(&self.name))?;
+            }
             self.open.rw.slots().put(slot);
         }
         Ok(())

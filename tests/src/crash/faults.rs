@@ -22,7 +22,8 @@ fn commit_is_answered(seed: u64, nth: u64) -> bool {
     // write back meanwhile.
     guest.replace_block_then_flush();
     let image = |image: &ImageRef| image.clone();
-    let commit = Request::MergeCommit { leaf: image(&intent.leaf), parent: image(&intent.parent) };
+    let commit =
+        Request::MergeCommit { leaf: image(&intent.leaf), parent: image(&intent.parent), aside: None };
     guest.tap.call(CALLER, 1, commit);
     world.disk.inject(Fault { class: Some(OpClass::Write), after: nth, times: 1, errno: NO_SPACE });
     (0..5_000).any(|_| {

@@ -153,7 +153,7 @@ impl Campaign {
         self.names += 1;
         let base = ImageRef { volume: format!("base-{}.vhd", self.names), ..self.chain[0].clone() };
         let (from, to) = (VolumeName::new(LEAF).unwrap(), VolumeName::new(&base.volume).unwrap());
-        volumes.replace(&from, &to).unwrap();
+        volumes.rename(&from, &to).unwrap();
         self.chain[0] = base;
         let leaf = self.place.image(LEAF, DISK_BYTES, Some(&self.chain[0]));
         self.chain.insert(0, leaf);
@@ -208,7 +208,7 @@ fn once(tap: &Tap, chain: &[ImageRef], order: Order) -> Option<()> {
                     break;
                 }
             }
-            control.call(Request::MergeCommit { leaf, parent }).ok()?;
+            control.call(Request::MergeCommit { leaf, parent, aside: None }).ok()?;
         }
     }
     Some(())

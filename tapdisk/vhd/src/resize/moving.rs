@@ -52,8 +52,8 @@ impl Place {
 ///    the copies, flush.
 ///
 /// # Errors
-/// [`Error::BadSize`] when a device has no room, what reading and writing
-/// said.
+/// [`Error::BadSize`] when no sector number is left for a block, what reading
+/// and writing said.
 pub fn make_room(volume: &dyn Volume, meta: &mut Meta, new_virtual_bytes: u64) -> Result<()> {
     let layout = resizable(meta)?.clone();
     if !needs_moving(meta, new_virtual_bytes) {
@@ -147,10 +147,7 @@ fn lengthen(volume: &dyn Volume, meta: &mut Meta, end: u64) -> Result<()> {
     if volume.len()? >= needed {
         return Ok(());
     }
-    if volume.is_device() {
-        return Err(Error::BadSize { reason: "no room on the device for a larger BAT" });
-    }
-    volume.set_len(needed)?;
+    volume.extend(needed)?;
     volume.flush("resize: the length before anything is written there")?;
     meta.footer_state = FooterState::EndMissing;
     Ok(())

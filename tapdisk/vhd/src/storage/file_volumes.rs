@@ -117,17 +117,21 @@ impl Volumes for FileVolumes {
         self.fs.open(name.as_str(), access)
     }
 
-    fn link(&self, from: &VolumeName, to: &VolumeName) -> io::Result<()> {
-        self.fs.link(from.as_str(), to.as_str())
-    }
-
     // rename(2) of two names of one file does nothing and keeps both; here
     // `from` must be gone afterwards, whatever it led to.
-    fn replace(&self, from: &VolumeName, over: &VolumeName) -> io::Result<()> {
-        if from != over && self.fs.same_file(from.as_str(), over.as_str())? {
+    fn rename(&self, from: &VolumeName, to: &VolumeName) -> io::Result<()> {
+        if from != to && self.fs.same_file(from.as_str(), to.as_str())? {
             return self.fs.unlink(from.as_str());
         }
-        self.fs.rename(from.as_str(), over.as_str())
+        self.fs.rename(from.as_str(), to.as_str())
+    }
+
+    fn lay_aside(&self, over: &VolumeName, aside: &VolumeName) -> io::Result<()> {
+        self.fs.link(over.as_str(), aside.as_str())
+    }
+
+    fn swap(&self, new: &VolumeName, over: &VolumeName, _aside: &VolumeName) -> io::Result<()> {
+        self.rename(new, over)
     }
 
     fn delete(&self, name: &VolumeName) -> io::Result<()> {

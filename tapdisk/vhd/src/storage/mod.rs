@@ -65,9 +65,31 @@ pub trait Volume: Send + Sync + Debug {
     fn flush(&self, why: Why) -> io::Result<()>;
     /// Current length in bytes.
     fn len(&self) -> io::Result<u64>;
-    /// Cuts or extends; an extension of a file reads as zeros. A device
-    /// answers `Unsupported`: its backend changes its length.
+    /// Cuts or extends a file; an extension reads as zeros. A device answers
+    /// `Unsupported`: see [`Volume::extend`] and [`Volume::reduce`].
     fn set_len(&self, len_bytes: u64) -> io::Result<()>;
+    /// Makes the volume at least this long. What a file gains reads as zeros,
+    /// and lasts with the next flush. A device is given space by its backend,
+    /// durably and as one change, perhaps more than asked for: it holds
+    /// whatever others left there, but its last sector reads as zeros, so that
+    /// nobody takes a stranger's footer for this image's. `StorageFull` where
+    /// there is no more.
+    fn extend(&self, len_bytes: u64) -> io::Result<()> {
+        if self.len()? < len_bytes {
+            self.set_len(len_bytes)?;
+        }
+        Ok(())
+    }
+    /// Length that [`Volume::reduce`] would leave: for a device whole extents,
+    /// or what it has if nobody can take any of it.
+    fn reduced_len(&self, len_bytes: u64) -> io::Result<u64> {
+        Ok(len_bytes)
+    }
+    /// Gives back space that nobody needs past `len_bytes`, as far as the
+    /// backend can; of a device durably and as one change.
+    fn reduce(&self, len_bytes: u64) -> io::Result<()> {
+        self.set_len(len_bytes)
+    }
     /// Makes a range read as zeros and gives its space back where that is
     /// possible. Never changes the length: what lies past the end is ignored.
     fn zero(&self, offset: u64, len_bytes: u64) -> io::Result<()>;
@@ -243,7 +265,8 @@ impl std::fmt::Display for VolumeName {
 
 /// The set of volumes of one repository, and its small durable records.
 ///
-/// Name changes are atomic each, and durable after [`Volumes::sync`].
+/// Name changes are atomic each, but for [`Volumes::swap`], and durable after
+/// [`Volumes::sync`].
 pub trait Volumes: Send + Sync + Debug {
     /// All image volumes, temporaries included, sorted by name.
     fn list(&self) -> io::Result<Vec<VolumeName>>;
@@ -251,10 +274,21 @@ pub trait Volumes: Send + Sync + Debug {
     fn create(&self, name: &VolumeName) -> io::Result<Arc<dyn Volume>>;
     /// Opens a volume; see [`Access`].
     fn open(&self, name: &VolumeName, access: Access) -> io::Result<Arc<dyn Volume>>;
-    /// Gives a volume a second name.
-    fn link(&self, from: &VolumeName, to: &VolumeName) -> io::Result<()>;
-    /// `from` becomes `over`, whose former volume loses that name.
-    fn replace(&self, from: &VolumeName, over: &VolumeName) -> io::Result<()>;
+    /// A volume gets another name, which must be free (a file's may have been
+    /// given to it before).
+    fn rename(&self, from: &VolumeName, to: &VolumeName) -> io::Result<()>;
+    /// Prepares a swap in which the volume called `over` must not get lost:
+    /// where volumes can have two names, `aside` becomes its second one.
+    fn lay_aside(&self, over: &VolumeName, aside: &VolumeName) -> io::Result<()>;
+    /// `new` takes the name `over`; what had it is called `aside` from then on.
+    ///
+    /// Where names can be replaced this is one step, and who did not
+    /// [lay it aside](Volumes::lay_aside) loses it. Else it is two: `over`
+    /// becomes `aside`, then `new` becomes `over`. So whoever swaps has
+    /// recorded that before, takes a missing `over` for the state between, and
+    /// calls this again to go on from there. Who has no use for `aside`
+    /// deletes it afterwards.
+    fn swap(&self, new: &VolumeName, over: &VolumeName, aside: &VolumeName) -> io::Result<()>;
     /// Removes a name; fine if it is gone already.
     fn delete(&self, name: &VolumeName) -> io::Result<()>;
     /// Whether both names lead to one volume.

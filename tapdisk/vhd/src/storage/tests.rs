@@ -145,6 +145,7 @@ fn refuses_paths_that_lead_out((fs, _keep): Made) {
 fn is_a_repository((fs, _keep): Made) {
     let volumes = FileVolumes::new(fs.clone());
     let (a, b, raw) = (name("a.vhd"), name("b.vhd"), name("c.raw"));
+    let aside = name("aside.vhd");
     drop(volumes.create(&b).unwrap());
     drop(volumes.create(&a).unwrap());
     drop(volumes.create(&raw).unwrap());
@@ -154,13 +155,13 @@ fn is_a_repository((fs, _keep): Made) {
     volumes.delete(&raw).unwrap();
     volumes.delete(&raw).unwrap();
     volumes.open(&b, Access::Write).unwrap().write_at(b"b", 0).unwrap();
-    volumes.replace(&b, &a).unwrap();
+    volumes.swap(&b, &a, &aside).unwrap();
     assert_eq!(volumes.list().unwrap().len(), 1);
     assert_eq!(all(&*volumes.open(&a, Access::Read).unwrap()), b"b");
-    volumes.link(&a, &b).unwrap();
+    volumes.lay_aside(&a, &b).unwrap();
     assert!(volumes.same(&a, &b).unwrap());
-    assert_eq!(kind(volumes.link(&a, &b)), Some(ErrorKind::AlreadyExists));
-    volumes.replace(&b, &a).unwrap();
+    assert_eq!(kind(volumes.lay_aside(&a, &b)), Some(ErrorKind::AlreadyExists));
+    volumes.rename(&b, &a).unwrap();
     assert_eq!(volumes.list().unwrap(), [a], "the name that was moved is gone");
     volumes.sync("test").unwrap();
 }

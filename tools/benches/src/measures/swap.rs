@@ -104,13 +104,17 @@ fn guest(mut connection: Connection, kind: Kind, seed: u64, over: &AtomicBool) -
 fn swap(bench: &Bench, server: &Server, leaf: &Image) -> Result<(Instant, Instant)> {
     let volumes = bench.images.volumes();
     let base = Image { volume: base_name()?, ..leaf.clone() };
-    volumes.link(&leaf.volume, &base.volume)?;
+    volumes.lay_aside(&leaf.volume, &base.volume)?;
     let child = bench.images.image("swap-child.vhd", bench.size_bytes, Fill::Empty, Some(&base))?;
     let intent = intent();
     volumes.put_record(&intent.pending, b"{}", "bench")?;
     let mut control = server.control()?;
-    let prepare =
-        Request::Prepare { intent: intent.clone(), leaf: reference(leaf), child: Some(reference(&child)) };
+    let prepare = Request::Prepare {
+        intent: intent.clone(),
+        leaf: reference(leaf),
+        child: Some(reference(&child)),
+        base: None,
+    };
     control.call(prepare)?;
     let began = Instant::now();
     control.call(Request::Pause { intent: intent.clone(), limit_ms: PAUSE_MS_MAX })?;

@@ -172,6 +172,24 @@ impl Volume for PosixVolume {
         self.file.set_len(len_bytes)
     }
 
+    // A device by itself is as long as it is: who can give it space or take
+    // some of it wraps this.
+    fn extend(&self, len_bytes: u64) -> io::Result<()> {
+        match self.len()? {
+            len if len >= len_bytes => Ok(()),
+            _ if self.device => Err(Errno::ENOSPC.into()),
+            _ => self.set_len(len_bytes),
+        }
+    }
+
+    fn reduced_len(&self, len_bytes: u64) -> io::Result<u64> {
+        if self.device { self.len() } else { Ok(len_bytes) }
+    }
+
+    fn reduce(&self, len_bytes: u64) -> io::Result<()> {
+        if self.device { Ok(()) } else { self.set_len(len_bytes) }
+    }
+
     fn zero(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
         // On a device punching could be answered by a discard that promises
         // no zeros; zero-out promises them.

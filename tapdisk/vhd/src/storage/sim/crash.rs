@@ -77,7 +77,7 @@ impl Unit {
         match &self.effect {
             Effect::Name(op) => op.touches().cloned().map(Key::Name).collect(),
             Effect::Bytes(ino, Change::Len(_) | Change::Grow(_)) => vec![Key::Length(*ino)],
-            Effect::Bytes(..) => Vec::new(),
+            Effect::Bytes(..) | Effect::Lasting(_) => Vec::new(),
         }
     }
 }
@@ -188,11 +188,22 @@ fn decide(units: &[Unit], strategy: Strategy, rng: &mut SmallRng) -> Vec<bool> {
 
 fn power_cut(state: &State, strategy: Strategy, rng: &mut SmallRng) -> State {
     let units = units(state, CrashKind::PowerCut);
+    let kept = decide(&units, strategy, rng);
+    let lasting = |unit: &Unit| matches!(unit.effect, Effect::Lasting(_));
+    let lasted = units.iter().zip(&kept).any(|(unit, kept)| *kept && lasting(unit));
+    let after = lasted.then(|| {
+        let mut after = state.clone();
+        let kept = units.iter().zip(&kept).filter(|(unit, kept)| **kept && lasting(unit));
+        kept.for_each(|(unit, _)| after.perform(unit.effect.clone()));
+        after
+    });
+    let state = after.as_ref().unwrap_or(state);
     let mut names = state.durable_names.clone();
     let mut changed: BTreeMap<Ino, Arc<Content>> = BTreeMap::new();
-    for (unit, kept) in units.iter().zip(decide(&units, strategy, rng)) {
+    for (unit, kept) in units.iter().zip(kept) {
         match &unit.effect {
             _ if !kept => {}
+            Effect::Lasting(_) => {}
             Effect::Name(op) => op.apply(&mut names),
             Effect::Bytes(ino, change) => {
                 let content = changed.entry(*ino).or_insert_with(|| durable(state, *ino));
@@ -223,6 +234,8 @@ fn power_cut(state: &State, strategy: Strategy, rng: &mut SmallRng) -> State {
         names,
         folders: state.folders.clone(),
         devices: state.devices.clone(),
+        litter: state.litter.clone(),
+        records: state.records.clone(),
         inodes,
         next_ino: state.next_ino.max(last + 1),
         next_seq: state.next_seq,

@@ -7,13 +7,14 @@ use std::sync::{Arc, Mutex};
 use super::super::path::{parts, split};
 use super::super::{Access, Fs, Space, Volume, Volumes, Why};
 use super::crash::UNLIMITED;
-use super::effect::{Ino, folder_of};
+use super::devices::SimDevices;
+use super::effect::{Ino, Lasting, folder_of};
 use super::live::{Family, Life, Live, RENAME};
 use super::locked;
 use super::log::{Event, What};
 use super::run::SimRun;
 use super::sabotage::{Fault, Sabotage, SimVolumes, Step};
-use super::sector::SECTOR;
+use super::sector::{Litter, SECTOR};
 use super::state::State;
 use super::volume::SimVolume;
 
@@ -46,6 +47,20 @@ impl SimDisk {
         Self::over(State::default(), Arc::default())
     }
 
+    /// An empty machine whose volumes are devices, as a volume manager's. New
+    /// space holds litter as `seed` has it, with `more` in it.
+    #[must_use]
+    pub fn with_devices(seed: u64, more: &[[u8; 512]]) -> Self {
+        let litter = Some(Litter::new(seed, more));
+        Self::over(State { litter, ..State::default() }, Arc::default())
+    }
+
+    /// Whether volumes are devices here.
+    #[must_use]
+    pub fn has_devices(&self) -> bool {
+        self.with(|live| live.state.litter.is_some())
+    }
+
     pub(super) fn over(base: State, family: Arc<Family>) -> Self {
         Self { live: Arc::new(Mutex::new(Live::new(base, family))), process: 0 }
     }
@@ -54,11 +69,14 @@ impl SimDisk {
         act(&mut locked(&self.live))
     }
 
-    /// A file repository over this machine, in which journal steps can be
-    /// left out too.
+    /// A repository over this machine, of files or of devices, in which
+    /// journal steps can be left out too.
     #[must_use]
     pub fn volumes(&self) -> Arc<dyn Volumes> {
-        Arc::new(SimVolumes::new(self.clone()))
+        match self.has_devices() {
+            true => Arc::new(SimDevices::new(self.clone())),
+            false => Arc::new(SimVolumes::new(self.clone())),
+        }
     }
 
     /// The run folder of this machine.
@@ -193,17 +211,17 @@ impl SimDisk {
         split(path)?;
         self.with(|live| {
             let (path, ino) = (path.into(), Ino(live.state.next_ino));
-            let what = What::MakeDevice { path, ino, len: len_bytes };
+            let what = What::Lasting(Lasting::Make { path, ino, len: len_bytes });
             live.run(self.process, what, "make device")
         })
     }
 
     /// Gives a block device another length, durably and at once; new space
-    /// is garbage.
+    /// is garbage, but for its last sector, which is zeros.
     pub fn resize_device(&self, path: &str, len_bytes: u64) -> io::Result<()> {
         self.with(|live| {
             let ino = *live.state.names.get(path).ok_or(io::ErrorKind::NotFound)?;
-            let what = What::ResizeDevice { ino, len: len_bytes };
+            let what = What::Lasting(Lasting::Resize { ino, len: len_bytes });
             live.run(self.process, what, "resize device")
         })
     }
@@ -212,7 +230,7 @@ impl SimDisk {
         self.with(|live| live.run(self.process, what, why))
     }
 
-    fn handle(&self, live: &mut Live, ino: Ino, access: Access) -> io::Result<Arc<dyn Volume>> {
+    pub(super) fn handle(&self, live: &mut Live, ino: Ino, access: Access) -> io::Result<Arc<dyn Volume>> {
         live.alive(self.process)?;
         let token = match access {
             Access::Read => None,

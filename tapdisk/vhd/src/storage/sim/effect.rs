@@ -1,6 +1,7 @@
 //! What operations do, cut into pieces that a crash can keep or lose.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 
 use super::sector::{Content, Slot, hash_bytes, hash_slot, mix};
@@ -50,6 +51,39 @@ impl NameOp {
     }
 }
 
+/// One change by a volume manager: indivisible, and durable once it shows.
+#[derive(Debug, Clone)]
+pub(super) enum Lasting {
+    /// A device comes to be.
+    Make { path: Arc<str>, ino: Ino, len: u64 },
+    /// A device has this length in bytes from now on.
+    Resize { ino: Ino, len: u64 },
+    /// A device gets a free name.
+    Rename { from: Arc<str>, to: Arc<str> },
+    /// A device goes.
+    Remove { path: Arc<str> },
+    /// A record is written, whole.
+    PutRecord { name: Arc<str>, bytes: Arc<[u8]> },
+    /// A record gets another name.
+    RenameRecord { from: Arc<str>, to: Arc<str> },
+    /// A record goes.
+    RemoveRecord { name: Arc<str> },
+}
+
+impl fmt::Display for Lasting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Make { path, ino, len } => write!(f, "make device {path} #{} of {len}", ino.0),
+            Self::Resize { ino, len } => write!(f, "resize device #{} {len}", ino.0),
+            Self::Rename { from, to } => write!(f, "rename device {from} {to}"),
+            Self::Remove { path } => write!(f, "remove device {path}"),
+            Self::PutRecord { name, bytes } => write!(f, "put record {name}+{}", bytes.len()),
+            Self::RenameRecord { from, to } => write!(f, "rename record {from} {to}"),
+            Self::RemoveRecord { name } => write!(f, "remove record {name}"),
+        }
+    }
+}
+
 /// One change of a file's bytes that can be kept or lost on its own.
 #[derive(Clone)]
 pub(super) enum Change {
@@ -84,12 +118,15 @@ impl Change {
 pub(super) enum Effect {
     Name(NameOp),
     Bytes(Ino, Change),
+    /// Never waits for anything to be made durable.
+    Lasting(Lasting),
 }
 
 impl Effect {
     pub(super) fn hash(&self) -> u128 {
         match self {
             Self::Name(op) => hash_bytes(format!("{op:?}").as_bytes()),
+            Self::Lasting(change) => hash_bytes(format!("{change:?}").as_bytes()),
             Self::Bytes(ino, change) => {
                 let hash = match change {
                     Change::Data(values) => values.iter().fold(1, |hash, (sector_no, slot)| {

@@ -8,8 +8,9 @@ use std::io;
 use std::sync::Arc;
 
 use super::super::{CopyKind, Volume, Why};
+use super::devices::EXTENT;
 use super::disk::SimDisk;
-use super::effect::Ino;
+use super::effect::{Ino, Lasting};
 use super::log::{OpNo, What};
 use super::sabotage::{OpClass, Step};
 use super::volume::{SimVolume, copy_kind};
@@ -59,11 +60,11 @@ pub enum SimRequest {
         /// Keep the space.
         keep: bool,
     },
-    /// Sets the length.
-    SetLen {
-        /// Of.
+    /// Makes a volume longer.
+    Extend {
+        /// Which.
         file: SimFile,
-        /// Bytes.
+        /// Bytes it has at least afterwards.
         len: u64,
     },
     /// Copies; reads the source at the moment of completion.
@@ -84,7 +85,7 @@ pub enum SimRequest {
         /// Which file.
         file: SimFile,
     },
-    /// Renames a path over another.
+    /// Renames a path over another; a device, to a free one.
     Rename {
         /// The path that goes.
         from: String,
@@ -156,13 +157,22 @@ impl SimDisk {
             }
             SimRequest::Write { file, offset, bytes } => What::Write { ino: file.0, offset, bytes },
             SimRequest::Zero { file, offset, len, keep } => What::Zero { ino: file.0, offset, len, keep },
-            SimRequest::SetLen { file, len } => What::SetLen { ino: file.0, len },
+            SimRequest::Extend { file: SimFile(ino), len } => match self.with(|live| live.device_len(ino)) {
+                None => What::SetLen { ino, len },
+                Some(now) => {
+                    let len = len.next_multiple_of(EXTENT).max(now);
+                    What::Lasting(Lasting::Resize { ino, len })
+                }
+            },
             SimRequest::Copy { from, from_offset, to, to_offset, len } => {
                 done = SimDone::Copied(copy_kind(from_offset, to_offset, len));
                 let (from_at, to_at) = (from_offset, to_offset);
                 What::Copy { from: from.0, from_at, to: to.0, to_at, len }
             }
             SimRequest::Flush { file } => What::Flush { ino: file.0 },
+            SimRequest::Rename { from, over } if self.has_devices() => {
+                What::Lasting(Lasting::Rename { from: from.into(), to: over.into() })
+            }
             SimRequest::Rename { from, over } => What::Rename { from: from.into(), to: over.into() },
             SimRequest::SyncNames { folder } => What::SyncNames { folder: folder.into() },
         };

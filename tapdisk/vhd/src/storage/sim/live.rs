@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use super::super::Why;
 use super::crash::UNLIMITED;
-use super::effect::{Ino, folder_of};
+use super::effect::{Ino, Lasting, folder_of};
 use super::log::{Cursor, Event, Op, OpNo, Outcome, What};
 use super::sabotage::{Fault, OpClass, Sabotage, Step};
 use super::sector::SECTOR;
@@ -89,6 +89,11 @@ impl Live {
         }
     }
 
+    /// Length of a device; `None` for a file.
+    pub(super) fn device_len(&self, ino: Ino) -> Option<u64> {
+        self.state.devices.contains(&ino).then(|| self.state.content(ino).len)
+    }
+
     /// Records an event and lets it happen.
     pub(super) fn push(&mut self, event: Event) {
         self.state.apply(&event);
@@ -151,7 +156,9 @@ impl Live {
             What::SyncNames { .. } => self.family.meets(Step::SyncNames, why),
             // Those without a label of their own have one where they come
             // from, or belong to a record.
-            What::Rename { .. } if why != RENAME => self.family.meets(Step::Name, why),
+            What::Rename { .. } | What::Lasting(Lasting::Rename { .. }) if why != RENAME => {
+                self.family.meets(Step::Name, why)
+            }
             _ => false,
         };
         let no = OpNo(self.next_op);
@@ -206,7 +213,8 @@ impl Live {
                 }
                 self.room(*to, *to_at, *len)
             }
-            What::Create { path, .. } | What::MakeDevice { path, .. } => free(path),
+            What::Create { path, .. } => free(path),
+            What::Lasting(change) => self.manageable(change),
             What::Link { from, to } => found(from).and_then(|()| free(to)),
             What::Rename { from, to } => found(from).and_then(|()| self.folder_exists(folder_of(to))),
             What::Unlink { path } => found(path),
@@ -215,6 +223,34 @@ impl Live {
                 Err(io::ErrorKind::Unsupported.into())
             }
             _ => Ok(()),
+        }
+    }
+
+    /// What the volume manager would refuse now.
+    fn manageable(&self, change: &Lasting) -> io::Result<()> {
+        let names = &self.state.names;
+        let free = |path| match names.contains_key(path) {
+            true => Err(io::Error::from(io::ErrorKind::AlreadyExists)),
+            false => Ok(()),
+        };
+        let known = |path| match names.contains_key(path) {
+            true => Ok(()),
+            false => Err(io::Error::from(io::ErrorKind::NotFound)),
+        };
+        let more = |now: u64, len: u64| {
+            let sectors = len.saturating_sub(now) / SECTOR;
+            let room = self.capacity == UNLIMITED || sectors <= self.capacity.saturating_sub(self.used());
+            if room || sectors == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(nix::libc::ENOSPC)) }
+        };
+        match change {
+            Lasting::Make { path, len, .. } => free(path).and_then(|()| more(0, *len)),
+            Lasting::Resize { ino, len } => more(self.state.content(*ino).len, *len),
+            Lasting::Rename { from, to } => known(from).and_then(|()| free(to)),
+            Lasting::Remove { path } => known(path),
+            Lasting::RenameRecord { from, .. } if !self.state.records.contains_key(from) => {
+                Err(io::ErrorKind::NotFound.into())
+            }
+            Lasting::PutRecord { .. } | Lasting::RenameRecord { .. } | Lasting::RemoveRecord { .. } => Ok(()),
         }
     }
 

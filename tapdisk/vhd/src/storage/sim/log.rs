@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::super::Why;
-use super::effect::Ino;
+use super::effect::{Ino, Lasting};
 use super::run::RunEvent;
 use super::state::State;
 
@@ -52,8 +52,7 @@ pub(super) enum What {
     Unlink { path: Arc<str> },
     SyncNames { folder: Arc<str> },
     MakeFolder { folder: Arc<str> },
-    MakeDevice { path: Arc<str>, ino: Ino, len: u64 },
-    ResizeDevice { ino: Ino, len: u64 },
+    Lasting(Lasting),
 }
 
 impl fmt::Debug for What {
@@ -75,10 +74,7 @@ impl fmt::Debug for What {
             Self::Rename { from, to } => write!(f, "rename {from} {to}"),
             Self::Unlink { path } => write!(f, "unlink {path}"),
             Self::SyncNames { folder } => write!(f, "sync names of {folder:?}"),
-            Self::MakeDevice { path, ino, len } => {
-                write!(f, "make device {path} #{} of {len}", ino.0)
-            }
-            Self::ResizeDevice { ino, len } => write!(f, "resize device #{} {len}", ino.0),
+            Self::Lasting(change) => write!(f, "{change}"),
             Self::MakeFolder { folder } => write!(f, "make folder {folder}"),
         }
     }

@@ -22,6 +22,7 @@
 //! | `log` | events, and walking along them |
 //! | `live` | the running machine: locks, limits, faults |
 //! | `disk`, `volume` | the handles: [`Fs`](super::Fs) and [`Volume`](super::Volume) |
+//! | `devices` | a repository whose volumes are devices |
 //! | `flight` | operations in flight, completed in any order |
 //! | `run` | memory that survives a process but not the power |
 //! | `crash` | the states a crash can leave |
@@ -32,14 +33,16 @@
 //! all; a rename is atomic; a flush covers what completed before it began,
 //! and no names; a sync of names covers no bytes; a lock is only free again
 //! once nothing its holder began is in flight. A folder is durable once
-//! made, because the real one syncs its parent at once, and a block device is
-//! durable with its length, as a volume manager promises.
+//! made, because the real one syncs its parent at once. What a volume manager
+//! does (make, resize, rename and remove a device, keep a record) is
+//! indivisible and durable once it shows, as it promises.
 //!
 //! Absent on purpose: time, and any knowledge of VHD.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 mod crash;
+mod devices;
 mod disk;
 mod effect;
 mod explore;

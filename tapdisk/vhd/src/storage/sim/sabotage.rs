@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use super::super::{Access, FileVolumes, Space, Volume, VolumeName, Volumes, Why};
 use super::disk::SimDisk;
+use super::effect::Lasting;
 use super::log::What;
 
 /// Kinds of labelled step.
@@ -21,8 +22,10 @@ pub enum Step {
     SyncNames,
     /// [`Volumes::put_record`] or [`Volumes::delete_record`], as a whole.
     Record,
-    /// A change of names, as a whole: [`Volumes::replace`], [`Volumes::link`],
-    /// [`Volumes::delete`], [`Volumes::rename_record`], or a rename in flight.
+    /// A change of names, as a whole: [`Volumes::rename`], [`Volumes::swap`],
+    /// [`Volumes::lay_aside`], [`Volumes::delete`],
+    /// [`Volumes::rename_record`], or a rename in flight. Of a swap that is two
+    /// renames, either.
     /// The callers give no label; what is named tells.
     Name,
     /// Waiting for the completion of an operation that was begun with
@@ -90,7 +93,7 @@ impl OpClass {
         match what {
             What::Write { .. } => Self::Write,
             What::Zero { .. } => Self::Zero,
-            What::SetLen { .. } | What::ResizeDevice { .. } => Self::SetLen,
+            What::SetLen { .. } | What::Lasting(Lasting::Resize { .. }) => Self::SetLen,
             What::Copy { .. } => Self::Copy,
             What::Flush { .. } => Self::Flush,
             What::SyncNames { .. } => Self::SyncNames,
@@ -99,7 +102,7 @@ impl OpClass {
             | What::Rename { .. }
             | What::Unlink { .. }
             | What::MakeFolder { .. }
-            | What::MakeDevice { .. } => Self::Name,
+            | What::Lasting(_) => Self::Name,
         }
     }
 }
@@ -153,23 +156,28 @@ impl Volumes for SimVolumes {
         self.files.open(name, access)
     }
 
-    fn link(&self, from: &VolumeName, to: &VolumeName) -> io::Result<()> {
-        match self.unnamed("an image gets a second name") {
+    fn rename(&self, from: &VolumeName, to: &VolumeName) -> io::Result<()> {
+        match self.unnamed("a prepared image gets its name") {
             true => Ok(()),
-            false => self.files.link(from, to),
+            false => self.files.rename(from, to),
         }
     }
 
-    fn replace(&self, from: &VolumeName, over: &VolumeName) -> io::Result<()> {
-        let taken = self.files.same(over, over)?;
-        let why = match (from.temporary_of(), taken) {
-            (Some(_), true) => "a prepared image takes a disk's name",
-            (Some(_), false) => "a prepared image gets its name",
-            (None, _) => "a parent takes its leaf's name",
+    fn lay_aside(&self, over: &VolumeName, aside: &VolumeName) -> io::Result<()> {
+        match self.unnamed("an image gets a second name") {
+            true => Ok(()),
+            false => self.files.lay_aside(over, aside),
+        }
+    }
+
+    fn swap(&self, new: &VolumeName, over: &VolumeName, aside: &VolumeName) -> io::Result<()> {
+        let why = match new.temporary_of() {
+            Some(_) => "a prepared image takes a disk's name",
+            None => "a parent takes its leaf's name",
         };
         match self.unnamed(why) {
             true => Ok(()),
-            false => self.files.replace(from, over),
+            false => self.files.swap(new, over, aside),
         }
     }
 

@@ -4,6 +4,7 @@
 //!   Content: chunk number -> Arc<Chunk>      a copy shares every chunk
 //!   Chunk:   64 slots                        None is a hole
 //!   Sector:  Arc<bytes, hash of the bytes>   zeros are one shared sector
+//!   Fill:    what a hole reads as            zeros; litter on a device
 //! ```
 //!
 //! The hash of a content is the sum of what each sector contributes, so it is
@@ -46,22 +47,6 @@ impl Sector {
         Self(Arc::new(Data { hash: hash_bytes(&bytes) | 1, bytes }))
     }
 
-    /// What a device's unused space holds: the worst of it looks like the
-    /// metadata of an image, or like a full bitmap.
-    fn garbage(sector_no: u64) -> Self {
-        static KINDS: OnceLock<Vec<Sector>> = OnceLock::new();
-        let cookies: [&[u8]; 4] = [b"conectix", b"cxsparse", b"tdbatmap", &[0xff; 512]];
-        let kinds = KINDS.get_or_init(|| {
-            let kind = |cookie: &[u8]| {
-                let mut bytes = [0xa5; SECTOR as usize];
-                bytes[..cookie.len()].copy_from_slice(cookie);
-                Self::new(bytes)
-            };
-            cookies.into_iter().map(kind).collect()
-        });
-        kinds[usize_of(sector_no % kinds.len() as u64)].clone()
-    }
-
     pub(super) fn bytes(&self) -> &[u8; SECTOR as usize] {
         &self.0.bytes
     }
@@ -69,6 +54,38 @@ impl Sector {
 
 /// What a place in a file holds; `None` is a hole.
 pub(super) type Slot = Option<Sector>;
+
+/// What a device's unused space holds: what others left there. The worst of it
+/// looks like the metadata of an image, or like a full bitmap.
+#[derive(Clone)]
+pub(super) struct Litter {
+    seed: u64,
+    kinds: Arc<[Sector]>,
+}
+
+impl Litter {
+    /// Sectors in which pieces of images, whole ones of `more` among them, lie
+    /// about as a seed has it.
+    pub(super) fn new(seed: u64, more: &[[u8; SECTOR as usize]]) -> Self {
+        let cookies: [&[u8]; 4] = [b"conectix", b"cxsparse", b"tdbatmap", &[0xff; 512]];
+        let kind = |cookie: &[u8]| {
+            let mut bytes = [0xa5; SECTOR as usize];
+            bytes[..cookie.len()].copy_from_slice(cookie);
+            Sector::new(bytes)
+        };
+        let kinds = cookies.into_iter().map(kind).chain(more.iter().map(|bytes| Sector::new(*bytes)));
+        Self { seed, kinds: kinds.collect() }
+    }
+
+    fn at(&self, sector_no: u64) -> Sector {
+        let n = match self.seed {
+            0 => u128::from(sector_no),
+            seed => mix(seed.into(), sector_no.into()) >> 64,
+        };
+        let kind = n % self.kinds.len() as u128;
+        self.kinds[usize::try_from(kind).unwrap_or(0)].clone()
+    }
+}
 
 /// A hash for counting distinct states; not meant to resist an adversary.
 pub(super) fn hash_bytes(bytes: &[u8]) -> u128 {
@@ -100,11 +117,13 @@ pub(super) fn hash_slot(slot: &Slot) -> u128 {
     slot.as_ref().map_or(0, |sector| sector.0.hash)
 }
 
-/// What a sector at a place adds to the hash of its file.
-fn share(sector_no: u64, slot: &Slot) -> u128 {
-    match hash_slot(slot) {
-        0 => 0,
-        hash => mix(hash, u128::from(sector_no) + 1),
+/// What a sector at a place adds to the hash of its file. Where holes read as
+/// litter, zeros are something.
+fn share(sector_no: u64, slot: &Slot, littered: bool) -> u128 {
+    match (hash_slot(slot), slot) {
+        (0, Some(_)) if littered => mix(1, u128::from(sector_no) + 1),
+        (0, _) => 0,
+        (hash, _) => mix(hash, u128::from(sector_no) + 1),
     }
 }
 
@@ -126,6 +145,8 @@ pub(super) struct Content {
     /// not readable, and `cut` drops them.
     pub(super) len: u64,
     chunks: BTreeMap<u64, Arc<Chunk>>,
+    /// What holes read as, if not as zeros.
+    litter: Option<Litter>,
     hash: u128,
     allocated: u64,
 }
@@ -138,12 +159,19 @@ impl Content {
 
     /// Sectors in use.
     pub(super) fn allocated(&self) -> u64 {
-        self.allocated
+        match self.litter {
+            None => self.allocated,
+            Some(_) => self.len / SECTOR,
+        }
     }
 
     pub(super) fn slot(&self, sector_no: u64) -> Slot {
-        let chunk = self.chunks.get(&(sector_no / CHUNK))?;
-        chunk.slots[index(sector_no)].clone()
+        let chunk = self.chunks.get(&(sector_no / CHUNK));
+        let written = chunk.and_then(|chunk| chunk.slots[index(sector_no)].clone());
+        match &self.litter {
+            Some(litter) if written.is_none() && sector_no < self.len / SECTOR => Some(litter.at(sector_no)),
+            _ => written,
+        }
     }
 
     pub(super) fn set(&mut self, sector_no: u64, slot: Slot) {
@@ -154,7 +182,8 @@ impl Content {
         let chunk = self.chunks.entry(key).or_insert_with(|| Arc::new(Chunk::EMPTY));
         let chunk = Arc::make_mut(chunk);
         let old = &mut chunk.slots[index(sector_no)];
-        let delta = share(sector_no, &slot).wrapping_sub(share(sector_no, old));
+        let littered = self.litter.is_some();
+        let delta = share(sector_no, &slot, littered).wrapping_sub(share(sector_no, old, littered));
         chunk.allocated -= u64::from(old.is_some());
         chunk.allocated += u64::from(slot.is_some());
         self.allocated -= u64::from(old.is_some());
@@ -174,8 +203,15 @@ impl Content {
         }
     }
 
-    /// Sectors of `first .. end` that are no holes, in order.
+    /// Sectors of `first .. end` that are no holes, in order: on a device all.
     pub(super) fn set_within(&self, first: u64, end: u64) -> Vec<u64> {
+        match self.litter {
+            None => self.written_within(first, end),
+            Some(_) => (first..end.min(self.len / SECTOR)).collect(),
+        }
+    }
+
+    fn written_within(&self, first: u64, end: u64) -> Vec<u64> {
         let mut found = Vec::new();
         if first >= end {
             return found;
@@ -198,13 +234,19 @@ impl Content {
         }
     }
 
+    /// A device of whole sectors, with what somebody left there.
+    pub(super) fn littered(litter: Litter, len_bytes: u64) -> Self {
+        Self { len: len_bytes, litter: Some(litter), ..Self::default() }
+    }
+
     /// Sets the length of a device, whose new space holds what somebody left
-    /// there.
-    pub(super) fn resize_with_garbage(&mut self, len_bytes: u64) {
-        let old = self.len;
+    /// there, but for the last sector: see
+    /// [`Volume::extend`](super::super::Volume::extend).
+    pub(super) fn resize_device(&mut self, len_bytes: u64) {
+        let longer = len_bytes > self.len;
         self.set_len(len_bytes);
-        for sector_no in old.div_ceil(SECTOR)..len_bytes / SECTOR {
-            self.set(sector_no, Some(Sector::garbage(sector_no)));
+        if longer {
+            self.set(len_bytes / SECTOR - 1, Some(Sector::zero()));
         }
     }
 
@@ -218,7 +260,9 @@ impl Content {
             bytes[edge..].fill(0);
             self.set(self.len / SECTOR, Some(Sector::new(bytes)));
         }
-        self.zero(self.len.div_ceil(SECTOR), u64::MAX, false);
+        for sector_no in self.written_within(self.len.div_ceil(SECTOR), u64::MAX) {
+            self.set(sector_no, None);
+        }
     }
 
     /// Fills `buf` from `offset`; `false` where the file ends before.

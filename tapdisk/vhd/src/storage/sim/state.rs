@@ -14,10 +14,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::effect::{Change, Effect, Ino, NameOp, Names, folder_of, hash_names};
+use super::effect::{Change, Effect, Ino, Lasting, NameOp, Names, folder_of, hash_names};
 use super::log::{Event, Op, OpNo, Outcome, What};
 use super::run::RunState;
-use super::sector::{Content, SECTOR, Slot, mix};
+use super::sector::{Content, Litter, SECTOR, Slot, hash_bytes, mix};
 
 #[derive(Clone)]
 pub(super) struct Pending {
@@ -49,6 +49,11 @@ pub(super) struct State {
     pub(super) names: Names,
     pub(super) folders: BTreeSet<Arc<str>>,
     pub(super) devices: BTreeSet<Ino>,
+    /// What lies in the space of new devices; `None`: this machine's volumes
+    /// are files.
+    pub(super) litter: Option<Litter>,
+    /// Records of a volume manager, by name.
+    pub(super) records: BTreeMap<Arc<str>, Arc<[u8]>>,
     pub(super) inodes: BTreeMap<Ino, Inode>,
     pub(super) pending: Vec<Pending>,
     pub(super) in_flight: BTreeMap<OpNo, InFlight>,
@@ -88,14 +93,6 @@ impl State {
             What::MakeFolder { folder } => {
                 self.folders.insert(folder.clone());
             }
-            What::MakeDevice { path, ino, len } => {
-                self.devices.insert(*ino);
-                self.next_ino = self.next_ino.max(ino.0 + 1);
-                self.names.insert(path.clone(), *ino);
-                self.durable_names.insert(path.clone(), *ino);
-                self.resize_device(*ino, *len);
-            }
-            What::ResizeDevice { ino, len } => self.resize_device(*ino, *len),
             what => {
                 for effect in self.effects(what) {
                     self.perform(effect);
@@ -104,17 +101,56 @@ impl State {
         }
     }
 
-    /// What is on a device's new space has always been there.
-    fn resize_device(&mut self, ino: Ino, len: u64) {
-        let inode = self.inodes.entry(ino).or_default();
-        for content in [&mut inode.durable, &mut inode.volatile] {
-            Arc::make_mut(content).resize_with_garbage(len);
+    /// A change that is durable once it shows. What is on a device's new
+    /// space has always been there.
+    fn last(&mut self, change: &Lasting) {
+        match change {
+            Lasting::Make { path, ino, len } => {
+                let litter = self.litter.clone().unwrap_or_else(|| Litter::new(0, &[]));
+                let content = Arc::new(Content::littered(litter, *len));
+                self.inodes.insert(*ino, Inode { durable: content.clone(), volatile: content });
+                self.devices.insert(*ino);
+                self.next_ino = self.next_ino.max(ino.0 + 1);
+                self.names.insert(path.clone(), *ino);
+                self.durable_names.insert(path.clone(), *ino);
+            }
+            Lasting::Resize { ino, len } => {
+                let inode = self.inodes.entry(*ino).or_default();
+                for content in [&mut inode.durable, &mut inode.volatile] {
+                    Arc::make_mut(content).resize_device(*len);
+                }
+            }
+            Lasting::Rename { from, to } => {
+                for names in [&mut self.names, &mut self.durable_names] {
+                    if let Some(ino) = names.remove(from) {
+                        names.insert(to.clone(), ino);
+                    }
+                }
+            }
+            Lasting::Remove { path } => {
+                self.names.remove(path);
+                self.durable_names.remove(path);
+                self.forget_unreachable();
+            }
+            Lasting::PutRecord { name, bytes } => {
+                self.records.insert(name.clone(), bytes.clone());
+            }
+            Lasting::RenameRecord { from, to } => {
+                if let Some(bytes) = self.records.remove(from) {
+                    self.records.insert(to.clone(), bytes);
+                }
+            }
+            Lasting::RemoveRecord { name } => {
+                self.records.remove(name);
+            }
         }
     }
 
-    /// Shows an effect to readers and remembers that it is not durable.
+    /// Shows an effect to readers and remembers that it is not durable, unless
+    /// it is.
     pub(super) fn perform(&mut self, effect: Effect) {
         match &effect {
+            Effect::Lasting(change) => return self.last(change),
             Effect::Name(op) => {
                 op.apply(&mut self.names);
                 if let NameOp::Add { ino, .. } = op {
@@ -151,7 +187,7 @@ impl State {
             }
             What::Unlink { path } => self.name_op(path, |_| NameOp::Remove { name: path.clone() }),
             What::Flush { .. } | What::SyncNames { .. } | What::MakeFolder { .. } => Vec::new(),
-            What::MakeDevice { .. } | What::ResizeDevice { .. } => Vec::new(),
+            What::Lasting(change) => vec![Effect::Lasting(change.clone())],
         }
     }
 
@@ -285,7 +321,7 @@ impl State {
         }));
         self.pending.retain(|pending| match &pending.effect {
             Effect::Bytes(ino, _) => reachable.contains(ino),
-            Effect::Name(_) => true,
+            Effect::Name(_) | Effect::Lasting(_) => true,
         });
     }
 
@@ -307,7 +343,11 @@ impl State {
     /// one file, lengths, bytes, the run folder.
     pub(super) fn hash(&self) -> u128 {
         let shown = |ino| self.content(ino).hash();
-        mix(self.run.hash(), hash_names(&self.names, shown))
+        let record = |hash, (name, bytes): (&Arc<str>, &Arc<[u8]>)| {
+            mix(mix(hash, hash_bytes(name.as_bytes())), hash_bytes(bytes))
+        };
+        let records = self.records.iter().fold(0, record);
+        mix(self.run.hash(), hash_names(&self.names, shown)) ^ records
     }
 
     /// The same, and what is durable and what is not yet. Files are told

@@ -5,8 +5,9 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use super::super::{CopyKind, Volume, Why};
+use super::devices::EXTENT;
 use super::disk::SimDisk;
-use super::effect::Ino;
+use super::effect::{Ino, Lasting};
 use super::log::What;
 use super::sabotage::OpClass;
 use super::sector::SECTOR;
@@ -43,6 +44,10 @@ impl SimVolume {
             Some(_) => Ok(()),
             None => Err(io::Error::from_raw_os_error(nix::libc::EBADF)),
         }
+    }
+
+    fn resize_device(&self, len: u64) -> io::Result<()> {
+        self.change(What::Lasting(Lasting::Resize { ino: self.ino, len }), "resize device")
     }
 
     fn change(&self, what: What, why: Why) -> io::Result<()> {
@@ -84,6 +89,31 @@ impl Volume for SimVolume {
 
     fn set_len(&self, len_bytes: u64) -> io::Result<()> {
         self.change(What::SetLen { ino: self.ino, len: len_bytes }, "set length")
+    }
+
+    fn extend(&self, len_bytes: u64) -> io::Result<()> {
+        let now = self.len()?;
+        match self.is_device() {
+            _ if now >= len_bytes => Ok(()),
+            true => self.resize_device(len_bytes.next_multiple_of(EXTENT)),
+            false => self.set_len(len_bytes),
+        }
+    }
+
+    fn reduced_len(&self, len_bytes: u64) -> io::Result<u64> {
+        match self.is_device() {
+            true => Ok(len_bytes.next_multiple_of(EXTENT).min(self.len()?)),
+            false => Ok(len_bytes),
+        }
+    }
+
+    fn reduce(&self, len_bytes: u64) -> io::Result<()> {
+        let (now, then) = (self.len()?, self.reduced_len(len_bytes)?);
+        match self.is_device() {
+            true if then < now => self.resize_device(then),
+            true => Ok(()),
+            false => self.set_len(len_bytes),
+        }
     }
 
     fn zero(&self, offset: u64, len_bytes: u64) -> io::Result<()> {

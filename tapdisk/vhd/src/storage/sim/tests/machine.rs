@@ -157,7 +157,9 @@ fn a_device_keeps_its_length_and_starts_as_garbage() {
     disk.resize_device("lv.vhd", 8192).unwrap();
     let after = crash(&disk, PowerCut, AllLost);
     assert_eq!(sectors(&after, "lv.vhd")[..2], [0, 0]);
-    assert!(sectors(&after, "lv.vhd")[2..].iter().all(|byte| *byte != 0));
+    let grown = sectors(&after, "lv.vhd");
+    assert!(grown[2..15].iter().all(|byte| *byte != 0));
+    assert_eq!(grown[15..], [0]);
     assert_eq!(sectors(&crash(&disk, Kill, AllLost), "lv.vhd")[..2], [0, 7]);
     assert!(after.open("lv.vhd", Access::Read).unwrap().is_device());
     assert_eq!(lv.allocated().unwrap(), 8192);

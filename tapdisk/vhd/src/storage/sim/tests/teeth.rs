@@ -41,7 +41,7 @@ fn scenario(disk: &SimDisk) -> std::io::Result<()> {
     volumes.sync("swap: temporary names")?;
     volumes.put_record("swap", b"decided", "swap: decide")?;
     for (temporary, name) in PAIRS {
-        volumes.replace(&volume(temporary), &volume(name))?;
+        volumes.swap(&volume(temporary), &volume(name), &volume("old.vhd"))?;
     }
     volumes.sync("swap: names")?;
     disk.mark(ACKNOWLEDGED);
@@ -65,7 +65,7 @@ fn recover(disk: &SimDisk) -> std::io::Result<()> {
         if !decided {
             volumes.delete(&temporary)?;
         } else if volumes.list()?.contains(&temporary) {
-            volumes.replace(&temporary, &name)?;
+            volumes.swap(&temporary, &name, &volume("old.vhd"))?;
         }
     }
     if volumes.records()?.is_empty() {
