@@ -13,11 +13,10 @@ use tapdisk::engine::RequestKind;
 use uuid::Uuid;
 use vhd::chain::Chain;
 use vhd::storage::VolumeName;
-use vhd::storage::sim::SimDisk;
 
 use crate::crash::oracle::{Oracle, Value, stamp, unstamp};
 use crate::crash::scenarios::collect_garbage;
-use crate::crash::world::{BLOCKS, SharedGuest, World, locked};
+use crate::crash::world::{BLOCKS, Backend, SharedGuest, World, locked};
 
 const SECTORS: u64 = BLOCKS * 4096;
 /// Sectors looked at in a full comparison: every one near writes, and some.
@@ -98,8 +97,8 @@ struct Model {
 }
 
 impl Model {
-    fn new(seed: u64) -> Self {
-        let world = World::over(SimDisk::new(), seed);
+    fn new(backend: Backend, seed: u64) -> Self {
+        let world = World::over(backend.machine(seed), seed);
         let vdi = ops::create(&world.repo, "disk", BLOCKS << 21).expect("create");
         let guest = world.attach(vdi, Oracle::default());
         Self { world, vdi, guest, disk: vec![0; SECTORS as usize], siblings: Vec::new(), next: 1 }
@@ -142,8 +141,12 @@ impl Model {
                 )?;
             }
             Op::Trim { first, count } => {
-                self.fill(first, count, 0);
                 self.request(RequestKind::Trim { fua: false }, first, count, Vec::new())?;
+                if self.world.disk.has_devices() {
+                    self.learn_trimmed(first, count)?;
+                } else {
+                    self.fill(first, count, 0);
+                }
             }
             Op::Flush => {
                 self.request(RequestKind::Flush, 0, 0, Vec::new())?;
@@ -170,6 +173,20 @@ impl Model {
                 // What it held is locked by its handles: drop them all.
                 self.world.kill(self.vdi);
                 self.guest = self.world.attach(self.vdi, Oracle::default());
+            }
+        }
+        Ok(())
+    }
+
+    /// A trim on a device makes zeros or does nothing, and stays with that.
+    fn learn_trimmed(&mut self, first: u64, count: u64) -> Result<(), String> {
+        let bytes = self.request(RequestKind::Read, first, count, Vec::new())?;
+        for (sector, bytes) in (first..).zip(bytes.chunks(512)) {
+            let before = self.disk[sector as usize];
+            if bytes.iter().all(|byte| *byte == 0) {
+                self.fill(sector, 1, 0);
+            } else {
+                same(before, bytes, sector)?;
             }
         }
         Ok(())
@@ -212,8 +229,8 @@ fn same(want: Value, bytes: &[u8], sector: u64) -> Result<(), String> {
     }
 }
 
-fn run(seed: u64, ops: &[Op]) -> Result<(), String> {
-    let mut model = Model::new(seed);
+fn run(backend: Backend, seed: u64, ops: &[Op]) -> Result<(), String> {
+    let mut model = Model::new(backend, seed);
     for (n, op) in ops.iter().enumerate() {
         model.apply(*op).map_err(|e| format!("operation {n}, {op:?}: {e}"))?;
     }
@@ -223,14 +240,14 @@ fn run(seed: u64, ops: &[Op]) -> Result<(), String> {
 }
 
 /// Takes out what is not needed for the failure.
-fn shrink(seed: u64, mut ops: Vec<Op>) -> Vec<Op> {
+fn shrink(backend: Backend, seed: u64, mut ops: Vec<Op>) -> Vec<Op> {
     let mut chunk = ops.len() / 2;
     while chunk > 0 {
         let mut at = 0;
         while at < ops.len() {
             let mut fewer = ops.clone();
             fewer.drain(at..(at + chunk).min(fewer.len()));
-            if run(seed, &fewer).is_err() {
+            if run(backend, seed, &fewer).is_err() {
                 ops = fewer;
             } else {
                 at += chunk;
@@ -241,15 +258,27 @@ fn shrink(seed: u64, mut ops: Vec<Op>) -> Vec<Op> {
     ops
 }
 
+fn runs() -> u64 {
+    std::env::var("COPPICE_MODEL_RUNS").ok().and_then(|text| text.parse().ok()).unwrap_or(60)
+}
+
 #[test]
 fn random_operations_agree_with_a_plain_model() {
-    let runs = std::env::var("COPPICE_MODEL_RUNS").ok().and_then(|text| text.parse().ok()).unwrap_or(60);
+    agrees(Backend::Files, runs());
+}
+
+#[test]
+fn random_operations_on_devices_agree_with_a_plain_model() {
+    agrees(Backend::Devices, runs() / 4);
+}
+
+fn agrees(backend: Backend, runs: u64) {
     for seed in 0..runs {
         let mut rng = SmallRng::seed_from_u64(seed);
         let ops = random_ops(&mut rng, 60);
-        if let Err(failure) = run(seed, &ops) {
-            let fewer = shrink(seed, ops);
-            let now = run(seed, &fewer);
+        if let Err(failure) = run(backend, seed, &ops) {
+            let fewer = shrink(backend, seed, ops);
+            let now = run(backend, seed, &fewer);
             panic!("seed {seed}: {failure}\nshrunk to {fewer:#?}\nwhich says {now:?}");
         }
     }

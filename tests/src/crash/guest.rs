@@ -171,7 +171,13 @@ impl Guest {
         let range = first..first + count;
         let sectors: Vec<u64> = tracked(self.blocks).filter(|sector| range.contains(sector)).collect();
         let began = self.disk.log_len();
-        self.oracle.began(sectors.iter().copied(), value, began, fua);
+        // A trim takes no space on a device, so it may do nothing there.
+        match kind {
+            RequestKind::Trim { .. } if self.disk.has_devices() => {
+                self.oracle.hinted(sectors.iter().copied(), began);
+            }
+            _ => self.oracle.began(sectors.iter().copied(), value, began, fua),
+        }
         let id = self.tap.submit(kind, first * 512, (count * 512) as u32, bytes);
         self.pending.insert(id, Pending::Write { sectors, value, began });
         self.collect();

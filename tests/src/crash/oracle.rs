@@ -55,6 +55,8 @@ struct Write {
     began: At,
     answered: Option<At>,
     fua: bool,
+    /// It may come to nothing.
+    hint: bool,
 }
 
 /// When a snapshot was taken.
@@ -77,7 +79,16 @@ impl Oracle {
     /// A write (or zeroing, value 0) of tracked sectors began.
     pub fn began(&mut self, sectors: impl Iterator<Item = u64>, value: Value, at: At, fua: bool) {
         for sector in sectors {
-            self.writes.entry(sector).or_default().push(Write { value, began: at, answered: None, fua });
+            let write = Write { value, began: at, answered: None, fua, hint: false };
+            self.writes.entry(sector).or_default().push(write);
+        }
+    }
+
+    /// A request began after which sectors hold zeros or what they held.
+    pub fn hinted(&mut self, sectors: impl Iterator<Item = u64>, at: At) {
+        for sector in sectors {
+            let write = Write { value: 0, began: at, answered: None, fua: false, hint: true };
+            self.writes.entry(sector).or_default().push(write);
         }
     }
 
@@ -123,13 +134,14 @@ impl Oracle {
 
     /// Writes begun up to `at` that no `promised` one is over.
     fn allowed(&self, sector: u64, at: At, promised: impl Fn(&Write) -> bool) -> BTreeSet<Value> {
-        let first = Write { value: 0, began: 0, answered: Some(0), fua: true };
+        let first = Write { value: 0, began: 0, answered: Some(0), fua: true, hint: false };
         let known = self.writes.get(&sector).map_or(&[][..], Vec::as_slice);
         let all = || std::iter::once(&first).chain(known).filter(|write| write.began <= at);
         all()
             .filter(|write| {
                 let over = |other: &&Write| {
                     promised(other)
+                        && !other.hint
                         && write.answered.is_some_and(|answered| answered <= other.began)
                         && (other.began, other.value) != (write.began, write.value)
                 };

@@ -21,7 +21,7 @@ use vhd::units::{BlockNo, SectorRun};
 use vhd::writer::Writer;
 
 use super::oracle::{At, Instant, Oracle, stamp};
-use super::world::{BLOCKS, SharedGuest, World, locked};
+use super::world::{BLOCKS, Backend, SharedGuest, World, locked};
 
 /// A visible disk and what it may hold.
 pub enum Expected {
@@ -95,8 +95,8 @@ const USE: [Scenario; 8] = [
 
 impl Scenario {
     /// Plays it, perhaps with a step left out.
-    pub fn play(&self, seed: u64, sabotage: Option<Sabotage>) -> Ran {
-        let mut play = Play::new(seed, sabotage);
+    pub fn play(&self, backend: Backend, seed: u64, sabotage: Option<Sabotage>) -> Ran {
+        let mut play = Play::new(backend, seed, sabotage);
         (self.go)(&mut play);
         play.end()
     }
@@ -126,8 +126,8 @@ pub(super) struct Play {
 
 impl Play {
     /// A machine with one disk on it, not attached.
-    fn new(seed: u64, sabotage: Option<Sabotage>) -> Self {
-        let disk = SimDisk::new();
+    fn new(backend: Backend, seed: u64, sabotage: Option<Sabotage>) -> Self {
+        let disk = backend.machine(seed);
         if let Some(sabotage) = sabotage {
             disk.sabotage(sabotage);
         }
@@ -377,7 +377,7 @@ pub(super) fn begin_leaf_merge(play: &mut Play) -> Option<LeafMergeIntent> {
 
 /// A leaf merge whose leaf is empty, ready to be committed.
 pub fn emptied_leaf(seed: u64) -> (World, SharedGuest, LeafMergeIntent) {
-    let mut play = Play::new(seed, None);
+    let mut play = Play::new(Backend::Files, seed, None);
     play.attach();
     play.traffic(20);
     let snapshot = play.snapshot();
@@ -421,14 +421,15 @@ fn inner_merge(play: &mut Play) {
     }
 }
 
-/// The blocking writer on a disk nobody serves, over a parent: whole and
-/// partial blocks, cleared ones, and an image whose front was damaged before.
+/// The blocking writer on a disk nobody serves, new blocks over its parents'
+/// and then old ones, in an image whose front was damaged before.
 fn writer(play: &mut Play) {
     play.attach();
     play.traffic(12);
     play.snapshot();
     play.traffic(6);
     play.detach();
+    play.snapshot();
     let name = VolumeName::vhd(play.vdi);
     let repo = play.world.repo.clone();
     damage_front(&repo, &name);

@@ -6,17 +6,15 @@
 //! misses is either needless, and then it goes, or stands below with the
 //! reason why it stays. `COPPICE_TEETH=all` tries those too.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 
 use vhd::storage::sim::{Sabotage, Step};
 
 use super::campaign::{Effort, Findings, campaign, crash_everywhere};
 use super::scenarios::all;
-use super::world::locked;
+use super::world::{Backend, locked};
 
-const DEVICES: &str = "on a file a new slot's bitmap reads as zeros, so a lost one shows older values of what was \
-    not flushed; on a device it is garbage, and the code is the same";
 const CLEARED: &str = "a record that comes back after a power cut finds everything done and is cleared again";
 const SPACE: &str = "without it the merge starts anew: that costs time and space, never a byte";
 const FENCE: &str = "it keeps others away while the image is worked on without the SR lock; what a crash leaves of that is \
@@ -30,15 +28,13 @@ const AGREED: &str = "it is how a pauser and a tapdisk agree while one of them f
 const FORGED: &str = "it keeps a footer that a guest forged from being found, and these guests forge none";
 
 /// Steps that no state of these scenarios misses, and why they stay.
-const KEPT: [(Step, &str, &str); 40] = [
+const KEPT: [(Step, &str, &str); 38] = [
     (Step::SyncNames, "inner: record cleared, given up", CLEARED),
     (Step::Record, "inner: record cleared, given up", CLEARED),
     (Step::SyncNames, "leaf merge: record cleared, stopped", CLEARED),
     (Step::Record, "leaf merge: record cleared, stopped", CLEARED),
     (Step::Name, "a record is decided", AGREED),
     (Step::Name, "a record becomes void", AGREED),
-    (Step::Flush, "commit: bitmaps before BAT", DEVICES),
-    (Step::Flush, "replay: bitmaps before BAT", DEVICES),
     (
         Step::Flush,
         "hidden: found so",
@@ -84,31 +80,34 @@ const KEPT: [(Step, &str, &str); 40] = [
 const EFFORT: Effort = Effort { stride: 1, singles_max: 6, randoms: 3, again: 1 };
 const SEEDS: u64 = 3;
 
-/// Every labelled step of every scenario and of recovering from it.
-fn all_steps() -> BTreeSet<(Step, &'static str)> {
-    let mut steps = BTreeSet::new();
-    for scenario in all() {
-        for seed in 0..SEEDS {
-            let ran = scenario.play(seed, None);
+/// Every labelled step of every scenario and of recovering from it, and on
+/// which machines it was met.
+fn all_steps() -> BTreeMap<(Step, &'static str), Vec<Backend>> {
+    let mut steps: BTreeMap<_, Vec<Backend>> = BTreeMap::new();
+    for backend in Backend::ALL {
+        let mut met = BTreeSet::new();
+        for (scenario, seed) in all().flat_map(|scenario| (0..SEEDS).map(move |seed| (scenario, seed))) {
+            let ran = scenario.play(backend, seed, None);
             let light = Effort { stride: 7, singles_max: 1, randoms: 1, again: 2 };
             crash_everywhere(scenario.name, &ran, light, seed, &mut Findings::default(), false);
-            steps.extend(ran.disk.whys());
+            met.extend(ran.disk.whys());
         }
+        met.into_iter().for_each(|step| steps.entry(step).or_default().push(backend));
     }
     steps
 }
 
 /// The first failure that leaving a step out causes.
-fn first_failure(step: Step, why: &'static str) -> Option<String> {
-    for seed in 0..SEEDS {
+fn first_failure(step: Step, why: &'static str, backends: &[Backend]) -> Option<String> {
+    for (seed, backend) in (0..SEEDS).flat_map(|seed| backends.iter().map(move |backend| (seed, *backend))) {
         for scenario in all() {
             let mut found = Findings::default();
             // A sabotaged run may fail loudly long before any crash.
             let played = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                campaign(&scenario, seed, Some(Sabotage::of(step, why)), EFFORT, &mut found, true);
+                campaign(&scenario, backend, seed, Some(Sabotage::of(step, why)), EFFORT, &mut found, true);
             }));
             if played.is_err() {
-                return Some(format!("{}: could not even run", scenario.name));
+                return Some(format!("{} on {backend:?}: could not even run", scenario.name));
             }
             if let Some(failure) = found.failures.first() {
                 return failure.lines().next().map(str::to_owned);
@@ -123,16 +122,16 @@ fn every_step_left_out_is_missed() {
     let all = std::env::var("COPPICE_TEETH").is_ok_and(|value| value == "all");
     // Just the steps whose label begins so.
     let only = std::env::var("COPPICE_TEETH_ONLY").unwrap_or_default();
-    let steps = all_steps().into_iter().filter(|(_, why)| why.starts_with(&only));
+    let steps = all_steps().into_iter().filter(|((_, why), _)| why.starts_with(&only));
     let steps = Mutex::new(steps.collect::<Vec<_>>().into_iter());
     let toothless = Mutex::new(Vec::new());
     let next = || locked(&steps).next();
     let work = || {
-        while let Some((step, why)) = next() {
+        while let Some(((step, why), backends)) = next() {
             let kept = KEPT.iter().find(|(s, w, _)| *s == step && *w == why);
             match kept {
                 Some((_, _, reason)) if !all => println!("{step:?} {why:?}\n    kept: {reason}"),
-                _ => match first_failure(step, why) {
+                _ => match first_failure(step, why, &backends) {
                     Some(failure) => println!("{step:?} {why:?}\n    {failure}"),
                     None if kept.is_some() => println!("{step:?} {why:?}\n    not missed, as expected"),
                     None => locked(&toothless).push(format!("{step:?} {why:?}")),

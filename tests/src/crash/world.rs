@@ -18,6 +18,7 @@ use tapdisk::driver::PeerId;
 use tapdisk::driver::sim::{SimRecords, SimTap};
 use tapdisk_control::{Answer, ClientError, ImageRef, Reply, Request};
 use uuid::Uuid;
+use vhd::footer::{CREATOR_TAP, CREATOR_VERSION, DiskType, Footer, Geometry};
 use vhd::record::RecordStore;
 use vhd::storage::VolumeName;
 use vhd::storage::sim::SimDisk;
@@ -29,6 +30,48 @@ use super::oracle::{Instant, Oracle};
 pub const BLOCKS: u64 = 3;
 /// Steps a control call may take.
 const STEPS_MAX: usize = 50_000;
+
+/// What volumes are on a simulated machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backend {
+    /// Files in a folder.
+    Files,
+    /// Devices of a volume manager.
+    Devices,
+}
+
+impl Backend {
+    pub const ALL: [Self; 2] = [Self::Files, Self::Devices];
+
+    /// An empty machine. On devices others have left things lying about, the
+    /// footer of an image of theirs among them.
+    pub fn machine(self, seed: u64) -> SimDisk {
+        match self {
+            Self::Files => SimDisk::new(),
+            Self::Devices => SimDisk::with_devices(seed + 1, &[strangers_footer()]),
+        }
+    }
+}
+
+fn strangers_footer() -> [u8; 512] {
+    Footer {
+        features: 2,
+        timestamp: 0,
+        creator: CREATOR_TAP,
+        creator_version: CREATOR_VERSION,
+        creator_os: 0,
+        data_offset: 512,
+        original_bytes: BLOCKS << 21,
+        virtual_bytes: BLOCKS << 21,
+        geometry: Geometry::of(BLOCKS << 21),
+        disk_type: DiskType::Dynamic,
+        uuid: Uuid::from_u128(0x57A6_E125),
+        saved: 0,
+        hidden: false,
+        poisoned: false,
+    }
+    .to_bytes()
+}
 
 /// A guest shared by the scenario and by control connections.
 pub type SharedGuest = Arc<Mutex<Guest>>;
