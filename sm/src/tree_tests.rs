@@ -188,6 +188,16 @@ fn a_pending_snapshot_shows_one_vdi() {
 }
 
 #[test]
+fn in_the_middle_of_a_swap_the_base_counts_as_hidden() {
+    let base = change(vhd(40, None), |h| h.footer = footer(1));
+    let mut leaf = change(vhd(41, Some(40)), |h| h.parent.as_mut().unwrap().footer = footer(1));
+    leaf.volume = VolumeName::temporary(id(50), 0);
+    let tree = VdiTree::build(vec![base, leaf], &[snapshot_of_1(RecordState::Decided)]);
+    assert_eq!((tree.nodes.len(), state(&tree, 40)), (1, NodeState::Hidden));
+    assert_eq!(tree.prepared_on(&tree.nodes[0]).count(), 1, "it has the child that becomes the leaf");
+}
+
+#[test]
 fn after_the_swap_the_base_counts_as_hidden() {
     let base = change(vhd(40, None), |h| h.footer = footer(1));
     let leaf = change(vhd(1, Some(40)), |h| {

@@ -11,6 +11,7 @@ use std::io::ErrorKind;
 use std::sync::Arc;
 
 mod bytes;
+mod devices;
 mod faults;
 mod machine;
 mod names;
