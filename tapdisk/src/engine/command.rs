@@ -7,7 +7,7 @@ use vhd::rw::RwImage;
 use vhd::storage::VolumeName;
 
 use super::image::Purpose;
-use super::quiesce::Then;
+use super::quiesce::{State, Swapping, Then};
 use super::{Barrier, CleanWaiter, Engine, FileId, Image, Lower, Op, Second, SettlePlan};
 
 /// Names a command until it is answered.
@@ -206,39 +206,42 @@ impl Engine {
 
     /// Gives the prepared child the leaf's name: the only step inside the
     /// pause, one rename or two; nothing is synced (the next FLUSH, and the
-    /// snapshot's own answer, owe that). One that failed half way goes on when
-    /// it is tried again.
+    /// snapshot's own answer, owe that).
     fn swap(&mut self, token: Token, leaf: NewLeaf) -> Result<(), CommandError> {
         if self.stack.len() != 1 {
             return Err(CommandError::Busy("no single leaf to swap"));
         }
+        self.state = State::Swapping(Box::new(Swapping { token, leaf, failed: true }));
+        self.try_swap();
+        Ok(())
+    }
+
+    /// Starts a decided swap, or tries it again: nobody else may do it while
+    /// this process lives, and nothing can take it back.
+    pub(super) fn try_swap(&mut self) {
+        let Some(Swapping { token, leaf, failed: failed @ true }) = self.state.swapping() else { return };
+        *failed = false;
         let op = Op::Swap {
             new: leaf.image.name.clone(),
             over: leaf.name.clone(),
             aside: leaf.aside.clone(),
             why: "swap: the new leaf takes the name",
         };
-        let image = Image { name: leaf.name, ..leaf.image };
-        self.state.swapping(image);
+        let token = *token;
         self.start(op, Purpose::Swap(token));
-        Ok(())
     }
 
     pub(super) fn swapped(&mut self, token: Token, result: Result<(), i32>) {
-        let Some(leaf) = self.state.take_swap() else { return };
-        match result {
-            Ok(()) => {
-                self.stack.insert(0, leaf);
-                self.second = Second::Frozen;
-                self.names_owed = true;
-                self.release();
-                self.answer(token, Ok(CommandReply::Done));
-            }
-            Err(errno) => {
-                let detail = format!("renaming the new leaf to {} failed: errno {errno}", leaf.name);
-                self.answer(token, Err(CommandError::Failed(detail)));
-            }
+        if let (Err(_), Some(swapping)) = (result, self.state.swapping()) {
+            swapping.failed = true;
+            return;
         }
+        let Some(NewLeaf { image, name, .. }) = self.state.take_swap() else { return };
+        self.stack.insert(0, Image { name, ..image });
+        self.second = Second::Frozen;
+        self.names_owed = true;
+        self.release();
+        self.answer(token, Ok(CommandReply::Done));
     }
 
     fn fold(&mut self, token: Token, node: Node, file: FileId) -> Result<(), CommandError> {

@@ -199,6 +199,7 @@ impl Engine {
             }
         }
         self.retry_failed();
+        self.try_swap();
         self.progress();
     }
 

@@ -6,9 +6,11 @@
 //!  Running -------------> Draining ----------------------> Held --Resume--> Running
 //!                             |                             | Resume{swap}
 //!                             +-- merge start, stop --> Running   Swapping --> Running
+//!                                                                  |  ^ failed
+//!                                                                  +--+
 //! ```
 
-use super::command::{CommandError, CommandReply, Token};
+use super::command::{CommandError, CommandReply, NewLeaf, Token};
 use super::{CleanWaiter, Engine, Image, Lower};
 
 /// How long requests were held at pauses and drains, in microseconds.
@@ -30,8 +32,18 @@ pub(super) enum State {
     Draining(Then),
     /// Nothing is in flight.
     Held,
-    /// As held; the rename of a swap is in flight.
-    Swapping(Box<Image>),
+    /// As held; a swap was decided.
+    Swapping(Box<Swapping>),
+}
+
+/// A leaf on its way in. What was decided is done, however often it fails.
+#[derive(Debug)]
+pub(super) struct Swapping {
+    pub(super) token: Token,
+    /// It still has its temporary name.
+    pub(super) leaf: NewLeaf,
+    /// Renaming it failed; the tick tries again.
+    pub(super) failed: bool,
 }
 
 /// What happens once nothing is in flight.
@@ -52,14 +64,17 @@ impl State {
         matches!(self, Self::Held)
     }
 
-    pub(super) fn swapping(&mut self, leaf: Image) {
-        *self = Self::Swapping(Box::new(leaf));
+    pub(super) fn swapping(&mut self) -> Option<&mut Swapping> {
+        match self {
+            Self::Swapping(swapping) => Some(swapping),
+            _ => None,
+        }
     }
 
     /// The leaf being swapped in; the state is held again.
-    pub(super) fn take_swap(&mut self) -> Option<Image> {
+    pub(super) fn take_swap(&mut self) -> Option<NewLeaf> {
         match std::mem::replace(self, Self::Held) {
-            Self::Swapping(leaf) => Some(*leaf),
+            Self::Swapping(swapping) => Some(swapping.leaf),
             other => {
                 *self = other;
                 None

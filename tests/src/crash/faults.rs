@@ -1,12 +1,15 @@
 //! Operations that fail while something else is under way: whoever waits is
 //! answered all the same.
 
+use sm::journal::SiblingKind;
+use sm::ops::{self, Wanted};
+use sm::recover::{Scope, recover};
 use tapdisk::driver::PeerId;
 use tapdisk_control::{ImageRef, Request};
 use vhd::storage::sim::{Fault, OpClass};
 
-use super::scenarios::emptied_leaf;
-use super::world::locked;
+use super::scenarios::{Play, emptied_leaf};
+use super::world::{Backend, locked};
 
 /// The caller of a commit, for its answer.
 const CALLER: PeerId = PeerId(1 << 40);
@@ -66,4 +69,30 @@ fn a_disk_that_cannot_be_settled_stays_attached() {
     assert!(guest.failures.is_empty(), "{:?}", guest.failures);
     answer(&mut guest, 2).expect("settled");
     assert!(guest.tap.exited());
+}
+
+/// A snapshot of a busy disk during which the nth change of names fails three
+/// times: it is taken or it is not, and the disk goes on.
+fn goes_on(backend: Backend, nth: u64) {
+    let mut play = Play::new(backend, nth, None);
+    play.attach();
+    play.traffic(10);
+    play.meanwhile(20);
+    let disk = play.world.disk.clone();
+    disk.inject(Fault { class: Some(OpClass::Name), after: nth, times: 3, errno: NO_SPACE });
+    let wanted = Wanted { vdi: play.vdi, name: "snap".to_owned() };
+    let _ = ops::snapshot(&play.world.repo, SiblingKind::Snapshot, &[wanted]);
+    disk.clear_faults();
+    recover(&play.world.repo, Scope::All).expect("recovery");
+    play.traffic(20);
+    play.snapshot();
+    play.detach();
+    assert!(play.failures.is_empty(), "{backend:?}, change {nth}: {:?}", play.failures);
+}
+
+#[test]
+fn a_disk_goes_on_whatever_change_of_names_fails() {
+    for backend in Backend::ALL {
+        (0..14).for_each(|nth| goes_on(backend, nth));
+    }
 }

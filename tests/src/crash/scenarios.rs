@@ -126,7 +126,7 @@ pub(super) struct Play {
 
 impl Play {
     /// A machine with one disk on it, not attached.
-    fn new(backend: Backend, seed: u64, sabotage: Option<Sabotage>) -> Self {
+    pub fn new(backend: Backend, seed: u64, sabotage: Option<Sabotage>) -> Self {
         let disk = backend.machine(seed);
         if let Some(sabotage) = sabotage {
             disk.sabotage(sabotage);
