@@ -131,6 +131,7 @@ impl Engine {
                     self.stack[index].rw.slots().put(slot);
                 }
                 self.merge_released(file);
+                self.slot_released(file);
             }
             Purpose::Copy { block, slot, run } => self.copied(block, slot, run, &completion),
             Purpose::Commit => self.commit_step(result(&completion)),

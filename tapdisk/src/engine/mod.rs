@@ -31,6 +31,7 @@ mod merge;
 mod moves;
 mod piece;
 mod quiesce;
+mod relief;
 mod status;
 mod writeback;
 

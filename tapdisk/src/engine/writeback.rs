@@ -9,6 +9,7 @@ use vhd::units::Slot;
 
 use super::image::Purpose;
 use super::merge::PARENT;
+use super::relief::Held;
 use super::{Barrier, CleanWaiter, CommandError, CommandReply, Engine, FileId, Op, RequestId};
 use crate::limits::CLOSE_TIME_MAX_US;
 
@@ -17,29 +18,36 @@ use crate::limits::CLOSE_TIME_MAX_US;
 pub(super) struct WriteBack {
     /// Cycles completed since the image was opened.
     done: u64,
-    state: State,
+    pub(super) state: State,
 }
 
 #[derive(Debug)]
-enum State {
+pub(super) enum State {
     Idle,
     Running(Cycle),
     /// A metadata write failed (no space, say). The record keeps everything;
     /// the same capture is written again when somebody asks.
     Failed(Captured, i32),
+    /// It waits for so many slots that were given up to give their space back.
+    Relieved {
+        held: Held,
+        left: usize,
+    },
 }
 
 #[derive(Debug)]
-struct Cycle {
-    captured: Captured,
-    stage: Stage,
+pub(super) struct Cycle {
+    pub(super) captured: Captured,
+    pub(super) stage: Stage,
     /// Operations of the stage in flight.
-    left: usize,
-    error: Option<i32>,
+    pub(super) left: usize,
+    pub(super) error: Option<i32>,
+    /// A capture that failed, for which this one makes room.
+    pub(super) held: Option<Held>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
+pub(super) enum Stage {
     /// Data and length become durable.
     Data,
     /// Bitmaps are written.
@@ -67,7 +75,7 @@ impl WriteBack {
     fn failure(&self) -> Option<i32> {
         match self.state {
             State::Failed(_, errno) => Some(errno),
-            State::Idle | State::Running(_) => None,
+            State::Idle | State::Running(_) | State::Relieved { .. } => None,
         }
     }
 
@@ -86,14 +94,14 @@ pub(super) struct FlushTicket {
 impl Engine {
     /// Starts a cycle unless one runs or nothing waits.
     pub(super) fn start_writeback(&mut self, index: usize) {
-        let image = &mut self.stack[index];
-        if image.poisoned {
+        if self.stack[index].poisoned || self.relieve(index) {
             return;
         }
+        let image = &mut self.stack[index];
         let mut fresh = false;
         let captured = match std::mem::replace(&mut image.writeback.state, State::Idle) {
-            State::Running(cycle) => {
-                image.writeback.state = State::Running(cycle);
+            state @ (State::Running(_) | State::Relieved { .. }) => {
+                image.writeback.state = state;
                 return;
             }
             State::Failed(captured, _) => captured,
@@ -109,7 +117,8 @@ impl Engine {
         // Data written from here on is for the next cycle.
         image.unflushed = false;
         let (file, number) = (image.file, image.writeback.done + 1);
-        image.writeback.state = State::Running(Cycle { captured, stage: Stage::Data, left: 1, error: None });
+        image.writeback.state =
+            State::Running(Cycle { captured, stage: Stage::Data, left: 1, error: None, held: None });
         self.start(Op::Flush { file, why: "writeback: data before metadata" }, Purpose::WriteBack(file));
         if fresh && index == PARENT && self.merging() {
             self.parent_captured(number);
@@ -124,7 +133,9 @@ impl Engine {
         let later = u64::from(image.rw.is_dirty() || image.unflushed);
         match image.writeback.state {
             State::Idle => image.writeback.done + later,
-            State::Running(_) | State::Failed(..) => image.writeback.done + 1 + later,
+            State::Running(_) | State::Failed(..) | State::Relieved { .. } => {
+                image.writeback.done + 1 + later
+            }
         }
     }
 
@@ -155,19 +166,15 @@ impl Engine {
                 (Stage::Bitmaps, bitmap_writes(file, &cycle.captured))
             }
             Stage::Data | Stage::BitmapsFlush if cycle.captured.changes_bat() => {
-                let sectors = self.stack[index].rw.bat_sectors(&cycle.captured);
-                let write = |(offset, bytes): (u64, [u8; 512])| Op::WriteMeta {
-                    file,
-                    offset,
-                    bytes: bytes.as_slice().into(),
-                    why: "writeback: BAT",
-                };
-                (Stage::Entries, sectors.into_iter().map(write).collect())
+                return self.write_entries(index, cycle);
             }
             Stage::Bitmaps => (Stage::BitmapsFlush, vec![flush(file, "writeback: bitmaps before BAT")]),
             Stage::Entries => {
                 self.stack[index].rw.bat_written(&cycle.captured);
-                let why = "writeback: BAT before its record is dropped";
+                let why = match cycle.held {
+                    None => "writeback: BAT before its record is dropped",
+                    Some(_) => "relief: BAT before freed slots are reused",
+                };
                 (Stage::EntriesFlush, vec![flush(file, why)])
             }
             Stage::Data | Stage::BitmapsFlush | Stage::EntriesFlush => {
@@ -176,6 +183,19 @@ impl Engine {
         };
         cycle.stage = stage;
         self.cycle_ops(index, cycle, ops);
+    }
+
+    pub(super) fn write_entries(&mut self, index: usize, mut cycle: Cycle) {
+        let image = &self.stack[index];
+        let (file, sectors) = (image.file, image.rw.bat_sectors(&cycle.captured));
+        let write = |(offset, bytes): (u64, [u8; 512])| Op::WriteMeta {
+            file,
+            offset,
+            bytes: bytes.as_slice().into(),
+            why: "writeback: BAT",
+        };
+        cycle.stage = Stage::Entries;
+        self.cycle_ops(index, cycle, sectors.into_iter().map(write).collect());
     }
 
     fn cycle_ops(&mut self, index: usize, mut cycle: Cycle, ops: Vec<Op>) {
@@ -188,6 +208,9 @@ impl Engine {
     }
 
     fn cycle_done(&mut self, index: usize, cycle: Cycle) {
+        if let Some(held) = cycle.held {
+            return self.relieved(index, cycle.captured, held);
+        }
         let image = &mut self.stack[index];
         image.record.drop_captured();
         let file = image.file;
@@ -213,7 +236,14 @@ impl Engine {
             image.record.poison();
         }
         let cycle_number = image.writeback.done + 1;
-        image.writeback.state = State::Failed(cycle.captured, errno);
+        let captured = match cycle.held {
+            None => cycle.captured,
+            Some(mut held) => {
+                held.captured.take_back(cycle.captured);
+                held.captured
+            }
+        };
+        image.writeback.state = State::Failed(captured, errno);
         let poisoned = image.poisoned;
         // Those that wait for a later cycle wait for this one too; left alone
         // they would have it tried again at once, for ever.

@@ -25,6 +25,8 @@
 //! (`on_file`, only where the two differ), so that writing one entry of a BAT
 //! sector never carries along a neighbour whose data is not durable yet.
 
+mod relief;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::num::NonZeroUsize;
 
@@ -60,7 +62,8 @@ pub struct Captured {
     /// Final entries of the blocks whose place changed.
     entries: BTreeMap<BlockNo, u32>,
     pinned: Vec<BlockNo>,
-    freed: Vec<Slot>,
+    /// Slots that blocks left.
+    freed: Vec<(BlockNo, Slot)>,
 }
 
 impl Captured {
@@ -94,7 +97,7 @@ pub struct RwImage {
     clean: LruCache<BlockNo, SectorBitmap>,
     dirty_bitmaps: BTreeSet<BlockNo>,
     dirty_entries: BTreeSet<BlockNo>,
-    freed: Vec<Slot>,
+    freed: Vec<(BlockNo, Slot)>,
     slots: Slots,
 }
 
@@ -286,7 +289,7 @@ impl RwImage {
         self.dirty_bitmaps.remove(&block);
         self.unwritten.remove(&block);
         self.dirty_entries.insert(block);
-        self.freed.push(slot);
+        self.freed.push((block, slot));
     }
 
     /// Forgets blocks that were given a slot but into which no write has
@@ -400,7 +403,7 @@ impl RwImage {
                 self.clean.put(block, bitmap);
             }
         }
-        captured.freed
+        captured.freed.into_iter().map(|(_, slot)| slot).collect()
     }
 
     /// Blocks that are whole, for the BATmap: bit 0 of byte 0 is block 0.

@@ -68,3 +68,42 @@ fn a_write_that_was_overtaken_by_a_free_adds_nothing() {
     assert!(!image.bitmap(block).unwrap().has_any(SectorRun::BLOCK));
     assert_eq!(image.entries_for(block, new, RUN).len(), 2);
 }
+
+#[test]
+fn what_is_given_up_while_a_capture_waits_for_space_goes_first_and_is_never_named_again() {
+    let mut image = image(8);
+    let written = |image: &mut RwImage, block: u32| {
+        let slot = image.allocate(BlockNo(block), true).unwrap();
+        image.written(BlockNo(block), slot, RUN);
+        slot
+    };
+    // Three that are durable; one of them is freed, and comes back.
+    let old: Vec<Slot> = (0..3).map(|block| written(&mut image, block)).collect();
+    let captured = image.capture();
+    image.bat_written(&captured);
+    image.durable(captured);
+    image.free(BlockNo(0));
+    let again = written(&mut image, 0);
+    image.free(BlockNo(1));
+    let fresh = written(&mut image, 3);
+    let mut held = image.capture();
+    // It cannot be written. Meanwhile two more are freed.
+    image.free(BlockNo(2));
+    image.free(BlockNo(3));
+    let relief = image.relief(&mut held).unwrap();
+    assert!(relief.bitmaps.is_empty());
+    for (block, entry) in [(0, old[0].0), (1, BAT_FREE), (2, BAT_FREE), (3, BAT_FREE)] {
+        assert_eq!(entry_on_file(&image, &relief, block), entry, "block {block}");
+    }
+    image.bat_written(&relief);
+    assert_eq!(BTreeSet::from_iter(image.durable(relief)), BTreeSet::from([old[1], old[2], fresh]));
+    // Only the one that came back is left to write, and its former slot.
+    assert_eq!(held.bitmaps.iter().map(|(slot, _)| *slot).collect::<Vec<_>>(), [again]);
+    assert!(image.relief(&mut held).is_none());
+    for (block, entry) in [(0, again.0), (1, BAT_FREE), (2, BAT_FREE), (3, BAT_FREE)] {
+        assert_eq!(entry_on_file(&image, &held, block), entry, "block {block}");
+    }
+    image.bat_written(&held);
+    assert_eq!(image.durable(held), [old[0]]);
+    assert!(image.is_dirty(), "the record still says what was freed");
+}

@@ -32,6 +32,10 @@ pub struct Guest {
     pub budget: u32,
     /// It only reads, and what it reads is the oracle's disk at this instant.
     pub snapshot: Option<Instant>,
+    /// An errno that requests may fail with; what they wrote may be there.
+    pub tolerated: Option<i32>,
+    /// Flushes that went through.
+    flushed: u64,
     rng: SmallRng,
     /// What it read and should not have.
     pub failures: Vec<String>,
@@ -52,6 +56,8 @@ impl Guest {
             next_value,
             budget: 0,
             snapshot: None,
+            tolerated: None,
+            flushed: 0,
             rng,
             failures: Vec::new(),
         }
@@ -105,13 +111,51 @@ impl Guest {
 
     /// Trims a block and writes into it: metadata waits then.
     pub fn replace_block(&mut self) {
+        self.trim_block(0);
+        self.write_block(0);
+    }
+
+    /// Gives up a block, and waits for the answer.
+    pub fn trim_block(&mut self, block: u64) {
         self.drain();
-        self.submit(RequestKind::Trim { fua: false }, 0, 4096, 0, false, Vec::new());
+        self.submit(RequestKind::Trim { fua: false }, block * 4096, 4096, 0, false, Vec::new());
         self.drain();
+    }
+
+    /// Writes the first sector of a block, and waits for the answer.
+    pub fn write_block(&mut self, block: u64) {
+        self.drain();
+        self.begin_write(block);
+        self.drain();
+    }
+
+    /// The same without waiting.
+    pub fn begin_write(&mut self, block: u64) {
         self.next_value += 1;
-        let bytes = stamp(self.next_value, 0).to_vec();
-        self.submit(RequestKind::Write { fua: false }, 0, 1, self.next_value, false, bytes);
+        let first = block * 4096;
+        let bytes = stamp(self.next_value, first).to_vec();
+        self.submit(RequestKind::Write { fua: false }, first, 1, self.next_value, false, bytes);
+    }
+
+    /// A flush, waited for; whether it went through.
+    pub fn try_flush(&mut self) -> bool {
+        let before = self.flushed;
+        self.submit_flush();
         self.drain();
+        self.flushed > before
+    }
+
+    /// Lets the tapdisk be for so many steps.
+    pub fn idle(&mut self, steps: usize) {
+        for _ in 0..steps {
+            self.tap.step();
+        }
+        self.collect();
+    }
+
+    /// A number below `sides`, by the seed.
+    pub fn toss(&mut self, sides: u32) -> u32 {
+        self.rng.random_range(0..sides)
     }
 
     fn submit_flush(&mut self) {
@@ -201,6 +245,9 @@ impl Guest {
         let now = self.disk.log_len();
         let Some(pending) = self.pending.remove(&finished.id) else { return };
         if let Err(errno) = finished.result {
+            if self.tolerated == Some(errno) {
+                return;
+            }
             self.failures.push(format!("a request failed with errno {errno}"));
             return;
         }
@@ -208,7 +255,10 @@ impl Guest {
             Pending::Write { sectors, value, began } => {
                 self.oracle.answered(sectors.into_iter(), value, began, now);
             }
-            Pending::Flush { began } => self.oracle.flushed(began, now),
+            Pending::Flush { began } => {
+                self.flushed += 1;
+                self.oracle.flushed(began, now);
+            }
             Pending::Read { first, began } => {
                 for (sector, bytes) in (first..).zip(finished.buffer.chunks(512)) {
                     let allowed = match self.snapshot {

@@ -20,6 +20,7 @@
 //! | `scenarios` | what happens before the crash |
 //! | `scenarios_io` | the same, of imports and groups of disks |
 //! | `collecting` | the same, of deletions and merges |
+//! | `scenarios_full` | the same on a full filesystem |
 //! | `scenarios_ops` | the same for growth, revert and copy |
 //! | `campaign` | crashing, recovering, comparing, counting |
 //! | `teeth` | leaving steps out |
@@ -31,6 +32,7 @@ mod faults;
 mod guest;
 pub(crate) mod oracle;
 pub(crate) mod scenarios;
+mod scenarios_full;
 mod scenarios_io;
 mod scenarios_ops;
 mod teeth;

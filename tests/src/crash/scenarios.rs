@@ -76,7 +76,7 @@ pub struct Scenario {
 pub fn all() -> impl Iterator<Item = Scenario> {
     let only = std::env::var("COPPICE_CRASH_SCENARIO").ok();
     let all = USE.into_iter().chain(super::scenarios_io::ALL).chain(super::scenarios_ops::ALL);
-    let all = all.chain(super::collecting::ALL);
+    let all = all.chain(super::collecting::ALL).chain(super::scenarios_full::ALL);
     all.filter(move |scenario| only.as_deref().is_none_or(|name| name == scenario.name))
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::support::host::Host;
+use crate::support::host::{Host, wait_until};
 use crate::support::programs::{have, output, run};
 use crate::support::small_fs::Mounted;
 
@@ -74,6 +74,42 @@ fn a_disk_on_a_full_folder_reports_errors_and_goes_on() {
     let healed = io("write -P 3 40M 8M");
     assert!(healed.status.success(), "{healed:?}");
     assert!(io("read -P 3 40M 8M").status.success());
+    host.ok(&["vdi", "detach", &vdi]);
+}
+
+#[test]
+fn a_trim_makes_room_on_a_full_folder_though_nothing_else_does() {
+    if !have("qemu-io") {
+        return;
+    }
+    let host = Host::new();
+    let Some(small) = Mounted::ext4(&host, 32) else { return };
+    host.ok(&create(&small.folder));
+    let vdi = host.disk("store", "d", "64MiB");
+    let at = host.attach(&vdi);
+    let io = |what: &[&str]| {
+        let mut command = Command::new("qemu-io");
+        command.args(["-f", "raw", "-t", "none", "-d", "unmap"]);
+        for what in what {
+            command.args(["-c", what]);
+        }
+        output(command.arg(&at.uri))
+    };
+    assert!(io(&["write -P 1 0 8M", "flush"]).status.success());
+    // Data takes the last room, and its metadata finds none.
+    let filler = small.folder.join("filler");
+    fill(&filler);
+    let len = filler.metadata().unwrap().len();
+    std::fs::File::options().write(true).open(&filler).unwrap().set_len(len - (64 << 10)).unwrap();
+    let writes: Vec<String> = (0..32).map(|n| format!("write -P 2 {}k 4k", (16 << 10) + 4 * n)).collect();
+    io(&writes.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(!io(&["flush"]).status.success(), "there is room all the same");
+    // The first blocks are given up, and nothing but that happens.
+    assert!(io(&["discard 2M 6M"]).status.success());
+    wait_until("a flush to go through", || io(&["flush"]).status.success());
+    let again = io(&["write -P 3 32M 2M", "flush", "read -P 3 32M 2M", "read -P 1 0 2M", "read -P 0 2M 6M"]);
+    let said = String::from_utf8_lossy(&again.stdout).into_owned();
+    assert!(again.status.success() && !said.contains("failed"), "{said}");
     host.ok(&["vdi", "detach", &vdi]);
 }
 
