@@ -227,3 +227,36 @@ fn clients_that_cannot_be_let_in_for_want_of_descriptors_cost_no_time() {
     std::io::Read::read_exact(&mut waiting, &mut greeting).unwrap();
     assert_eq!(&greeting[..8], b"NBDMAGIC");
 }
+
+#[test]
+fn a_flush_of_one_connection_makes_what_another_wrote_durable() {
+    // What several connections are promised by the flag for them: the one
+    // flush covers the others' acknowledged writes. After a power cut the
+    // image alone is left: no record, in which they would be otherwise.
+    let power_cut = |flushed: bool| {
+        let place = Place::new();
+        let tapdisk = place.ready();
+        let (mut writer, mut other) = (place.nbd(), place.nbd());
+        for block in 0..4u8 {
+            assert_eq!(write(&mut writer, u64::from(block) << 21, &[block + 1; 4096]), 0);
+        }
+        if flushed {
+            assert_eq!(flush(&mut other), 0);
+        }
+        tapdisk.end(Signal::SIGKILL);
+        for record in std::fs::read_dir(place.path("records")).unwrap() {
+            std::fs::remove_file(record.unwrap().path()).unwrap();
+        }
+        let _again = place.ready();
+        let mut socket = place.nbd();
+        (0..4u8).filter(|block| read(&mut socket, u64::from(*block) << 21, 4096) == [block + 1; 4096]).count()
+    };
+    assert_eq!(power_cut(true), 4);
+    // Without it they are lost, if it comes before the disk counts as idle: so
+    // a flush that does nothing would be noticed.
+    let quick = (0..10).any(|_| {
+        let began = Instant::now();
+        power_cut(false) == 0 || began.elapsed() > Duration::from_millis(900)
+    });
+    assert!(quick, "they are there without a flush");
+}

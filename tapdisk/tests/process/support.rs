@@ -201,6 +201,11 @@ pub fn read(socket: &mut UnixStream, offset: u64, len: u32) -> Vec<u8> {
     data
 }
 
+pub fn flush(socket: &mut UnixStream) -> u32 {
+    ask(socket, 3, 0, 0, &[]);
+    outcome(socket)
+}
+
 pub fn outcome(socket: &mut UnixStream) -> u32 {
     let mut reply = [0; 16];
     socket.read_exact(&mut reply).unwrap();
