@@ -17,6 +17,7 @@ mod main_job;
 mod power;
 mod remote;
 mod revived;
+mod scale;
 mod soak;
 mod space;
 mod stalls;
