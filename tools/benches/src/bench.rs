@@ -1,7 +1,7 @@
 //! What every group of measures shares: the conditions, contenders run in
 //! turn, and rows made from what they came to.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -137,13 +137,12 @@ impl Bench {
         Ok(Results(all))
     }
 
-    /// A chain of `LEVELS` images that is served by its leaf.
+    /// The images that make a chain of `LEVELS` out of its bottom.
     ///
     /// # Errors
     /// What the disk said.
-    pub fn chain(&self, name: &str, above: impl Fn(u32) -> Fill) -> Result<Vec<Image>> {
-        let bottom = std::iter::once(Fill::Level(0));
-        self.images.chain(name, self.size_bytes, bottom.chain((1..LEVELS).map(above)))
+    pub fn chain(&self, name: &str, bottom: &Image, above: impl Fn(u32) -> Fill) -> Result<Vec<Image>> {
+        self.images.chain(name, self.size_bytes, Some(bottom), (1..LEVELS).map(above))
     }
 
     /// A tapdisk.
@@ -156,15 +155,17 @@ impl Bench {
 
     /// A qemu-nbd on a raw file for each way of reading it, by contender
     /// name. One that cannot be had is missing from the report's rows.
-    pub fn qemu_raw(&self, report: &mut Report) -> Result<Vec<(&'static str, Server)>> {
+    ///
+    /// # Errors
+    /// None could be started.
+    pub fn qemu_raw(&self, report: &mut Report, file: &Path) -> Result<Vec<(&'static str, Server)>> {
         if !have(report, "qemu-nbd on a raw file", &[Tool::QemuNbd]) {
             return Ok(Vec::new());
         }
-        let file = self.raw_file()?;
-        self.qemu_each(report, &file, "raw", QEMU_RAW)
+        self.qemu_each(report, file, "raw", QEMU_RAW)
     }
 
-    /// The raw file that peers use, made when first asked for.
+    /// The raw file that peers write to, made when first asked for.
     ///
     /// # Errors
     /// What the disk said.
@@ -180,7 +181,7 @@ impl Bench {
     pub fn qemu_each(
         &self,
         report: &mut Report,
-        file: &std::path::Path,
+        file: &Path,
         format: &str,
         names: [&'static str; 2],
     ) -> Result<Vec<(&'static str, Server)>> {

@@ -120,7 +120,8 @@ impl Images {
         self.folder.path().join(name)
     }
 
-    /// A chain, bottom first; its leaf is the last image returned.
+    /// A chain, bottom first, upon `base` if there is one; its leaf is the
+    /// last image returned.
     ///
     /// # Errors
     /// What the disk said.
@@ -128,14 +129,23 @@ impl Images {
         &self,
         name: &str,
         virtual_bytes: u64,
+        base: Option<&Image>,
         levels: impl IntoIterator<Item = Fill>,
     ) -> Result<Vec<Image>> {
         let mut images: Vec<Image> = Vec::new();
         for (n, fill) in levels.into_iter().enumerate() {
-            let image = self.image(&format!("{name}-{n}.vhd"), virtual_bytes, fill, images.last())?;
-            images.push(image);
+            let parent = images.last().or(base);
+            images.push(self.image(&format!("{name}-{n}.vhd"), virtual_bytes, fill, parent)?);
         }
         Ok(images)
+    }
+
+    /// Where an image lies. Peers read it as if it were a raw file, so that
+    /// all contenders read the same bytes: files of one size differ in speed
+    /// by where they happen to lie.
+    #[must_use]
+    pub fn file(&self, image: &Image) -> PathBuf {
+        self.repository().join(image.volume.as_str())
     }
 
     /// One image, settled.

@@ -15,7 +15,7 @@ const DISK_BYTES: u64 = 100 << 30;
 
 pub fn run(bench: &Bench, report: &mut Report) -> Result<()> {
     let levels = (0..LEVELS).map(|level| if level == 0 { Fill::Holes } else { Fill::LevelHoles(level) });
-    let chain = bench.images.chain("large", DISK_BYTES, levels)?;
+    let chain = bench.images.chain("large", DISK_BYTES, None, levels)?;
     let [base, .., leaf] = chain.as_slice() else { return Ok(()) };
     let whole = bench.images.image("large-whole.vhd", DISK_BYTES, Fill::Holes, None)?;
     let (s1, s30) = (bench.tapdisk(&whole)?, bench.tapdisk(leaf)?);

@@ -13,7 +13,7 @@ const DISK_BYTES: u64 = 2040 << 30;
 
 pub fn run(bench: &Bench, report: &mut Report) -> Result<()> {
     let levels = (0..LEVELS).map(|n| Fill::HolesEvery { n, of: LEVELS });
-    let images = bench.images.chain("memory", DISK_BYTES, levels)?;
+    let images = bench.images.chain("memory", DISK_BYTES, None, levels)?;
     let server = bench.tapdisk(images.last().context("a chain")?)?;
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let opened = mib(server.resident_bytes()?);

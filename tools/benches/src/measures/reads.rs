@@ -17,7 +17,7 @@ use crate::sets;
 const FIO: [&str; 2] = ["fio raw io_uring", "fio raw libaio"];
 const QCOW2: [&str; 2] = ["qemu-nbd qcow2 x30 io_uring", "qemu-nbd qcow2 x30 native"];
 
-/// Our servers; E(1) is S(1) by definition.
+/// Our servers, all on one bottom; E(1) is S(1) by definition.
 struct Ours {
     s1: Server,
     s30: Server,
@@ -26,8 +26,9 @@ struct Ours {
 
 pub fn run(bench: &Bench, report: &mut Report) -> Result<()> {
     let s1 = bench.images.image("s1.vhd", bench.size_bytes, Fill::Level(0), None)?;
-    let s30 = bench.chain("s30", Fill::Level)?;
-    let e30 = bench.chain("e30", |_| Fill::Empty)?;
+    let s30 = bench.chain("s30", &s1, Fill::Level)?;
+    let e30 = bench.chain("e30", &s1, |_| Fill::Empty)?;
+    let raw = bench.images.file(&s1);
     let leaf = |chain: &[_]| chain.last().cloned().context("a chain");
     let ours = Ours {
         s1: bench.tapdisk(&s1)?,
@@ -38,10 +39,10 @@ pub fn run(bench: &Bench, report: &mut Report) -> Result<()> {
     for server in [&ours.s1, &ours.s30, &ours.e30] {
         warm(server)?;
     }
-    let qemu = bench.qemu_raw(report)?;
+    let qemu = bench.qemu_raw(report, &raw)?;
     let chain = qcow2_chain(bench, report, &ours.s30)?;
     let nbdkit = if have(report, "nbdkit", &[Tool::Nbdkit]) {
-        Some(Server::nbdkit_file(&bench.images, &bench.raw_file()?)?)
+        Some(Server::nbdkit_file(&bench.images, &raw)?)
     } else {
         None
     };
@@ -58,7 +59,6 @@ pub fn run(bench: &Bench, report: &mut Report) -> Result<()> {
     }
     let fio = have(report, "the raw file", &[Tool::Fio]);
     if fio {
-        let raw = bench.raw_file()?;
         for (aio, name) in Aio::BOTH.into_iter().zip(FIO) {
             let (raw, job) = (raw.clone(), fio_job(bench));
             contenders.push(Contender::new(name, move |_| rate(fio_raw(&raw, aio, &job)?)));

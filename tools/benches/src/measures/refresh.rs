@@ -18,7 +18,8 @@ use crate::stats::Latencies;
 const BETWEEN: Duration = Duration::from_millis(20);
 
 pub fn run(bench: &Bench, report: &mut Report) -> Result<()> {
-    let chain = bench.chain("refresh", Fill::Level)?;
+    let bottom = bench.images.image("refresh.vhd", bench.size_bytes, Fill::Level(0), None)?;
+    let chain = bench.chain("refresh", &bottom, Fill::Level)?;
     let leaf = chain.last().context("a chain")?;
     let server = bench.tapdisk(leaf)?;
     warm(&server)?;
@@ -43,7 +44,7 @@ pub fn run(bench: &Bench, report: &mut Report) -> Result<()> {
     let measure = "4 KiB reads with a refresh every 20 ms: to without";
     compare(report, measure, "kIOPS", k_iops(with), k_iops(without), Floor::None);
     drop(server);
-    chain.iter().try_for_each(|image| bench.images.remove(image))
+    chain.iter().chain([&bottom]).try_for_each(|image| bench.images.remove(image))
 }
 
 fn answers(bench: &Bench, connection: &mut Connection, round: u32) -> Result<Vec<Answered>> {

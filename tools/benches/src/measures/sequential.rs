@@ -16,18 +16,18 @@ const FIO: [&str; 2] = ["fio raw io_uring", "fio raw libaio"];
 pub fn run(bench: &Bench, report: &mut Report) -> Result<()> {
     let image = bench.images.image("sequential.vhd", bench.size_bytes, Fill::Level(0), None)?;
     let ours = bench.tapdisk(&image)?;
-    let qemu = bench.qemu_raw(report)?;
     let fio = have(report, "the raw file", &[Tool::Fio]);
-    for (kind, word, rw) in [(Kind::Read, "read", "read"), (Kind::Write, "write", "write")] {
+    let (same, other) = (bench.images.file(&image), bench.raw_file()?);
+    for (kind, word, raw) in [(Kind::Read, "read", same), (Kind::Write, "write", other)] {
+        let qemu = bench.qemu_raw(report, &raw)?;
         let mut contenders = vec![contender(bench, "S(1)", &ours, kind)?];
         for (name, server) in &qemu {
             contenders.push(contender(bench, name, server, kind)?);
         }
         if fio {
-            let raw = bench.raw_file()?;
             for (aio, name) in Aio::BOTH.into_iter().zip(FIO) {
                 let raw = raw.clone();
-                let job = FioJob { rw, request_bytes: REQUEST_BYTES, depth: DEPTH, time: bench.time };
+                let job = FioJob { rw: word, request_bytes: REQUEST_BYTES, depth: DEPTH, time: bench.time };
                 contenders.push(Contender::new(name, move |_| {
                     Ok(Round { rate: fio_raw(&raw, aio, &job)?, ..Round::default() })
                 }));

@@ -36,7 +36,7 @@ struct Stall {
 
 pub fn run(bench: &Bench, report: &mut Report) -> Result<()> {
     let levels = (0..LEVELS - 1).map(Fill::Level);
-    let chain = bench.images.chain("swap", bench.size_bytes, levels)?;
+    let chain = bench.images.chain("swap", bench.size_bytes, None, levels)?;
     for (depth, below) in [(1, None), (LEVELS, chain.last())] {
         let stalls = (0..bench.swaps).map(|n| one(bench, below, n)).collect::<Result<Vec<_>>>()?;
         let worst = |what: fn(&Stall) -> f64| {

@@ -1,20 +1,24 @@
 //! 4 KiB random writes: into whole blocks, into a fresh disk, over an
 //! ancestor's data; and the first write to a block.
 
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
 use anyhow::{Context, Result};
 
-use crate::bench::{Bench, Contender, DEEP, QEMU_RAW, Results, SMALL, compare, load};
+use crate::bench::{Bench, Contender, DEEP, QEMU_RAW, Results, Round, SMALL, compare, have, load};
 use crate::images::{Fill, Image};
 use crate::nbd::{Job, Kind};
 use crate::offsets;
-use crate::procs::Server;
+use crate::procs::{Aio, FioJob, Server, Tool, fio_raw};
 use crate::report::{Floor, Report, Row, Series};
 
 pub fn run(bench: &Bench, report: &mut Report) -> Result<()> {
     let whole = bench.images.image("whole.vhd", bench.size_bytes, Fill::Level(0), None)?;
     let base = bench.images.image("base.vhd", bench.size_bytes, Fill::Level(0), None)?;
     let ours = bench.tapdisk(&whole)?;
-    let qemu = bench.qemu_raw(report)?;
+    let qemu = bench.qemu_raw(report, &bench.raw_file()?)?;
+    let size_bytes = bench.size_bytes;
     let mut contenders = vec![
         bench.random("whole blocks", &ours, Kind::Write, DEEP)?,
         anew(bench, "allocating", None, random_job(bench)),
@@ -23,6 +27,13 @@ pub fn run(bench: &Bench, report: &mut Report) -> Result<()> {
     ];
     for (name, server) in &qemu {
         contenders.push(bench.random(name, server, Kind::Write, DEEP)?);
+    }
+    if have(report, "the raw file", &[Tool::Fio]) {
+        let (written, sparse) = (bench.raw_file()?, bench.images.path("sparse.raw"));
+        contenders.push(by_fio(bench, RAW[0], written, |_| Ok(())));
+        contenders.push(by_fio(bench, RAW[1], sparse, move |sparse| {
+            Ok(File::create(sparse)?.set_len(size_bytes)?)
+        }));
     }
     rows(report, &bench.interleave(contenders)?);
     drop((ours, qemu));
@@ -47,10 +58,33 @@ fn rows(report: &mut Report, results: &Results) {
     row(measure, "every write allocates", peer(), Floor::None);
     let measure = "4 KiB random write, QD 32: over an ancestor's data to whole blocks";
     row(measure, "over an ancestor", k_iops("whole blocks"), Floor::AtLeast(0.7));
+    // How much of its speed a file keeps here while it has holes, whoever
+    // writes it.
+    let measure = "4 KiB random write, QD 32: raw file full of holes to written before, by fio";
+    row(measure, RAW[1], k_iops(RAW[0]), Floor::None);
+    let measure = "4 KiB random write, QD 32: over an ancestor's data to a raw file full of holes, by fio";
+    row(measure, "over an ancestor", k_iops(RAW[1]), Floor::None);
     let cpu = |name: &str| results.of(name).map(|rounds| rounds.cpu_us());
     let peer = results.best(&QEMU_RAW).map(|rounds| rounds.cpu_us());
     let measure = "CPU time per 4 KiB write, QD 32: whole blocks to qemu-nbd raw";
     compare(report, measure, "us", cpu("whole blocks"), peer, Floor::None);
+}
+
+/// Names of the contenders without a server.
+const RAW: [&str; 2] = ["fio raw written", "fio raw sparse"];
+
+/// fio on a file that `before` makes anew for each round.
+fn by_fio<'a>(
+    bench: &Bench,
+    name: &'static str,
+    file: PathBuf,
+    before: impl Fn(&Path) -> Result<()> + 'a,
+) -> Contender<'a> {
+    let job = FioJob { rw: "randwrite", request_bytes: SMALL, depth: DEEP, time: bench.time };
+    Contender::new(name, move |_| {
+        before(&file)?;
+        Ok(Round { rate: fio_raw(&file, Aio::Uring, &job)?, ..Round::default() })
+    })
 }
 
 fn random_job(bench: &Bench) -> Job {
