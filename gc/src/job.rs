@@ -89,6 +89,9 @@ impl<'a> Job<'a> {
         let id = repo.ids.uuid();
         let hold = io("hold the intent", repo.host.hold_intent(id))?
             .ok_or_else(|| Stop::Later("its intent is held".into()))?;
+        // What it reads is remembered: under the lock, which everybody waits
+        // for, only the headers that changed since are read again.
+        sm::scan::scan(repo)?;
         let _lock = io("lock the SR", repo.host.lock_sr())?;
         let forest = survey::survey(repo, &survey::leases(repo)?)?;
         check(&forest, merge)?;

@@ -12,7 +12,8 @@ use std::sync::Arc;
 use gc::collector::Scope;
 use sm::attached::AttachedSr;
 use sm::image;
-use vhd::storage::{Access, Space, Volume, VolumeName, Volumes, Why};
+use vhd::storage::via::{Delegate, Via};
+use vhd::storage::{Space, VolumeName, Volumes};
 use vhd::units::{BLOCK_BYTES, SectorRun};
 
 use support::{Sr, id, run};
@@ -150,54 +151,12 @@ fn an_unreadable_image_whose_parents_are_recorded_stops_only_its_tree() {
 #[derive(Debug)]
 struct Tight(Arc<dyn Volumes>, u64);
 
-impl Volumes for Tight {
-    fn list(&self) -> io::Result<Vec<VolumeName>> {
-        self.0.list()
-    }
-    fn create(&self, name: &VolumeName) -> io::Result<Arc<dyn Volume>> {
-        self.0.create(name)
-    }
-    fn open(&self, name: &VolumeName, access: Access) -> io::Result<Arc<dyn Volume>> {
-        self.0.open(name, access)
-    }
-    fn rename(&self, from: &VolumeName, to: &VolumeName) -> io::Result<()> {
-        self.0.rename(from, to)
-    }
-    fn lay_aside(&self, over: &VolumeName, aside: &VolumeName) -> io::Result<()> {
-        self.0.lay_aside(over, aside)
-    }
-    fn swap(&self, new: &VolumeName, over: &VolumeName, aside: &VolumeName) -> io::Result<()> {
-        self.0.swap(new, over, aside)
-    }
-    fn delete(&self, name: &VolumeName) -> io::Result<()> {
-        self.0.delete(name)
-    }
-    fn same(&self, a: &VolumeName, b: &VolumeName) -> io::Result<bool> {
-        self.0.same(a, b)
-    }
-    fn sync(&self, why: Why) -> io::Result<()> {
-        self.0.sync(why)
+impl Delegate for Tight {
+    fn inner(&self) -> &dyn Volumes {
+        self.0.as_ref()
     }
     fn space(&self) -> io::Result<Space> {
         Ok(Space { total: 1 << 40, free: self.1 })
-    }
-    fn records(&self) -> io::Result<Vec<String>> {
-        self.0.records()
-    }
-    fn record(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
-        self.0.record(name)
-    }
-    fn put_record(&self, name: &str, bytes: &[u8], why: Why) -> io::Result<()> {
-        self.0.put_record(name, bytes, why)
-    }
-    fn rename_record(&self, from: &str, to: &str) -> io::Result<bool> {
-        self.0.rename_record(from, to)
-    }
-    fn delete_record(&self, name: &str, why: Why) -> io::Result<()> {
-        self.0.delete_record(name, why)
-    }
-    fn sync_records(&self, why: Why) -> io::Result<()> {
-        self.0.sync_records(why)
     }
 }
 
@@ -214,7 +173,7 @@ fn short_of_space_it_goes_in_slices() {
         sr.write(1, &all(0, 7, 1));
         sr.write(2, &all(0, 2, 2));
         sr.write(3, &all(1, 3, 3));
-        sr.repo.volumes = Arc::new(Tight(sr.repo.volumes.clone(), free));
+        sr.repo.volumes = Arc::new(Via(Tight(sr.repo.volumes.clone(), free)));
         let before = [sr.read(4), sr.read(5)];
         let report = sr.collect(Scope::Sr);
         assert!([sr.read(4), sr.read(5)] == before);

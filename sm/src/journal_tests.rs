@@ -2,7 +2,8 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use vhd::storage::{Access, FileVolumes, PosixFs, Space, Volume};
+use vhd::storage::via::{Delegate, Via};
+use vhd::storage::{FileVolumes, PosixFs};
 
 use super::*;
 
@@ -129,7 +130,10 @@ struct DecidedMeanwhile {
     listings: AtomicU32,
 }
 
-impl Volumes for DecidedMeanwhile {
+impl Delegate for DecidedMeanwhile {
+    fn inner(&self) -> &dyn Volumes {
+        &self.inner
+    }
     fn records(&self) -> io::Result<Vec<String>> {
         let mut names = self.inner.records()?;
         if self.listings.fetch_add(1, Ordering::Relaxed) == 0 {
@@ -137,51 +141,6 @@ impl Volumes for DecidedMeanwhile {
             names.retain(|_| self.shows_old_name);
         }
         Ok(names)
-    }
-    fn record(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
-        self.inner.record(name)
-    }
-    fn list(&self) -> io::Result<Vec<VolumeName>> {
-        self.inner.list()
-    }
-    fn create(&self, name: &VolumeName) -> io::Result<Arc<dyn Volume>> {
-        self.inner.create(name)
-    }
-    fn open(&self, name: &VolumeName, access: Access) -> io::Result<Arc<dyn Volume>> {
-        self.inner.open(name, access)
-    }
-    fn rename(&self, from: &VolumeName, to: &VolumeName) -> io::Result<()> {
-        self.inner.rename(from, to)
-    }
-    fn lay_aside(&self, over: &VolumeName, aside: &VolumeName) -> io::Result<()> {
-        self.inner.lay_aside(over, aside)
-    }
-    fn swap(&self, new: &VolumeName, over: &VolumeName, aside: &VolumeName) -> io::Result<()> {
-        self.inner.swap(new, over, aside)
-    }
-    fn delete(&self, name: &VolumeName) -> io::Result<()> {
-        self.inner.delete(name)
-    }
-    fn same(&self, a: &VolumeName, b: &VolumeName) -> io::Result<bool> {
-        self.inner.same(a, b)
-    }
-    fn sync(&self, why: Why) -> io::Result<()> {
-        self.inner.sync(why)
-    }
-    fn space(&self) -> io::Result<Space> {
-        self.inner.space()
-    }
-    fn put_record(&self, name: &str, bytes: &[u8], why: Why) -> io::Result<()> {
-        self.inner.put_record(name, bytes, why)
-    }
-    fn rename_record(&self, from: &str, to: &str) -> io::Result<bool> {
-        self.inner.rename_record(from, to)
-    }
-    fn delete_record(&self, name: &str, why: Why) -> io::Result<()> {
-        self.inner.delete_record(name, why)
-    }
-    fn sync_records(&self, why: Why) -> io::Result<()> {
-        self.inner.sync_records(why)
     }
 }
 
@@ -193,7 +152,7 @@ fn a_snapshot_decided_while_the_journal_is_read_is_found() {
         let intent = snapshot(9, Shape::Empty);
         put(&inner, &intent, "test").unwrap();
         let names = RecordName::of_snapshot(intent.id());
-        let volumes = DecidedMeanwhile { inner, names, shows_old_name, listings: AtomicU32::new(0) };
+        let volumes = Via(DecidedMeanwhile { inner, names, shows_old_name, listings: AtomicU32::new(0) });
         let found = load(&volumes).unwrap();
         assert_eq!(found.len(), 1, "old name shown: {shows_old_name}");
         assert_eq!((found[0].name.state, &found[0].intent), (RecordState::Decided, &intent));

@@ -4,7 +4,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper of tests fails by panicking")]
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,7 +17,8 @@ use sm::verified::Verified;
 use sm::views::Look;
 use sm::{Repo, ops, scan};
 use uuid::Uuid;
-use vhd::storage::{Access, Space, Stamp, Volume, VolumeName, Volumes, Why};
+use vhd::storage::via::{Delegate, Via};
+use vhd::storage::{VolumeName, Volumes};
 
 /// Longer than a stamp must be old to be trusted.
 const SETTLED: Duration = Duration::from_millis(1300);
@@ -34,58 +34,12 @@ struct Counting {
     opened: Arc<AtomicU64>,
 }
 
-impl Volumes for Counting {
-    fn open(&self, name: &VolumeName, access: Access) -> io::Result<Arc<dyn Volume>> {
+impl Delegate for Counting {
+    fn inner(&self) -> &dyn Volumes {
+        self.inner.as_ref()
+    }
+    fn opening(&self, _name: &VolumeName) {
         self.opened.fetch_add(1, Ordering::Relaxed);
-        self.inner.open(name, access)
-    }
-    fn list(&self) -> io::Result<Vec<VolumeName>> {
-        self.inner.list()
-    }
-    fn create(&self, name: &VolumeName) -> io::Result<Arc<dyn Volume>> {
-        self.inner.create(name)
-    }
-    fn rename(&self, from: &VolumeName, to: &VolumeName) -> io::Result<()> {
-        self.inner.rename(from, to)
-    }
-    fn lay_aside(&self, over: &VolumeName, aside: &VolumeName) -> io::Result<()> {
-        self.inner.lay_aside(over, aside)
-    }
-    fn swap(&self, new: &VolumeName, over: &VolumeName, aside: &VolumeName) -> io::Result<()> {
-        self.inner.swap(new, over, aside)
-    }
-    fn delete(&self, name: &VolumeName) -> io::Result<()> {
-        self.inner.delete(name)
-    }
-    fn same(&self, a: &VolumeName, b: &VolumeName) -> io::Result<bool> {
-        self.inner.same(a, b)
-    }
-    fn sync(&self, why: Why) -> io::Result<()> {
-        self.inner.sync(why)
-    }
-    fn space(&self) -> io::Result<Space> {
-        self.inner.space()
-    }
-    fn stamp(&self, name: &VolumeName) -> io::Result<Option<Stamp>> {
-        self.inner.stamp(name)
-    }
-    fn records(&self) -> io::Result<Vec<String>> {
-        self.inner.records()
-    }
-    fn record(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
-        self.inner.record(name)
-    }
-    fn put_record(&self, name: &str, bytes: &[u8], why: Why) -> io::Result<()> {
-        self.inner.put_record(name, bytes, why)
-    }
-    fn rename_record(&self, from: &str, to: &str) -> io::Result<bool> {
-        self.inner.rename_record(from, to)
-    }
-    fn delete_record(&self, name: &str, why: Why) -> io::Result<()> {
-        self.inner.delete_record(name, why)
-    }
-    fn sync_records(&self, why: Why) -> io::Result<()> {
-        self.inner.sync_records(why)
     }
 }
 
@@ -108,7 +62,7 @@ impl Sr {
         let attached = AttachedSr { uuid: Uuid::from_u128(3), name, kind, path: path.clone(), epoch, id };
         let mut repo = attached.open_owned(&run, owner, None).unwrap().repo;
         let opened = Arc::new(AtomicU64::new(0));
-        repo.volumes = Arc::new(Counting { inner: repo.volumes, opened: opened.clone() });
+        repo.volumes = Arc::new(Via(Counting { inner: repo.volumes, opened: opened.clone() }));
         Self { _folder: folder, path, repo, opened }
     }
 

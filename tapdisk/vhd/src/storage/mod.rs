@@ -33,6 +33,8 @@ mod path;
 mod posix;
 #[cfg(feature = "sim")]
 pub mod sim;
+#[cfg(feature = "sim")]
+pub mod via;
 
 pub use file_volumes::FileVolumes;
 pub use posix::{Features, PosixFs, PosixVolume};
