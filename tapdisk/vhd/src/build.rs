@@ -19,10 +19,10 @@ use crate::create::{Contents, NewImage, TABLE_OFFSET, footer, head};
 use crate::error::{Error, Result};
 use crate::locator::space_for;
 use crate::meta::Meta;
+use crate::settle::{footer_place, give_back};
 use crate::slots::{EXTEND_SLOTS, NoRoom, STRIDE_SECTORS};
 use crate::storage::Volume;
 use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockNo, SECTOR_BYTES, Slot, round_up};
-use crate::writer::{footer_place, give_back};
 
 /// Bytes of the longest locator: UTF-16 of a name of 255 bytes, and `.\`.
 const LOCATOR_BYTES_MAX: usize = 2 * (255 + 2);

@@ -11,9 +11,9 @@ use crate::limits::BAT_ENTRIES_MAX;
 use crate::locator::{Code, LocatorEntry, encode, space_for};
 use crate::meta::Meta;
 pub use crate::reparent::ParentLink;
+use crate::settle::{footer_place, give_back};
 use crate::storage::Volume;
 use crate::units::{BLOCK_BYTES, SECTOR_BYTES, VIRTUAL_BYTES_MAX, round_up};
-use crate::writer::{footer_place, give_back};
 
 /// Where the BAT of our images begins.
 pub(crate) const TABLE_OFFSET: u64 = 1536;

@@ -4,7 +4,6 @@
 //! The steps of opening and settling are the same for the data path, which
 //! uses [`open_rw`] and [`settle_files`] too.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::bat::{BAT_FREE, Layout, read_bat};
@@ -14,8 +13,10 @@ use crate::check::overlap;
 use crate::error::{Error, Result};
 use crate::footer::DiskType;
 use crate::meta::{FooterState, Meta};
-use crate::record::{Entry, PendingRecord, RecordStore};
+use crate::record::RecordStore;
+use crate::replay::replay;
 use crate::rw::{Captured, Presence, RwImage};
+pub use crate::settle::{Settled, settle_files};
 use crate::slots::{Slots, slot_bytes};
 use crate::storage::{Access, CopyKind, Volume, VolumeName, Volumes};
 use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockNo, SECTOR_BYTES, SectorRun, Slot};
@@ -60,7 +61,7 @@ pub fn open_rw(volumes: &dyn Volumes, name: &VolumeName, records: &dyn RecordSto
         let mut meta = writable_meta(volume.as_ref())?;
         let footer = meta.uuid();
         if let Some(record) = records.existing(footer)? {
-            replay(volume.as_ref(), &meta, &record)?;
+            replay(volume.as_ref(), layout(&meta)?, &record)?;
         }
         records.remove(footer)?;
         let rw = ready(volume.as_ref(), &mut meta)?;
@@ -137,148 +138,6 @@ fn prepare(volume: &dyn Volume, meta: &Meta) -> Result<RwImage> {
         byte.is_some_and(|byte| byte & (0x80 >> (block.0 % 8)) != 0)
     };
     Ok(RwImage::new(layout.clone(), bat, is_whole, slots))
-}
-
-/// Applies what a killed holder left in its record.
-///
-/// 1. flush: the data every entry vouches for was in the page cache when the
-///    entry became valid; now it is durable.
-/// 2. bitmaps are written, flush: of a block that the record places they are
-///    what the record says (its slot may hold anything), of others merged with
-///    what is on the file.
-/// 3. BAT entries are written. The caller may remove the record: only a power
-///    cut could lose them now, and that voids the record anyway. A second
-///    crash anywhere starts over, and what a power cut leaves of steps 2 and 3
-///    is the state of some write-back.
-fn replay(volume: &dyn Volume, meta: &Meta, record: &PendingRecord) -> Result<()> {
-    let layout = layout(meta)?;
-    let mut blocks: BTreeMap<BlockNo, Replayed> = BTreeMap::new();
-    let bat = read_bat(volume, layout)?;
-    let now = |block: BlockNo| bat.get(block.index()).copied().unwrap_or(BAT_FREE);
-    for entry in record.entries() {
-        match entry {
-            Entry::Placed { block, slot, whole } => {
-                let bitmap = if whole { SectorBitmap::FULL } else { SectorBitmap::EMPTY };
-                blocks.insert(block, Replayed { entry: slot.0, placed: true, bitmap });
-            }
-            Entry::Present { block, run } => {
-                let known = || Replayed { entry: now(block), placed: false, bitmap: SectorBitmap::EMPTY };
-                blocks.entry(block).or_insert_with(known).bitmap.set(run);
-            }
-            Entry::Freed { block } => {
-                let freed = Replayed { entry: BAT_FREE, placed: true, bitmap: SectorBitmap::EMPTY };
-                blocks.insert(block, freed);
-            }
-        }
-    }
-    blocks.retain(|block, _| block.0 < layout.entries);
-    if blocks.is_empty() {
-        return Ok(());
-    }
-    volume.flush("replay: data before metadata")?;
-    for block in blocks.values().filter(|block| block.entry != BAT_FREE) {
-        let mut bytes = [0; 512];
-        let at = Slot(block.entry).bitmap_offset();
-        let mut bitmap = block.bitmap.clone();
-        if !block.placed {
-            volume.read_at(&mut bytes, at)?;
-            bitmap.union(&SectorBitmap::from_bytes(&bytes));
-        }
-        volume.write_at(&bitmap.to_bytes(), at)?;
-    }
-    volume.flush("replay: bitmaps before BAT")?;
-    for (block, Replayed { entry, .. }) in &blocks {
-        let at = layout.table_offset + u64::from(block.0) * 4;
-        volume.write_at(&entry.to_be_bytes(), at)?;
-    }
-    Ok(())
-}
-
-/// What a record says of a block.
-struct Replayed {
-    /// Its BAT entry.
-    entry: u32,
-    /// The record has all that happened to it since it was given this entry.
-    placed: bool,
-    bitmap: SectorBitmap,
-}
-
-/// Where the footer goes in a volume that is to end behind `data_end`, a
-/// device being given the space that it lacks. Afterwards see [`give_back`].
-pub(crate) fn footer_place(volume: &dyn Volume, data_end: u64) -> Result<u64> {
-    if !volume.is_device() {
-        return Ok(data_end);
-    }
-    volume.extend(data_end + SECTOR_BYTES)?;
-    Ok(volume.reduced_len(data_end + SECTOR_BYTES)? - SECTOR_BYTES)
-}
-
-/// Takes from a device what lies past its footer, once that is durable. A
-/// file was cut before.
-pub(crate) fn give_back(volume: &dyn Volume, footer_at: u64) -> Result<()> {
-    if volume.is_device() {
-        volume.reduce(footer_at + SECTOR_BYTES)?;
-    }
-    Ok(())
-}
-
-/// What settling an image needs to know.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Settled {
-    /// BATmap: bit 0x80 of byte 0 is block 0.
-    pub batmap: Vec<u8>,
-    /// One past the last byte of data: the footer goes there.
-    pub data_end: u64,
-}
-
-impl Settled {
-    /// From the blocks that are whole.
-    #[must_use]
-    pub fn new(blocks: u32, whole: impl IntoIterator<Item = BlockNo>, data_end: u64) -> Self {
-        let mut batmap = vec![0; (blocks as usize).div_ceil(8)];
-        for block in whole {
-            if let Some(byte) = batmap.get_mut(block.index() / 8) {
-                *byte |= 0x80 >> (block.0 % 8);
-            }
-        }
-        Self { batmap, data_end }
-    }
-}
-
-/// Writes what makes an image settled: BATmap, length, both footers. Its
-/// data, bitmaps and BAT must be durable, its record empty. With `hidden`
-/// the flag is set to that.
-///
-/// A crash anywhere leaves an image that opens: a torn BATmap is ignored and
-/// rebuilt, and until the footer at the end is whole the copy at the front
-/// serves. The sector at `data_end` is the guard no slot takes, so at no
-/// length does the guest choose the last sector. A device is made shorter last:
-/// until that one change its end has what it had, be it zeros or the footer of
-/// before, and after it the new footer, which is durable by then.
-///
-/// # Errors
-/// What writing said.
-pub fn settle_files(
-    volume: &dyn Volume,
-    meta: &mut Meta,
-    settled: &Settled,
-    hidden: Option<bool>,
-) -> Result<()> {
-    write_batmap(volume, meta, &settled.batmap)?;
-    if let Some(hidden) = hidden {
-        meta.footer.hidden = hidden;
-    }
-    let footer = meta.footer.to_bytes();
-    let end = footer_place(volume, settled.data_end)?;
-    if !volume.is_device() {
-        volume.set_len(end + SECTOR_BYTES)?;
-    }
-    volume.write_at(&footer, end)?;
-    volume.write_at(&footer, 0)?;
-    volume.flush("settle: BATmap and footers")?;
-    give_back(volume, end)?;
-    meta.footer_state = FooterState::Settled;
-    Ok(())
 }
 
 /// Settles an image that a dead process may have left unsettled, so that it
