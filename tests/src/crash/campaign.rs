@@ -280,5 +280,5 @@ fn no_crash_loses_a_promised_byte() {
 /// The same operations where volumes are devices; with fewer seeds, for time.
 #[test]
 fn no_crash_loses_a_promised_byte_on_devices() {
-    crash_all(Backend::Devices, seeds().div_ceil(DEVICES_SHARE), 0);
+    crash_all(Backend::Devices, seeds().div_ceil(DEVICES_SHARE), 40_000);
 }
