@@ -9,6 +9,7 @@
 //! | `POST /abort` | `{sr?, vdi?}` | `{aborted}`: merges told to stop |
 //! | `POST /set` | `{sr?, rate?, parallel?, latency_factor?}` | `{}`; also for what runs |
 //! | `GET /metrics` | | Prometheus text |
+//! | `GET /openapi.json` | | all of this, described ([`crate::openapi`]) |
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -156,6 +157,7 @@ pub fn router(service: Arc<Service>) -> Router {
     Router::new()
         .route("/status", get(status))
         .route("/metrics", get(metrics))
+        .route("/openapi.json", get(async || Json(crate::openapi::document())))
         .route("/kick", post(kick))
         .route("/run", post(run))
         .route("/pause", post(|app, body| pause(app, body, true)))

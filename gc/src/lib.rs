@@ -33,6 +33,7 @@ mod job_watch;
 mod latency;
 pub mod leaf;
 pub mod limits;
+pub mod openapi;
 pub mod plan;
 pub mod progress;
 pub mod reason;

@@ -15,7 +15,7 @@
 mod answer;
 mod disks;
 mod jobs;
-mod openapi;
+pub mod openapi;
 mod routes;
 mod status;
 mod streams;

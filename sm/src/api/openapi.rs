@@ -1,9 +1,10 @@
-//! `GET /openapi.json`: the routes as data.
+//! `GET /openapi.json`: the routes as data; of smd here, and of other daemons
+//! of ours by [`describe`].
 
 use serde_json::{Map, Value, json};
 
 /// Method, path, what it does, fields of its body (`?`: may be left out).
-type Route = (&'static str, &'static str, &'static str, &'static [&'static str]);
+pub type Route = (&'static str, &'static str, &'static str, &'static [&'static str]);
 
 const ROUTES: &[Route] = &[
     ("get", "/srs", "All SRs; with ?name= what is known of those without looking", &[]),
@@ -84,10 +85,17 @@ const ROUTES: &[Route] = &[
     ("get", "/metrics", "Prometheus text", &[]),
 ];
 
-/// The document.
+/// The document of smd.
+#[must_use]
 pub fn document() -> Value {
+    describe("smd", "Storage repositories and virtual disks of one host", ROUTES)
+}
+
+/// The document of a daemon.
+#[must_use]
+pub fn describe(title: &str, description: &str, routes: &[Route]) -> Value {
     let mut paths = Map::new();
-    for route in ROUTES {
+    for route in routes {
         let (method, path, ..) = *route;
         let methods = paths.entry(path).or_insert_with(|| json!({}));
         methods[method] = operation(route);
@@ -95,9 +103,9 @@ pub fn document() -> Value {
     json!({
         "openapi": "3.1.0",
         "info": {
-            "title": "smd",
+            "title": title,
             "version": env!("CARGO_PKG_VERSION"),
-            "description": "Storage repositories and virtual disks of one host",
+            "description": description,
         },
         "paths": paths,
         "components": { "schemas": { "Error": error_schema() } },

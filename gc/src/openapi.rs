@@ -1,0 +1,58 @@
+//! `GET /openapi.json` of gcd: its routes as data.
+
+use serde_json::Value;
+use sm::api::openapi::{Route, describe};
+
+const ROUTES: &[Route] = &[
+    ("get", "/status", "What runs, what waits and why; of all attached SRs, or of ?sr=", &[]),
+    ("get", "/metrics", "Prometheus text", &[]),
+    ("get", "/openapi.json", "This document", &[]),
+    ("post", "/kick", "Look for work now", &["sr?"]),
+    (
+        "post",
+        "/run",
+        "Collect now: all, an SR, or the tree of a VDI; with `wait` or `dry_run` it answers what was, or would be, done",
+        &["sr?", "vdi?", "wait?", "dry_run?"],
+    ),
+    ("post", "/pause", "Start no new work", &["sr?"]),
+    ("post", "/resume", "Go on", &["sr?"]),
+    ("post", "/abort", "Stop running merges at the next safe point", &["sr?", "vdi?"]),
+    (
+        "post",
+        "/set",
+        "Limits, also of what runs: bytes per second (0: none), merges at one time, how slow disks may get",
+        &["sr?", "rate?", "parallel?", "latency_factor?"],
+    ),
+];
+
+/// The document.
+#[must_use]
+pub fn document() -> Value {
+    describe("gcd", "Garbage collector of the storage repositories of one host", ROUTES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_route_is_described_and_nothing_else() {
+        let mut routed: Vec<(String, String)> = include_str!("api.rs")
+            .split(".route(\"")
+            .skip(1)
+            .map(|line| {
+                let (path, methods) = line.split_once("\", ").unwrap();
+                (methods.split('(').next().unwrap().to_owned(), path.to_owned())
+            })
+            .collect();
+        assert!(routed.len() > 7, "{routed:?}");
+        let mut described: Vec<(String, String)> =
+            ROUTES.iter().map(|(method, path, ..)| ((*method).to_owned(), (*path).to_owned())).collect();
+        routed.sort();
+        described.sort();
+        assert_eq!(described, routed);
+        let run = &document()["paths"]["/run"]["post"]["requestBody"];
+        assert!(run["content"]["application/json"]["schema"]["properties"]["dry_run"].is_object());
+        assert_eq!(document()["info"]["title"], "gcd");
+    }
+}
