@@ -154,8 +154,13 @@ fn kill(host: &Host, vdi: &str, mut rng: SmallRng, end: Instant) -> u64 {
         if Instant::now() >= end {
             return kills;
         }
-        Attached::of(&host.ok(&["vdi", "show", vdi])).kill();
-        kills += 1;
+        let shown = host.ok(&["vdi", "show", vdi]);
+        // The last kill may not have been noticed when the disk was attached
+        // by hand: then it is down now, and is attached again.
+        if !shown["nbd"].is_null() {
+            Attached::of(&shown).kill();
+            kills += 1;
+        }
         let mut said = host.cli(&["vdi", "attach", vdi]);
         until_served(|| {
             if said.status != 0 {
