@@ -60,6 +60,7 @@ pub mod readers;
 pub mod reading;
 pub mod recover;
 pub mod reference;
+mod relabel;
 pub mod remote;
 pub mod repo;
 pub mod run_folder;

@@ -10,13 +10,14 @@ use vhd::storage::PosixFs;
 
 use super::{Entry, Manager, find};
 use crate::attached::{AttachedSr, OpenSr};
-use crate::catalog::{Label, SqliteLabels};
+use crate::catalog::SqliteLabels;
 use crate::error::{Error, IoContext, Result};
 use crate::journal;
 use crate::ops;
 use crate::owner::Owner;
 use crate::recover::{self, Scope};
 use crate::reference;
+use crate::relabel::label_images;
 use crate::repo::Repo;
 use crate::scan;
 use crate::state::{KnownSr, SrType, write_json};
@@ -307,31 +308,6 @@ pub(super) fn check_kind(kind: SrType) -> Result<()> {
             Err(Error::Unsupported { what })
         }
     }
-}
-
-/// Labels what has none, and drops labels of what is gone: the catalog is
-/// filled again from the images. While an image cannot be read nothing is
-/// dropped.
-fn label_images(repo: &Repo) -> Result<()> {
-    let tree = scan::scan(repo)?.tree;
-    let mut labels = repo.labels.all()?;
-    let mut doubtful = false;
-    for node in &tree.nodes {
-        doubtful |= node.broken().is_some();
-        if labels.remove(&node.uuid).is_some() || node.is_hidden() {
-            continue;
-        }
-        let name = node.uuid.to_string();
-        let label = Label { name, created_s: node.created_s, ..Label::default() };
-        repo.labels.put(node.uuid, &label)?;
-    }
-    // What is prepared may be on its way to the name of such a label.
-    if !doubtful && tree.prepared.is_empty() {
-        for vdi in labels.into_keys() {
-            repo.labels.remove(vdi)?;
-        }
-    }
-    Ok(())
 }
 
 fn nobody_works(repo: &Repo) -> Result<()> {
