@@ -1,13 +1,15 @@
 //! The windows of a merge with blocking I/O: for hidden nodes and for leaves
 //! nobody has attached.
 
+use std::collections::BTreeMap;
+
 use sm::{Repo, image};
 use vhd::merge::{BlockCopy, Merge, Mode, Piece, Step, Window, WindowLimits};
 use vhd::meta::FooterState;
 use vhd::rw::Presence;
 use vhd::storage::{CopyKind, VolumeName};
-use vhd::units::{BLOCK_BYTES, BlockNo};
-use vhd::writer::Writer;
+use vhd::units::{BLOCK_BYTES, BlockNo, SectorRun};
+use vhd::writer::{CopyIn, Writer};
 
 use crate::job::{Result, Stop};
 use crate::limits;
@@ -16,20 +18,50 @@ use crate::watch::{Event, Watch};
 
 /// Bytes looked at in one go when a block may be all zeros.
 const ZERO_CHECK_BYTES: u64 = 64 << 10;
+/// And at first: most blocks that hold something begin with it.
+const ZERO_LOOK_BYTES: u64 = 4 << 10;
 
 /// A copy under way. The parent is open for writing and locked by us.
 pub(crate) struct Copying<'a> {
-    pub watch: &'a dyn Watch,
-    pub sources: Sources,
-    pub parent: Writer,
+    watch: &'a dyn Watch,
+    windows: WindowLimits,
+    sources: Sources,
+    parent: Writer,
     /// The sources, open for writing, when they are emptied on the way; same
     /// order as `sources`.
-    pub emptied: Vec<Writer>,
+    emptied: Vec<Writer>,
     /// Has every reader of the sources drop the map it has.
-    pub tell_readers: &'a dyn Fn() -> Result<()>,
+    tell_readers: &'a dyn Fn() -> Result<()>,
+    /// Whether the filesystem shares what is copied, as far as was seen.
+    shares: Option<bool>,
+    unflushed: Unflushed,
+    /// Runs of this window that are copied all at once, by source.
+    batch: BTreeMap<usize, Vec<CopyIn>>,
 }
 
-impl Copying<'_> {
+/// What the parent took in since it was flushed.
+#[derive(Debug, Default)]
+struct Unflushed {
+    bytes: u64,
+    blocks: u32,
+}
+
+impl<'a> Copying<'a> {
+    /// Copies `sources` into `parent`, window by window; those in `emptied` lose
+    /// what it has.
+    pub fn new(
+        watch: &'a dyn Watch,
+        windows: WindowLimits,
+        sources: Sources,
+        parent: Writer,
+        emptied: Vec<Writer>,
+        tell_readers: &'a dyn Fn() -> Result<()>,
+    ) -> Self {
+        let unflushed = Unflushed::default();
+        let batch = BTreeMap::new();
+        Self { watch, windows, sources, parent, emptied, tell_readers, shares: None, unflushed, batch }
+    }
+
     /// Runs all windows. Crash argument: see [`vhd::merge`]; each step here
     /// is one of its steps, done completely before the next.
     ///
@@ -37,13 +69,44 @@ impl Copying<'_> {
     /// [`Stop::Aborted`] between two windows; then everything copied so far
     /// is durable, or will be after [`Self::settle`].
     pub fn run(&mut self) -> Result<()> {
-        let mode = if self.emptied.is_empty() { Mode::Shadow } else { Mode::Empty };
-        let mut merge = Merge::new(mode, window_limits(mode), BlockNo(0));
+        let mut merge = Merge::new(self.mode(), self.windows, BlockNo(0));
         while let Some(window) = self.sources.next(&mut merge)? {
             self.watch.allow(window.bytes())?;
+            self.fetch(&window);
             self.window(&window)?;
         }
         Ok(())
+    }
+
+    fn mode(&self) -> Mode {
+        if self.emptied.is_empty() { Mode::Shadow } else { Mode::Empty }
+    }
+
+    /// Whether a run is copied with many others at once: short ones, and all
+    /// where nothing is shared. Short ones that go into a new block are not:
+    /// the page cache finds room for them together.
+    fn is_batched(&self, run: SectorRun, gained: bool) -> bool {
+        if run.bytes() <= limits::SHORT_RUN_BYTES_MAX { !gained } else { self.shares == Some(false) }
+    }
+
+    /// Has the storage read ahead what a window is going to read, all of it
+    /// at once: reads one after the other would each wait for the disk.
+    fn fetch(&self, window: &Window) {
+        for copy in &window.copies {
+            for Piece { source, run } in &copy.pieces {
+                let Some((volume, offset)) = self.sources.place(*source, copy.block, run.first) else {
+                    continue;
+                };
+                let gained = self.parent.presence(copy.block) == Presence::Absent;
+                let direct = run.bytes() <= limits::SHORT_RUN_BYTES_MAX && !gained;
+                if !direct && self.shares != Some(true) {
+                    volume.will_read(offset, run.bytes());
+                } else if !copy.below {
+                    // Only to see that it is not zeros.
+                    volume.will_read(offset, run.bytes().min(ZERO_LOOK_BYTES));
+                }
+            }
+        }
     }
 
     /// All steps of a window. Once a clear was begun, readers are told even
@@ -69,7 +132,7 @@ impl Copying<'_> {
         for step in window.steps() {
             match step {
                 Step::Copy(copy) => self.block(&copy)?,
-                Step::CommitParent => self.parent.commit().map_err(format)?,
+                Step::CommitParent => self.commit_parent()?,
                 Step::Clear { source, blocks } => {
                     let Some(writer) = self.emptied.get_mut(source) else {
                         continue;
@@ -92,6 +155,21 @@ impl Copying<'_> {
         Ok(())
     }
 
+    /// Makes the parent durable. A merge that clears nothing may put it off:
+    /// until then its sources have everything.
+    fn commit_parent(&mut self) -> Result<()> {
+        self.copy_batch()?;
+        let Unflushed { bytes, blocks } = self.unflushed;
+        let soon = bytes < limits::UNFLUSHED_BYTES_MAX && blocks < limits::UNFLUSHED_BLOCKS_MAX;
+        if self.mode() == Mode::Shadow && soon {
+            return Ok(());
+        }
+        self.unflushed = Unflushed::default();
+        self.parent.commit().map_err(format)?;
+        self.watch.note(Event::Durable);
+        Ok(())
+    }
+
     fn block(&mut self, copy: &BlockCopy) -> Result<()> {
         if !copy.below && is_zero(&self.sources, copy)? {
             self.watch.note(Event::Dropped(copy.bytes()));
@@ -99,15 +177,50 @@ impl Copying<'_> {
         }
         let gained = self.parent.presence(copy.block) == Presence::Absent;
         let below = self.sources.under_parent(copy.block);
+        let (mut copied, mut cloned) = (0, 0);
         for Piece { source, run } in &copy.pieces {
             let Some((volume, offset)) = self.sources.place(*source, copy.block, run.first) else {
                 continue;
             };
-            let kind = self.parent.copy_in(copy.block, *run, volume, offset, below).map_err(format)?;
-            self.watch.note(Event::Copied { bytes: run.bytes(), cloned: kind == CopyKind::Cloned });
+            if self.is_batched(*run, gained) {
+                let piece = CopyIn { block: copy.block, run: *run, source_offset: offset, below };
+                self.batch.entry(*source).or_default().push(piece);
+                continue;
+            }
+            match self.parent.copy_in(copy.block, *run, volume, offset, below).map_err(format)? {
+                CopyKind::Cloned => cloned += run.bytes(),
+                CopyKind::Copied => copied += run.bytes(),
+            }
+        }
+        self.unflushed.bytes += copied;
+        self.unflushed.blocks += 1;
+        if copied + cloned > limits::SHORT_RUN_BYTES_MAX {
+            self.shares = Some(cloned > copied);
+        }
+        if copied > 0 {
+            self.parent.begin_write_out(copy.block);
+        }
+        for (bytes, cloned) in [(copied, false), (cloned, true)] {
+            if bytes > 0 {
+                self.watch.note(Event::Copied { bytes, cloned });
+            }
         }
         if gained {
             self.watch.note(Event::Gained(BLOCK_BYTES));
+        }
+        Ok(())
+    }
+
+    /// Copies what was put off for it.
+    fn copy_batch(&mut self) -> Result<()> {
+        for (source, copies) in std::mem::take(&mut self.batch) {
+            let Some(volume) = self.sources.volume(source) else {
+                continue;
+            };
+            self.parent.copy_in_many(volume, &copies).map_err(format)?;
+            let bytes = copies.iter().map(|copy| copy.run.bytes()).sum();
+            self.unflushed.bytes += bytes;
+            self.watch.note(Event::Copied { bytes, cloned: false });
         }
         Ok(())
     }
@@ -118,6 +231,7 @@ impl Copying<'_> {
     /// What writing said; the images then wait for whoever opens them next.
     pub fn settle(&mut self) -> Result<()> {
         self.parent.settle(None).map_err(format)?;
+        self.watch.note(Event::Durable);
         for writer in &mut self.emptied {
             writer.settle(None).map_err(format)?;
         }
@@ -125,14 +239,35 @@ impl Copying<'_> {
     }
 }
 
-fn window_limits(mode: Mode) -> WindowLimits {
-    match mode {
-        Mode::Shadow => {
-            WindowLimits { bytes_max: limits::WINDOW_BYTES_MAX, blocks_max: limits::WINDOW_BLOCKS_MAX }
-        }
-        Mode::Empty => {
-            WindowLimits { bytes_max: limits::SLICE_BYTES_MAX, blocks_max: limits::SLICE_BLOCKS_MAX }
-        }
+/// Windows of a merge that clears nothing.
+pub(crate) const WINDOW: WindowLimits = WindowLimits {
+    bytes_max: limits::WINDOW_BYTES_MAX,
+    blocks_max: limits::WINDOW_BLOCKS_MAX,
+    gained_max: u32::MAX,
+};
+
+/// Windows of one that gives space back on the way, as there is not enough.
+pub(crate) const SLICE: WindowLimits = WindowLimits {
+    bytes_max: limits::SLICE_BYTES_MAX,
+    blocks_max: limits::WINDOW_BLOCKS_MAX,
+    gained_max: limits::SLICE_GAINED_MAX,
+};
+
+/// Windows of one that gives space back although there is enough.
+pub(crate) const ROOMY_SLICE: WindowLimits = WindowLimits {
+    bytes_max: limits::ROOMY_SLICE_BYTES_MAX,
+    blocks_max: limits::WINDOW_BLOCKS_MAX,
+    gained_max: limits::ROOMY_SLICE_GAINED_MAX,
+};
+
+/// How a leaf that nobody has attached is emptied where `free_bytes` are free,
+/// and the bytes its parent gains at most before space comes back.
+pub(crate) fn leaf_slice(free_bytes: u64, gained_bytes: u64) -> (WindowLimits, u64) {
+    let roomy = gained_bytes.min(limits::ROOMY_SLICE_BYTES_MAX);
+    if roomy.saturating_add(limits::RESERVE_BYTES) <= free_bytes {
+        (ROOMY_SLICE, roomy)
+    } else {
+        (SLICE, gained_bytes.min(limits::SLICE_BYTES_MAX))
     }
 }
 
@@ -146,7 +281,8 @@ pub(crate) fn is_zero(sources: &Sources, copy: &BlockCopy) -> Result<bool> {
         };
         let mut at = 0;
         while at < run.bytes() {
-            let len = (run.bytes() - at).min(ZERO_CHECK_BYTES);
+            let step = if at == 0 { ZERO_LOOK_BYTES } else { ZERO_CHECK_BYTES };
+            let len = (run.bytes() - at).min(step);
             let part = buf.get_mut(..usize::try_from(len).unwrap_or(0)).unwrap_or_default();
             volume.read_at(part, offset + at).map_err(|e| sm::Error::io("read a source", e))?;
             if part.iter().any(|byte| *byte != 0) {

@@ -29,10 +29,12 @@ use sm::journal::{self, Intent, LeafMergeIntent, LeafMergeState};
 use sm::naming::{Found, NameSwap};
 use tapdisk_control::{ClientError, MergePhase, MergeStatus, Refusal, Reply, Request};
 use uuid::Uuid;
+use vhd::merge::forecast;
+use vhd::rw::Presence;
 use vhd::units::BLOCK_BYTES;
 use vhd::writer::Writer;
 
-use crate::copy::{Copying, format, settle_if_needed};
+use crate::copy::{Copying, format, leaf_slice, settle_if_needed};
 use crate::job::{Job, Result, Stop, io};
 use crate::limits;
 use crate::run::update_lease;
@@ -281,14 +283,13 @@ impl LeafMerger for Offline<'_> {
         self.job.grow(&self.intent.parent, &parent, size)?;
         let sources = Sources::open(repo, std::slice::from_ref(&leaf), &parent)?;
         watch.note(Event::Total(sources.allocated_bytes()));
-        let mut copying = Copying {
-            watch,
-            sources,
-            parent: open(&parent)?,
-            emptied,
-            // Nobody reads a leaf that we hold the lock of.
-            tell_readers: &|| Ok(()),
-        };
+        // Nobody reads a leaf that we hold the lock of.
+        let parent = open(&parent)?;
+        parent.go_direct().map_err(format)?;
+        let gained = forecast(&sources, |block| parent.presence(block) != Presence::Absent).blocks_gained;
+        let free = io("free space", repo.volumes.space())?.free;
+        let (windows, _) = leaf_slice(free, gained * BLOCK_BYTES);
+        let mut copying = Copying::new(watch, windows, sources, parent, emptied, &|| Ok(()));
         let ran = copying.run();
         copying.settle()?;
         ran

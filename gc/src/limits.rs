@@ -6,10 +6,19 @@ use std::time::Duration;
 /// its limit was raised.
 pub const SOURCES_MAX: usize = 32;
 /// Bytes copied between two looks at the abort flag and the I/O budget.
-pub const WINDOW_BYTES_MAX: u64 = 16 << 20;
-/// Blocks copied between two looks at the abort flag.
-pub const WINDOW_BLOCKS_MAX: u32 = 64;
-/// Bytes of one slice when space is short, or of an offline leaf merge.
+pub const WINDOW_BYTES_MAX: u64 = 64 << 20;
+/// Blocks looked at between two looks at the abort flag.
+pub const WINDOW_BLOCKS_MAX: u32 = 256;
+/// Runs up to this long are copied many at a time; about the limit below which
+/// extents are not shared.
+pub const SHORT_RUN_BYTES_MAX: u64 = 60 << 10;
+/// Bytes copied before the parent is flushed; those that were shared are not
+/// to be written out.
+pub const UNFLUSHED_BYTES_MAX: u64 = 256 << 20;
+/// Blocks taken in before the parent is flushed, their bitmaps being in memory
+/// until then.
+pub const UNFLUSHED_BLOCKS_MAX: u32 = 4096;
+/// Bytes of one slice when space is short.
 pub const SLICE_BYTES_MAX: u64 = 32 << 20;
 /// Merges are held back to no less than this, in bytes per second.
 pub const BACKOFF_FLOOR: u64 = 16 << 20;
@@ -26,8 +35,13 @@ pub const LATENCY_FACTOR: f64 = 4.0;
 pub const LATENCY_FACTOR_MAX: f64 = 1000.0;
 /// Between two looks at the latency of attached disks.
 pub const LATENCY_EVERY: Duration = Duration::from_secs(1);
-/// Blocks of one slice.
-pub const SLICE_BLOCKS_MAX: u32 = 16;
+/// Blocks the parent gains in one slice: no more than its bytes.
+pub const SLICE_GAINED_MAX: u32 = 16;
+/// Bytes of one slice of an offline leaf merge where there is room: each ends
+/// with flushes of both images.
+pub const ROOMY_SLICE_BYTES_MAX: u64 = 256 << 20;
+/// Blocks the parent gains in such a slice.
+pub const ROOMY_SLICE_GAINED_MAX: u32 = 128;
 /// Free space the collector leaves to the guests, unless a merge needs none.
 pub const RESERVE_BYTES: u64 = 64 << 20;
 /// Chains at least this near their limit are shortened before others.

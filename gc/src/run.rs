@@ -103,6 +103,7 @@ impl Job<'_> {
             Writer::open(self.repo.volumes.as_ref(), &parent, self.repo.host.records()).map_err(format)?;
         let forecast =
             vhd::merge::forecast(&sources, |block| writer.presence(block) != vhd::rw::Presence::Absent);
+        writer.go_direct().map_err(format)?;
         self.watch.note(Event::Total(forecast.bytes_max));
         let gained = forecast.blocks_gained * BLOCK_BYTES;
         let emptied = if self.fits(gained)? {
@@ -116,13 +117,9 @@ impl Job<'_> {
             })?;
             self.open_all(&nodes)?
         };
-        let mut copying = Copying {
-            watch: self.watch,
-            sources,
-            parent: writer,
-            emptied,
-            tell_readers: &|| self.tell_readers(&intent.nodes),
-        };
+        let tell_readers = || self.tell_readers(&intent.nodes);
+        let windows = if emptied.is_empty() { copy::WINDOW } else { copy::SLICE };
+        let mut copying = Copying::new(self.watch, windows, sources, writer, emptied, &tell_readers);
         copying.run()?;
         copying.settle()
     }

@@ -15,6 +15,9 @@ use vhd::rw::Presence;
 use vhd::storage::{Access, Volume, VolumeName};
 use vhd::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockNo, SECTOR_BYTES, Slot};
 
+/// What offsets and lengths of direct reads are multiples of.
+const DIRECT_UNIT_MAX: u32 = 4096;
+
 /// One image, open for reading, as its headers stood then. What is cleared
 /// from it later is noted with [`Sources::cleared`].
 #[derive(Debug)]
@@ -39,6 +42,9 @@ impl Source {
         let bat = read_bat(volume.as_ref(), layout).map_err(bad)?;
         let whole = read_batmap(volume.as_ref(), &meta);
         let virtual_bytes = meta.virtual_bytes();
+        // Only short runs are read so, and they are copied the other way
+        // where it cannot be had.
+        let _ = volume.go_direct(DIRECT_UNIT_MAX);
         Ok(Self { name: name.clone(), volume, bat, whole, virtual_bytes })
     }
 
@@ -118,6 +124,12 @@ impl Sources {
         }
     }
 
+    /// The volume of a source.
+    #[must_use]
+    pub fn volume(&self, source: usize) -> Option<&dyn Volume> {
+        self.images.get(source).map(|image| image.volume.as_ref())
+    }
+
     /// The volume of a source, and where a sector of a block lies in it.
     #[must_use]
     pub fn place(&self, source: usize, block: BlockNo, sector: u32) -> Option<(&dyn Volume, u64)> {
@@ -176,5 +188,9 @@ impl Tables for Sources {
 
     fn below(&self, block: BlockNo) -> bool {
         self.below.has(block)
+    }
+
+    fn in_parent(&self, block: BlockNo) -> bool {
+        self.below.places(block).next().is_some_and(|place| self.below.levels_above(place.node) == 0)
     }
 }

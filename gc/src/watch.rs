@@ -23,6 +23,8 @@ pub enum Event {
     },
     /// Looked at and found to be zeros that need no block.
     Dropped(u64),
+    /// The parent has durably what was copied.
+    Durable,
     /// Blocks the parent gained.
     Gained(u64),
     /// Blocks that are gone from their image.
@@ -84,6 +86,7 @@ impl Ledger {
                 *(if cloned { &mut self.cloned } else { &mut self.copied }) += bytes;
             }
             Event::Dropped(bytes) => self.done += bytes,
+            Event::Durable => {}
             Event::Gained(bytes) => {
                 self.gained += bytes;
                 self.peak = self.peak.max(self.extra());

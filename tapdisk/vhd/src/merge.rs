@@ -46,6 +46,8 @@ pub trait Tables {
     fn bitmap(&self, source: usize, block: BlockNo) -> Option<SectorBitmap>;
     /// Whether the parent, or anything below it, has any of the block.
     fn below(&self, block: BlockNo) -> bool;
+    /// Whether the parent itself had the block in the beginning.
+    fn in_parent(&self, block: BlockNo) -> bool;
 }
 
 /// What happens to the sources.
@@ -66,6 +68,8 @@ pub struct WindowLimits {
     pub bytes_max: u64,
     /// Most blocks looked at, present in any source.
     pub blocks_max: u32,
+    /// Most blocks that the parent gains.
+    pub gained_max: u32,
 }
 
 /// Sectors of a block taken from one source.
@@ -202,6 +206,7 @@ impl Merge {
         let mut window = Window { first: self.next, end: self.next, copies: Vec::new(), clears: Vec::new() };
         let mut clears = vec![Vec::new(); tables.sources()];
         let mut held = 0;
+        let mut gained = 0;
         let mut bytes = 0;
         for block in (self.next.0..tables.blocks()).map(BlockNo) {
             let copy = match block_copy(tables, block) {
@@ -213,6 +218,7 @@ impl Merge {
                     break;
                 }
                 held += 1;
+                gained += u32::from(!tables.in_parent(block));
                 bytes += copy.bytes();
                 for (source, list) in clears.iter_mut().enumerate() {
                     if tables.presence(source, block) != Presence::Absent {
@@ -224,7 +230,7 @@ impl Merge {
                 }
             }
             window.end = BlockNo(block.0 + 1);
-            if held >= self.limits.blocks_max.max(1) {
+            if held >= self.limits.blocks_max.max(1) || gained >= self.limits.gained_max.max(1) {
                 break;
             }
         }

@@ -54,6 +54,9 @@ impl Tables for Stack {
     fn below(&self, block: BlockNo) -> bool {
         self.parent.blocks.contains_key(&block.0)
     }
+    fn in_parent(&self, block: BlockNo) -> bool {
+        self.below(block)
+    }
 }
 
 impl Stack {
@@ -133,7 +136,7 @@ impl Stack {
     }
 }
 
-const LIMITS: WindowLimits = WindowLimits { bytes_max: 3 * BLOCK_BYTES, blocks_max: 4 };
+const LIMITS: WindowLimits = WindowLimits { bytes_max: 3 * BLOCK_BYTES, blocks_max: 4, gained_max: 4 };
 
 fn run(first: u32, count: u32) -> SectorRun {
     SectorRun { first, count }
@@ -210,7 +213,11 @@ fn windows_keep_their_bounds() {
         (u64::MAX, 0, vec![1; 10]),
     ] {
         let stack = Stack::new(vec![n.clone()], Model::default(), 10);
-        let mut merge = Merge::new(Mode::Shadow, WindowLimits { bytes_max, blocks_max }, BlockNo(0));
+        let mut merge = Merge::new(
+            Mode::Shadow,
+            WindowLimits { bytes_max, blocks_max, gained_max: u32::MAX },
+            BlockNo(0),
+        );
         let sizes: Vec<_> =
             std::iter::from_fn(|| stack.next(&mut merge)).map(|window| window.copies.len()).collect();
         assert_eq!(sizes, want);
@@ -258,8 +265,11 @@ fn any_generations_merge_without_a_child_noticing() {
         let blocks = 1 + random.below(6);
         let sources: Vec<_> = (0..=random.below(3)).map(|i| random.image(blocks, i + 1)).collect();
         let parent = random.image(blocks, 9);
-        let limits =
-            WindowLimits { bytes_max: u64::from(1 + random.below(8)) << 20, blocks_max: 1 + random.below(4) };
+        let limits = WindowLimits {
+            bytes_max: u64::from(1 + random.below(8)) << 20,
+            blocks_max: 1 + random.below(4),
+            gained_max: 1 + random.below(4),
+        };
         let mode = if random.below(2) == 0 { Mode::Shadow } else { Mode::Empty };
         let mut stack = Stack::new(sources, parent, blocks);
         let view = stack.view();

@@ -18,8 +18,12 @@ use crate::replay::replay;
 use crate::rw::{Captured, Presence, RwImage};
 pub use crate::settle::{Settled, settle_files};
 use crate::slots::{Slots, slot_bytes};
-use crate::storage::{Access, CopyKind, Volume, VolumeName, Volumes};
+use crate::storage::{Access, CopyKind, CopyRange, Volume, VolumeName, Volumes};
 use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockNo, SECTOR_BYTES, SectorRun, Slot};
+
+/// What direct transfers may be multiples of at most: blocks of ours begin on
+/// such boundaries.
+const PAGE_BYTES: u32 = 4096;
 
 /// An image opened, locked and made ready for writing.
 #[derive(Debug)]
@@ -150,6 +154,19 @@ pub fn settle(volumes: &dyn Volumes, name: &VolumeName, records: &dyn RecordStor
     writer.settle(None)
 }
 
+/// Sectors of a block that another volume has, for [`Writer::copy_in_many`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CopyIn {
+    /// Which block.
+    pub block: BlockNo,
+    /// Which of its sectors.
+    pub run: SectorRun,
+    /// Byte offset of them in the source.
+    pub source_offset: u64,
+    /// Whether an image below has the block.
+    pub below: bool,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Writer {
@@ -252,6 +269,46 @@ impl Writer {
             .map_err(|e| Error::from(e).of(&self.name))?;
         self.landed(block, slot, run);
         Ok(kind)
+    }
+
+    /// From now on what is copied in by [`Self::copy_in_many`] goes past the
+    /// page cache, where that is possible. To be called first of all.
+    ///
+    /// # Errors
+    /// What the volume said.
+    pub fn go_direct(&self) -> Result<()> {
+        // Blocks of other makers' images may share pages with metadata.
+        let went = self.open.volume.go_direct(PAGE_BYTES).map(|_| ());
+        went.map_err(|e| Error::from(e).of(&self.name))
+    }
+
+    /// Copies many short runs from one volume, as [`Self::copy_in`] does each.
+    /// No two of them overlap.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn copy_in_many(&mut self, source: &dyn Volume, copies: &[CopyIn]) -> Result<()> {
+        let mut ranges = Vec::with_capacity(copies.len());
+        let mut slots = Vec::with_capacity(copies.len());
+        for copy in copies {
+            let slot = self.place(copy.block, copy.below)?;
+            let (from, to) = (copy.source_offset, slot.data_offset(copy.run.first));
+            ranges.push(CopyRange { from, to, len_bytes: copy.run.bytes() });
+            slots.push(slot);
+        }
+        self.open.volume.copy_many(source, &ranges).map_err(|e| Error::from(e).of(&self.name))?;
+        for (copy, slot) in copies.iter().zip(slots) {
+            self.landed(copy.block, slot, copy.run);
+        }
+        Ok(())
+    }
+
+    /// Has the storage begin to write out what was written into a block, so
+    /// that [`Self::commit`] has less to wait for.
+    pub fn begin_write_out(&self, block: BlockNo) {
+        if let Presence::Whole(slot) | Presence::Partial(slot) = self.open.rw.presence(block) {
+            self.open.volume.begin_write_out(slot.data_offset(0), BLOCK_BYTES);
+        }
     }
 
     fn landed(&mut self, block: BlockNo, slot: Slot, run: SectorRun) {

@@ -31,6 +31,8 @@ use crate::sets::{self, BLOCK_BYTES, Patch};
 pub enum Fill {
     /// Level `n` of S: see [`sets::patches`].
     Level(u32),
+    /// So many 4 KiB runs all over it: see [`sets::scattered`].
+    Scattered(u32),
     /// Nothing.
     Empty,
     /// Every block whole, its data left as holes; no bitmaps on disk, which
@@ -171,6 +173,10 @@ impl Images {
                 drop(file);
                 self.fill(&volume, level, parent.is_some())?;
             }
+            Fill::Scattered(runs) => {
+                drop(file);
+                self.scatter(&volume, runs)?;
+            }
             Fill::Holes => whole_without_data(file.as_ref(), &mut meta, |_| true)?,
             Fill::HolesEvery { n, of } => whole_without_data(file.as_ref(), &mut meta, |b| b % of == n)?,
             Fill::LevelHoles(level) => patched_without_data(file.as_ref(), &mut meta, level)?,
@@ -187,6 +193,19 @@ impl Images {
             let data = &mut buf[..patch.bytes as usize];
             sets::content(level, patch.offset(), data);
             writer.write(BlockNo(patch.block), sectors(&patch)?, data, below)?;
+        }
+        writer.settle(None)?;
+        Ok(())
+    }
+
+    fn scatter(&self, volume: &VolumeName, runs: u32) -> Result<()> {
+        let mut writer = Writer::open(&self.volumes, volume, &self.records)?;
+        let mut data = [0; sets::RUN_BYTES as usize];
+        for at in sets::scattered(writer.meta().virtual_bytes(), runs) {
+            sets::content(1, at, &mut data);
+            let block = BlockNo(u32::try_from(at / BLOCK_BYTES)?);
+            let patch = Patch { block: block.0, at: at % BLOCK_BYTES, bytes: sets::RUN_BYTES };
+            writer.write(block, sectors(&patch)?, &data, true)?;
         }
         writer.settle(None)?;
         Ok(())

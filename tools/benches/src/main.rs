@@ -4,7 +4,7 @@
 //! ```text
 //!   cli ──> measures/* ──> bench (contenders in turn) ──> report (table, JSON)
 //!                │            └──> nbd (one client for all sides) ──> stats
-//!                └──> images (sets on disk) and procs (tapdisk, peers, fio)
+//!                └──> images (sets on disk), merges, procs (tapdisk, peers, fio)
 //! ```
 //!
 //! Nothing is installed; what is missing is said, and only the rows that need
@@ -15,12 +15,14 @@ mod bench;
 mod cli;
 mod images;
 mod measures;
+mod merges;
 mod nbd;
 mod offsets;
 mod procs;
 mod report;
 mod sets;
 mod stats;
+mod xfs;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

@@ -9,6 +9,9 @@ pub const BLOCK_BYTES: u64 = 2 << 20;
 /// Bytes of the one write per block and level.
 pub const PATCH_BYTES: u64 = 64 << 10;
 
+/// Bytes of a scattered run.
+pub const RUN_BYTES: u64 = 4 << 10;
+
 /// One write of a set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Patch {
@@ -37,6 +40,16 @@ pub fn patches(level: u32, blocks: u32) -> impl Iterator<Item = Patch> {
             Patch { block, at: place * PATCH_BYTES, bytes: PATCH_BYTES }
         }
     })
+}
+
+/// Where `runs` runs of [`RUN_BYTES`] lie that are at random all over a disk,
+/// each in a place of its own, in no order; fewer where there are not so many
+/// places.
+pub fn scattered(disk_bytes: u64, runs: u32) -> Vec<u64> {
+    let places = disk_bytes / RUN_BYTES;
+    let mut taken = std::collections::HashSet::new();
+    let at_random = (1..).map(|n| mix(n) % places).filter(|place| taken.insert(*place));
+    at_random.take(places.min(u64::from(runs)) as usize).map(|place| place * RUN_BYTES).collect()
 }
 
 /// Fills `buf` with what level `level` writes at byte `offset` of the disk:
@@ -75,6 +88,19 @@ mod tests {
         }
         let places: std::collections::BTreeSet<u64> = patches(3, 1000).map(|patch| patch.at).collect();
         assert_eq!(places.len(), 32, "the writes are not spread over the block");
+    }
+
+    #[test]
+    fn scattered_runs_never_meet() {
+        for disk in [256 << 20, 16 << 20, 1000 << 20] {
+            let all = scattered(disk, 4096);
+            assert!(all.iter().all(|at| at % RUN_BYTES == 0 && at + RUN_BYTES <= disk));
+            let places: std::collections::BTreeSet<u64> = all.iter().copied().collect();
+            assert_eq!(places.len(), all.len());
+            assert!(!all.is_sorted());
+            let blocks: std::collections::BTreeSet<u64> = all.iter().map(|at| at / BLOCK_BYTES).collect();
+            assert!(blocks.len() as u64 >= disk / BLOCK_BYTES / 2, "{} blocks", blocks.len());
+        }
     }
 
     #[test]

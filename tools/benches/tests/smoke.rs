@@ -3,8 +3,15 @@
 use std::process::Command;
 
 /// Groups of measures with the number of rows each has when nothing is missing.
-const GROUPS: [(&str, usize); 6] =
-    [("reads", 12), ("sequential", 4), ("writes", 8), ("swap", 4), ("refresh", 3), ("memory", 2)];
+const GROUPS: [(&str, usize); 7] = [
+    ("reads", 12),
+    ("sequential", 4),
+    ("writes", 8),
+    ("swap", 4),
+    ("refresh", 3),
+    ("copy", 9),
+    ("memory", 2),
+];
 
 fn benches() -> Command {
     Command::new(env!("CARGO_BIN_EXE_benches"))

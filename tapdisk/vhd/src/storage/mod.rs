@@ -52,6 +52,17 @@ pub enum CopyKind {
     Copied,
 }
 
+/// A range to copy, for [`Volume::copy_many`]. In bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CopyRange {
+    /// Where it is in the source.
+    pub from: u64,
+    /// Where it goes.
+    pub to: u64,
+    /// How long it is.
+    pub len_bytes: u64,
+}
+
 /// The bytes of one image: positioned, blocking, safe to share.
 ///
 /// Nothing here is durable before [`Volume::flush`] returns, the length
@@ -110,6 +121,24 @@ pub trait Volume: Send + Sync + Debug {
         offset: u64,
         len_bytes: u64,
     ) -> io::Result<CopyKind>;
+    /// Copies several ranges, none of which overlap where they go, many at a
+    /// time where that is possible. Shares no extents.
+    fn copy_many(&self, source: &dyn Volume, ranges: &[CopyRange]) -> io::Result<()> {
+        for range in ranges {
+            self.copy_from(source, range.from, range.to, range.len_bytes)?;
+        }
+        Ok(())
+    }
+    /// A range is going to be read: a backend may begin to fetch it, so that
+    /// what is asked for one after the other comes from many reads at once.
+    fn will_read(&self, offset: u64, len_bytes: u64) {
+        let _ = (offset, len_bytes);
+    }
+    /// A range was written and a flush will follow: a backend may begin to
+    /// write it out. Nothing is durable by this.
+    fn begin_write_out(&self, offset: u64, len_bytes: u64) {
+        let _ = (offset, len_bytes);
+    }
     /// Bytes of storage in use (for a file: its blocks, holes not counted).
     fn allocated(&self) -> io::Result<u64>;
     /// Whether new space reads as zeros and zeroing gives space back (files),

@@ -5,6 +5,7 @@ use anyhow::Result;
 use crate::bench::Bench;
 use crate::report::Report;
 
+mod copy;
 mod large;
 mod memory;
 mod reads;
@@ -37,6 +38,7 @@ pub const GROUPS: &[Group] = &[
     Group { name: "writes", about: "4 KiB random writes of all kinds", large: false, run: writes::run },
     Group { name: "swap", about: "guest stall of a snapshot", large: false, run: swap::run },
     Group { name: "refresh", about: "latency while the chain is re-read", large: false, run: refresh::run },
+    Group { name: "copy", about: "merges against cp and run by run", large: false, run: copy::run },
     Group { name: "memory", about: "resident memory, 2040 GiB, 30 nodes", large: false, run: memory::run },
     Group { name: "large", about: "reads and writes on 100 GiB", large: true, run: large::run },
 ];

@@ -5,14 +5,19 @@
 //!   copy  |  FICLONERANGE, else hole by hole as below     | copy
 //!
 //!   source:  data ------- hole ------- data
-//!   here:    copy_file_range   punch   copy_file_range, else read and write
+//!   here:    read, write  punch        read, write
 //! ```
+//!
+//! Data is read and written through a buffer: `copy_file_range` moves local
+//! files page by page and takes twice as long. On another machine's
+//! filesystem it is asked first, as that may copy without the network. Short
+//! runs are not looked through for holes, which takes longer than copying.
 //!
 //! Each way falls back to the next when the filesystem or the pair of
 //! filesystems cannot; only real errors are reported.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 
@@ -20,14 +25,22 @@ use nix::errno::Errno;
 use nix::fcntl::copy_file_range;
 use nix::unistd::{Whence, lseek};
 
-use super::super::{CopyKind, Volume};
+use super::super::{CopyKind, CopyRange, Volume};
+use super::ring::{Movers, PIECE_BYTES_MAX, Piece};
 use super::volume::{PosixVolume, offset_of, usize_of};
 
 /// What extents can be shared in, on every filesystem that can at all. Where
 /// blocks are larger the clone is refused and the bytes are copied.
 const CLONE_UNIT: u64 = 4096;
+/// Shorter runs are copied: that is faster than sharing them, and leaves the
+/// file in fewer pieces.
+const CLONE_BYTES_MIN: u64 = 64 << 10;
 /// Bytes moved per read and write where nothing better works.
-const COPY_BUFFER_BYTES: u64 = 256 << 10;
+const COPY_BUFFER_BYTES: u64 = 512 << 10;
+/// So many ranges are worth a second thread.
+const RANGES_FOR_TWO: usize = 4;
+/// Runs shorter than this are copied without a look for holes.
+const HOLES_BYTES_MIN: u64 = 128 << 10;
 /// Bytes per `copy_file_range`, so that a signal is answered soon.
 const COPY_CALL_BYTES: u64 = 16 << 20;
 
@@ -50,6 +63,11 @@ pub(super) fn copy(
         copy_buffered(to, source, from_at, to_at, len_bytes)?;
         return Ok(CopyKind::Copied);
     };
+    if len_bytes < CLONE_BYTES_MIN || (len_bytes < HOLES_BYTES_MIN && to.clones_nothing(from)) {
+        // The end of the source shows as such.
+        copy_data(to, from, from_at, to_at, len_bytes)?;
+        return Ok(CopyKind::Copied);
+    }
     if from_at.saturating_add(len_bytes) > from.len()? {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
@@ -63,13 +81,103 @@ pub(super) fn copy(
             return Ok(CopyKind::Cloned);
         }
     }
+    from.will_read(from_at, len_bytes);
     copy_sparse(to, from, from_at, to_at, len_bytes)?;
+    to.begin_write_out(to_at, len_bytes);
     Ok(CopyKind::Copied)
+}
+
+/// Copies many ranges: short ones past the page cache, all at once; long ones
+/// by two threads, as much of it is moving memory.
+pub(super) fn copy_many(to: &PosixVolume, source: &dyn Volume, ranges: &[CopyRange]) -> io::Result<()> {
+    let from = source.as_any().downcast_ref::<PosixVolume>();
+    let mut rest: Vec<CopyRange> = Vec::new();
+    match from.and_then(|from| Some((from.direct()?, to.direct()?))) {
+        Some((from, direct)) => {
+            let is_short = |range: &CopyRange| {
+                let aligned = [range.from, range.to, range.len_bytes].map(|n| n % CLONE_UNIT == 0);
+                range.len_bytes < HOLES_BYTES_MIN && !aligned.contains(&false)
+            };
+            let (short, long): (Vec<CopyRange>, Vec<CopyRange>) =
+                joined(ranges).into_iter().partition(is_short);
+            rest = long;
+            rest.extend(move_at_once(to, from, direct, &short));
+        }
+        None => rest.extend(ranges),
+    }
+    let each = |ranges: &[CopyRange]| {
+        let mut ranges = ranges.iter();
+        ranges.try_for_each(|range| copy(to, source, range.from, range.to, range.len_bytes).map(drop))
+    };
+    if rest.len() < RANGES_FOR_TWO {
+        return each(&rest);
+    }
+    let (first, second) = rest.split_at(rest.len() / 2);
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| each(second));
+        let one = each(first);
+        other.join().unwrap_or_else(|_| Err(io::Error::other("the other thread panicked"))).and(one)
+    })
+}
+
+/// Neighbours as one, as long as a ring takes them.
+fn joined(ranges: &[CopyRange]) -> Vec<CopyRange> {
+    let mut joined: Vec<CopyRange> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last)
+                if last.from + last.len_bytes == range.from
+                    && last.to + last.len_bytes == range.to
+                    && last.len_bytes + range.len_bytes <= PIECE_BYTES_MAX =>
+            {
+                last.len_bytes += range.len_bytes;
+            }
+            _ => joined.push(*range),
+        }
+    }
+    joined
+}
+
+/// Moves ranges by a ring; returns what is left to be moved, which is all of
+/// it where there is none.
+fn move_at_once(
+    to: &PosixVolume,
+    from: BorrowedFd<'_>,
+    direct: BorrowedFd<'_>,
+    ranges: &[CopyRange],
+) -> Vec<CopyRange> {
+    // Somebody else's copy has it: then this one goes the other way.
+    let Ok(mut mover) = to.mover.try_lock() else { return ranges.to_vec() };
+    if mover.is_none() {
+        *mover = Movers::new().ok();
+    }
+    let Some(rings) = mover.as_mut() else { return ranges.to_vec() };
+    let pieces: Vec<Piece> = ranges
+        .iter()
+        .filter_map(|range| {
+            Some(Piece { from: range.from, to: range.to, len: u32::try_from(range.len_bytes).ok()? })
+        })
+        .collect();
+    debug_assert_eq!(pieces.len(), ranges.len());
+    match rings.run(from, direct, &pieces) {
+        Ok(missed) => missed.iter().map(Piece::range).collect(),
+        Err(_) => {
+            *mover = None;
+            ranges.to_vec()
+        }
+    }
+}
+
+impl PosixVolume {
+    /// Whether extents of `from` are known not to be shared with this.
+    fn clones_nothing(&self, from: &PosixVolume) -> bool {
+        self.is_device() || from.is_device() || self.clone_refused.load(Ordering::Relaxed)
+    }
 }
 
 /// Shares extents; `false` if this filesystem does not do that here.
 fn clone(to: &PosixVolume, from: &PosixVolume, from_at: u64, to_at: u64, len_bytes: u64) -> io::Result<bool> {
-    if to.is_device() || from.is_device() || to.clone_refused.load(Ordering::Relaxed) {
+    if to.clones_nothing(from) {
         return Ok(false);
     }
     let range = nix::libc::file_clone_range {
@@ -146,7 +254,7 @@ fn next_hole(from: &PosixVolume, at: u64) -> io::Result<u64> {
     }
 }
 
-/// Copies bytes inside the kernel, or through a buffer.
+/// Copies bytes where they are kept, or through a buffer.
 fn copy_data(
     to: &PosixVolume,
     from: &PosixVolume,
@@ -154,6 +262,9 @@ fn copy_data(
     to_at: u64,
     len_bytes: u64,
 ) -> io::Result<()> {
+    if !to.is_remote() {
+        return copy_buffered(to, from, from_at, to_at, len_bytes);
+    }
     let (mut from_pos, mut to_pos) = (offset_of(from_at)?, offset_of(to_at)?);
     let mut left = len_bytes;
     while left > 0 {

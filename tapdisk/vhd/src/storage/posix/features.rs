@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 
-use nix::sys::statfs::{self, FsType, fstatfs};
+use nix::sys::statfs::{self, FsType, Statfs, fstatfs};
 
 use super::volume::PosixVolume;
 use super::{CopyKind, PosixFs, Volume};
@@ -38,6 +38,12 @@ const NAMES: &[(FsType, &str, bool)] = &[
     (FsType(0xfe53_4d42), "smb2", true),
     (statfs::FUSE_SUPER_MAGIC, "fuse", false),
 ];
+
+/// Whether a filesystem lies on another machine.
+pub(super) fn is_network(found: &Statfs) -> bool {
+    let kind = found.filesystem_type();
+    NAMES.iter().any(|(magic, _, network)| *magic == kind && *network)
+}
 
 impl PosixFs {
     /// Looks at the filesystem of the root and tries it out. A folder that

@@ -12,8 +12,8 @@
 //! (invariant 4): they die with their holder and cross no `fork` unnoticed,
 //! since every descriptor is close-on-exec.
 //!
-//! Absent on purpose: O_DIRECT and asynchronous I/O, which belong to the
-//! data path's driver and use [`Volume::fd`].
+//! Absent on purpose: a guest's I/O, which belongs to the data path's driver
+//! and uses [`Volume::fd`].
 
 use std::fs::{File, TryLockError};
 use std::io;
@@ -33,6 +33,7 @@ use super::{Access, CopyKind, Fs, Space, Stamp, Volume, Why};
 
 mod copy;
 mod features;
+mod ring;
 mod volume;
 
 pub use features::Features;

@@ -6,13 +6,16 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Mutex, OnceLock};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise};
+use nix::sys::statfs::fstatfs;
 
-use super::super::{Access, CopyKind, Volume, Why};
+use super::super::{Access, CopyKind, CopyRange, Volume, Why};
+use super::features::is_network;
+use super::ring::Movers;
 
 /// Zeros written at a time where the filesystem cannot punch holes.
 const ZERO_BUFFER_BYTES: usize = 256 << 10;
@@ -33,6 +36,10 @@ pub struct PosixVolume {
     /// Set once the filesystem refused to share extents, to spare the rest of
     /// a merge one failing call per run.
     pub(super) clone_refused: AtomicBool,
+    /// Whether the filesystem is another machine's.
+    remote: OnceLock<bool>,
+    /// What copies many ranges at once, from the first time on.
+    pub(super) mover: Mutex<Option<Movers>>,
 }
 
 impl PosixVolume {
@@ -43,8 +50,14 @@ impl PosixVolume {
             let message = "neither a file nor a block device";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
         }
-        let (cached, clone_refused) = (OnceLock::new(), AtomicBool::new(false));
-        Ok(Self { file, cached, device: kind.is_block_device(), clone_refused })
+        Ok(Self {
+            file,
+            cached: OnceLock::new(),
+            device: kind.is_block_device(),
+            clone_refused: AtomicBool::new(false),
+            remote: OnceLock::new(),
+            mover: Mutex::new(None),
+        })
     }
 
     /// Opens a block device by path (`/dev/<vg>/<lv>`, a symbolic link that
@@ -65,9 +78,19 @@ impl PosixVolume {
         Ok(volume)
     }
 
+    /// The locked description, if it goes past the page cache.
+    pub(super) fn direct(&self) -> Option<BorrowedFd<'_>> {
+        self.cached.get().map(|_| self.file.as_fd())
+    }
+
     /// For everything this type does itself: always through the page cache.
     pub(super) fn io(&self) -> &File {
         self.cached.get().unwrap_or(&self.file)
+    }
+
+    /// Whether bytes are kept by another machine, which may copy them there.
+    pub(super) fn is_remote(&self) -> bool {
+        *self.remote.get_or_init(|| fstatfs(&self.file).is_ok_and(|found| is_network(&found)))
     }
 
     /// What direct transfers must be multiples of, in offset, length and
@@ -213,6 +236,26 @@ impl Volume for PosixVolume {
         len_bytes: u64,
     ) -> io::Result<CopyKind> {
         super::copy::copy(self, source, source_offset, offset, len_bytes)
+    }
+
+    fn copy_many(&self, source: &dyn Volume, ranges: &[CopyRange]) -> io::Result<()> {
+        super::copy::copy_many(self, source, ranges)
+    }
+
+    fn will_read(&self, offset: u64, len_bytes: u64) {
+        let (Ok(at), Ok(len)) = (offset_of(offset), offset_of(len_bytes)) else { return };
+        // Advice: what comes of it shows when the range is read.
+        let _ = posix_fadvise(self.io(), at, len, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
+    }
+
+    fn begin_write_out(&self, offset: u64, len_bytes: u64) {
+        let (Ok(at), Ok(len)) = (offset_of(offset), offset_of(len_bytes)) else { return };
+        // SAFETY: takes numbers only, and the descriptor is open for as long
+        // as the call lasts, since it is borrowed.
+        let _ = unsafe {
+            // An error of a write shows at the flush.
+            nix::libc::sync_file_range(self.io().as_raw_fd(), at, len, nix::libc::SYNC_FILE_RANGE_WRITE)
+        };
     }
 
     fn allocated(&self) -> io::Result<u64> {
