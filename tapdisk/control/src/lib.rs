@@ -120,7 +120,9 @@ pub enum Request {
         /// Its new parent, if it changes.
         parent: Option<ImageRef>,
     },
-    /// Makes the images open for writing durable and settled, while serving.
+    /// Makes durable what was acknowledged before, in the images open for
+    /// writing: their tables on disk are then as new as this request. Bounded
+    /// by two write-backs of each, whatever guests write meanwhile.
     Settle,
     /// Makes the disk larger while it is served. Guest requests wait while
     /// the leaf's tables change: until those in flight are done, what waits

@@ -41,6 +41,10 @@ pub enum Command {
         /// Only the image under the leaf.
         second_only: bool,
     },
+    /// Make durable what was acknowledged so far, metadata included. Answered
+    /// after two write-backs of each image at most, whatever guests write
+    /// meanwhile.
+    WriteBack,
     /// The frozen second image was settled: it becomes the top of the lower
     /// part, read through `file`.
     Fold {
@@ -162,6 +166,7 @@ impl Engine {
                 let file = if second_only { Some(self.frozen()?) } else { None };
                 self.clean.push(CleanWaiter { token, file, quiet: false, since_us: self.now_us });
             }
+            Command::WriteBack => self.write_back_for(token),
             Command::Fold { node, file } => self.fold(token, *node, file)?,
             Command::Refresh { lower } => {
                 self.single_image()?;

@@ -106,6 +106,7 @@ pub struct Engine {
     /// Who asked where a range lies.
     lookups: HashMap<RequestId, Token>,
     clean: Vec<CleanWaiter>,
+    written_back: Vec<WriteBackWaiter>,
     last_activity_us: u64,
 }
 
@@ -118,6 +119,13 @@ enum Barrier {
     Release(FileId, Vec<vhd::units::Slot>),
     /// Nothing uses these files any more.
     Close(Vec<FileId>),
+}
+
+/// Somebody waits for these write-backs, by image and number.
+#[derive(Debug)]
+struct WriteBackWaiter {
+    token: Token,
+    needs: Vec<(FileId, u64)>,
 }
 
 /// Somebody waits until an image has nothing left to write back.
@@ -158,6 +166,7 @@ impl Engine {
             barriers: Vec::new(),
             lookups: HashMap::new(),
             clean: Vec::new(),
+            written_back: Vec::new(),
             last_activity_us: 0,
         }
     }

@@ -10,7 +10,9 @@ use vhd::units::Slot;
 use super::image::Purpose;
 use super::merge::PARENT;
 use super::relief::Held;
-use super::{Barrier, CleanWaiter, CommandError, CommandReply, Engine, FileId, Op, RequestId};
+use super::{
+    Barrier, CleanWaiter, CommandError, CommandReply, Engine, FileId, Op, RequestId, Token, WriteBackWaiter,
+};
 use crate::limits::CLOSE_TIME_MAX_US;
 
 /// Where an image's write-back stands.
@@ -352,7 +354,43 @@ impl Engine {
     }
 
     /// Answers those who wait for images without anything to write back.
+    /// Waits for what makes everything acknowledged so far durable.
+    pub(super) fn write_back_for(&mut self, token: Token) {
+        let needs = (0..self.stack.len()).map(|index| (self.stack[index].file, self.covering_cycle(index)));
+        let needs = needs.collect();
+        self.written_back.push(WriteBackWaiter { token, needs });
+    }
+
+    /// Answers those whose write-backs have ended, and begins what the others
+    /// wait for.
+    fn progress_written_back(&mut self) {
+        for mut waiter in std::mem::take(&mut self.written_back) {
+            // An image that left the stack was clean when it did.
+            let open = |file: FileId| self.stack.iter().position(|image| image.file == file);
+            let waits = |(file, cycle): &(FileId, u64)| {
+                open(*file).is_some_and(|index| self.stack[index].writeback.done < *cycle)
+            };
+            waiter.needs.retain(waits);
+            let indexes: Vec<usize> = waiter.needs.iter().filter_map(|(file, _)| open(*file)).collect();
+            if let Some(poisoned) = indexes.iter().find(|index| self.stack[**index].poisoned) {
+                let detail = format!("a flush of {} failed", self.stack[*poisoned].name);
+                self.answer(waiter.token, Err(CommandError::Failed(detail)));
+            } else if indexes.is_empty() {
+                self.answer(waiter.token, Ok(CommandReply::Done));
+            } else {
+                for index in indexes {
+                    // A failed cycle is tried again by the tick.
+                    if self.stack[index].writeback.is_idle() {
+                        self.start_writeback(index);
+                    }
+                }
+                self.written_back.push(waiter);
+            }
+        }
+    }
+
     pub(super) fn progress_clean(&mut self) {
+        self.progress_written_back();
         let waiters = std::mem::take(&mut self.clean);
         for waiter in waiters {
             let indexes: Vec<usize> = (0..self.stack.len())

@@ -242,9 +242,7 @@ impl Service {
             Request::Resume { intent, swap } => self.resume(caller, &intent, swap),
             Request::SettleBase { base } => self.settle_base(engine, caller, &base),
             Request::Refresh { leaf, parent } => self.refresh(engine, caller, &leaf, parent),
-            Request::Settle => {
-                Ok(self.command(caller, Doing::Cleaning, Command::Clean { second_only: false }))
-            }
+            Request::Settle => Ok(self.command(caller, Doing::Cleaning, Command::WriteBack)),
             Request::MergeStart { leaf, parent, rate_bytes_per_s } => {
                 self.merge_start(caller, &leaf, &parent, rate_bytes_per_s)
             }

@@ -36,6 +36,41 @@ fn fill(at: &Attached) {
     client.close();
 }
 
+/// Longest a settle may take on a machine that is busy with other tests:
+/// generously more than the two write-backs it waits for.
+const SETTLE_MAX: Duration = Duration::from_secs(20);
+
+#[test]
+fn settling_does_not_wait_for_a_guest_that_never_stops() {
+    let host = Host::new();
+    host.sr("store");
+    let vdi = host.disk("store", "busy", &format!("{}MiB", mib()));
+    let at = host.attach(&vdi);
+    fill(&at);
+    host.ok(&["gc", "pause", "store"]);
+    host.ok(&["vdi", "snapshot", "busy", "--name", "snap"]);
+    host.ok(&["vdi", "delete", "snap"]);
+    let writer = Writer::start(&at, 2);
+    let socket = host.run_dir().join("tap").join(&vdi).join("ctl.sock");
+    let mut control = tapdisk_control::Client::connect(&socket, Duration::from_secs(60)).unwrap();
+    let mut settle = |when: &str| {
+        let began = Instant::now();
+        control.call(tapdisk_control::Request::Settle).unwrap();
+        println!("settled {when} in {:.1?}", began.elapsed());
+        assert!(began.elapsed() < SETTLE_MAX, "{when}");
+    };
+    (0..3).for_each(|_| settle("before the merge"));
+    host.ok(&["gc", "set", "store", "--rate", "16MiB"]);
+    host.ok(&["gc", "resume", "store"]);
+    let merging = || host.ok(&["gc", "status", "store"])["srs"][0]["running"] == 1;
+    wait_until("the merge to run", merging);
+    (0..3).for_each(|_| settle("during the merge"));
+    assert!(merging(), "it was over too soon to tell");
+    host.ok(&["gc", "set", "store", "--rate", "0"]);
+    assert!(writer.stop()[0].count() > 0);
+    host.ok(&["gc", "run", "store", "--wait"]);
+}
+
 #[test]
 fn a_leaf_merges_under_a_guest_that_never_stops() {
     let host = Host::new();
