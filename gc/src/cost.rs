@@ -15,12 +15,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use sm::Repo;
 use tapdisk_control::Request;
 use uuid::Uuid;
-use vhd::merge::{Merge as Blocks, Mode, Tables, WindowLimits, forecast};
+use vhd::merge::{Merge as Blocks, Mode, Tables, forecast};
 use vhd::rw::Presence;
 use vhd::storage::VolumeName;
 use vhd::units::{BLOCK_BYTES, BlockNo};
 
-use crate::copy::is_zero;
+use crate::copy::{WINDOW, is_zero, leaf_slice};
 use crate::forest::{Forest, Link, Node, Use};
 use crate::job::Stop;
 use crate::limits;
@@ -59,6 +59,7 @@ pub(crate) fn expected(choice: &Choice) -> Option<Expected> {
         // changes within it.
         (Merge::Leaf { attached: true, .. }, _) => cost.copy_max.min(limits::LIVE_WINDOW_BYTES),
         (_, Mode::Shadow) => cost.gained_max,
+        (Merge::Leaf { .. }, Mode::Empty) => cost.gained_max.min(limits::ROOMY_SLICE_BYTES_MAX),
         (_, Mode::Empty) => cost.gained_max.min(limits::SLICE_BYTES_MAX),
     };
     Some(Expected { bytes_copied: cost.copy_max, bytes_freed: cost.freed, peak_extra_bytes })
@@ -257,6 +258,7 @@ impl Model<'_> {
             // room changes within it.
             (Merge::Leaf { attached: true, .. }, _) => held.min(limits::LIVE_WINDOW_BYTES),
             (_, Mode::Shadow) => room,
+            (Merge::Leaf { .. }, Mode::Empty) => leaf_slice(forest.free_bytes, room).1,
             (_, Mode::Empty) => room.min(limits::SLICE_BYTES_MAX),
         })
     }
@@ -273,9 +275,10 @@ impl Model<'_> {
         let names: Vec<VolumeName> = images.iter().map(|uuid| VolumeName::vhd(*uuid)).collect();
         let parent = images.last().copied().unwrap_or_else(|| merge.parent());
         let sources = Sources::open(self.repo, &names, &VolumeName::vhd(parent))?;
-        let window =
-            WindowLimits { bytes_max: limits::WINDOW_BYTES_MAX, blocks_max: limits::WINDOW_BLOCKS_MAX };
-        let mut walk = Blocks::new(Mode::Shadow, window, BlockNo(0));
+        let mut walk = Blocks::new(Mode::Shadow, WINDOW, BlockNo(0));
+        // A tapdisk copies what a leaf has without looking at it: its guest
+        // waits meanwhile.
+        let drops_zeros = !matches!(merge, Merge::Leaf { attached: true, .. });
         let mut gained = BTreeSet::new();
         while let Some(window) = sources.next(&mut walk)? {
             if (self.late)() {
@@ -283,7 +286,7 @@ impl Model<'_> {
             }
             for copy in window.copies.iter().filter(|copy| present.contains(&copy.block)) {
                 let is_below = own.contains(&copy.block) || below.contains(&copy.block);
-                if !is_below && is_zero(&sources, copy)? {
+                if drops_zeros && !is_below && is_zero(&sources, copy)? {
                     continue;
                 }
                 self.report.bytes_copied += copy.bytes();

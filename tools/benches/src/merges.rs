@@ -153,7 +153,7 @@ fn by_tapdisk(bench: &Bench, images: &Images, leaf: &Image, parent: &Image) -> a
             other => bail!("the merge is {other:?}: {:?}", status.error),
         }
     }
-    control.call(Request::MergeCommit { leaf, parent })?;
+    control.call(Request::MergeCommit { leaf, parent, aside: None })?;
     Ok(began.elapsed())
 }
 
