@@ -253,7 +253,7 @@ fn crash_all(backend: Backend, played: u64, states_min: usize) {
     let effort = Effort { stride: 2, singles_max: 3, randoms: 2, again: 3 };
     let mut total = 0;
     let mut failures = Vec::new();
-    for scenario in all() {
+    for scenario in all(backend) {
         let mut found = Findings::default();
         for seed in 0..played {
             campaign(&scenario, backend, seed, None, effort, &mut found, false);

@@ -72,11 +72,14 @@ pub struct Scenario {
     pub(super) go: fn(&mut Play),
 }
 
-/// All of them, or the one that `COPPICE_CRASH_SCENARIO` names.
-pub fn all() -> impl Iterator<Item = Scenario> {
+/// All that can happen there, or the one that `COPPICE_CRASH_SCENARIO` names.
+///
+/// A device has the space its metadata needs: only files can be without.
+pub fn all(backend: Backend) -> impl Iterator<Item = Scenario> {
     let only = std::env::var("COPPICE_CRASH_SCENARIO").ok();
     let all = USE.into_iter().chain(super::scenarios_io::ALL).chain(super::scenarios_ops::ALL);
-    let all = all.chain(super::collecting::ALL).chain(super::scenarios_full::ALL);
+    let full = (backend == Backend::Files).then_some(super::scenarios_full::ALL);
+    let all = all.chain(super::collecting::ALL).chain(full.into_iter().flatten());
     all.filter(move |scenario| only.as_deref().is_none_or(|name| name == scenario.name))
 }
 

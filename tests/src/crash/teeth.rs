@@ -86,7 +86,8 @@ fn all_steps() -> BTreeMap<(Step, &'static str), Vec<Backend>> {
     let mut steps: BTreeMap<_, Vec<Backend>> = BTreeMap::new();
     for backend in Backend::ALL {
         let mut met = BTreeSet::new();
-        for (scenario, seed) in all().flat_map(|scenario| (0..SEEDS).map(move |seed| (scenario, seed))) {
+        let runs = all(backend).flat_map(|scenario| (0..SEEDS).map(move |seed| (scenario, seed)));
+        for (scenario, seed) in runs {
             let ran = scenario.play(backend, seed, None);
             let light = Effort { stride: 7, singles_max: 1, randoms: 1, again: 2 };
             crash_everywhere(scenario.name, &ran, light, seed, &mut Findings::default(), false);
@@ -100,7 +101,7 @@ fn all_steps() -> BTreeMap<(Step, &'static str), Vec<Backend>> {
 /// The first failure that leaving a step out causes.
 fn first_failure(step: Step, why: &'static str, backends: &[Backend]) -> Option<String> {
     for (seed, backend) in (0..SEEDS).flat_map(|seed| backends.iter().map(move |backend| (seed, *backend))) {
-        for scenario in all() {
+        for scenario in all(backend) {
             let mut found = Findings::default();
             // A sabotaged run may fail loudly long before any crash.
             let played = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
