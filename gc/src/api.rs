@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | `GET /status?sr=` | | [`Status`] |
 //! | `POST /kick` | `{sr?}` | `{}`; looks now |
-//! | `POST /run` | `{sr?, vdi?, wait?, dry_run?}` | [`Report`], with `wait` beside its prediction; `{}` with neither |
+//! | `POST /run` | `{sr?, vdi?, wait?, dry_run?, offline?}` | [`Report`], with `wait` beside its prediction; `{}` with neither |
 //! | `POST /pause`, `/resume` | `{sr?}` | `{}` |
 //! | `POST /abort` | `{sr?, vdi?}` | `{aborted}`: merges told to stop |
 //! | `POST /set` | `{sr?, rate?, parallel?, latency_factor?}` | `{}`; also for what runs |
@@ -12,6 +12,7 @@
 //! | `GET /openapi.json` | | all of this, described ([`crate::openapi`]) |
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::extract::{DefaultBodyLimit, Query, State};
@@ -107,6 +108,14 @@ struct RunBody {
     vdi: Option<Uuid>,
     wait: bool,
     dry_run: bool,
+    /// Where an SR lies that is not attached, for a dry run.
+    offline: Option<Offline>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Offline {
+    path: PathBuf,
+    name: String,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -253,6 +262,11 @@ async fn run(State(app): State<App>, Json(body): Json<RunBody>) -> Answer<Respon
     let permit = app.waiters.clone().try_acquire_owned().map_err(|_| many())?;
     blocking(move || {
         let _permit = permit;
+        if let (Some(sr), true, Some(at)) = (body.sr, body.dry_run, &body.offline) {
+            let said = crate::offline::predict(&at.path, sr, &at.name);
+            let report = said.map_err(|stop| Refused::io(stop.to_string()))?;
+            return Ok(Json(report).into_response());
+        }
         let chosen = choose(&app.service, body.sr, body.vdi)?;
         if !body.wait && !body.dry_run {
             chosen.iter().for_each(|(collector, _)| collector.again());

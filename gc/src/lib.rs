@@ -8,7 +8,7 @@
 //! | [`job`] | a merge's record: how it begins, how it is carried on |
 //! | [`run`], [`leaf`], [`garbage`] | inner coalesce, leaf coalesce, deletion |
 //! | [`collector`], [`progress`], [`retry`] | the thread that keeps one SR collected |
-//! | [`cost`], [`report`] | what a merge costs; predictions |
+//! | [`cost`], [`offline`], [`report`] | what a merge costs; predictions |
 //! | [`service`], [`api`], [`run`](fn@run) | the daemon |
 //! | [`budget`], [`backoff`], [`watch`], [`limits`] | pace, progress, every bound |
 //!
@@ -33,6 +33,7 @@ mod job_watch;
 mod latency;
 pub mod leaf;
 pub mod limits;
+pub mod offline;
 pub mod openapi;
 pub mod plan;
 pub mod progress;

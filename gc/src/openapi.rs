@@ -11,8 +11,8 @@ const ROUTES: &[Route] = &[
     (
         "post",
         "/run",
-        "Collect now: all, an SR, or the tree of a VDI; with `wait` or `dry_run` it answers what was, or would be, done",
-        &["sr?", "vdi?", "wait?", "dry_run?"],
+        "Collect now: all, an SR, or the tree of a VDI; with `wait` or `dry_run` it answers what was, or would be, done; `offline` (path, name) is an SR that is not attached",
+        &["sr?", "vdi?", "wait?", "dry_run?", "offline?"],
     ),
     ("post", "/pause", "Start no new work", &["sr?"]),
     ("post", "/resume", "Go on", &["sr?"]),

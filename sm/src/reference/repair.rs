@@ -178,14 +178,14 @@ fn rename(repo: &Repo, from: &VolumeName, to: &VolumeName) -> Result<()> {
     repo.volumes.sync("reference: name given back").during(what)
 }
 
-fn head(repo: &Repo, volume: &VolumeName) -> Result<Head> {
+pub(super) fn head(repo: &Repo, volume: &VolumeName) -> Result<Head> {
     let missing = || Error::NotFound { what: format!("volume {volume}") };
     let seen = image::look(repo, volume).ok_or_else(missing)?;
     seen.head.map_err(|reason| Error::BadImage { volume: volume.clone(), reason })
 }
 
 /// The first uuid that a journal says.
-fn parent_in(fs: &dyn Fs, name: &str) -> Result<Option<Uuid>> {
+pub(super) fn parent_in(fs: &dyn Fs, name: &str) -> Result<Option<Uuid>> {
     let what = || format!("read {name}");
     let file = fs.open(name, Access::Read).during(what)?;
     let len = file.len().during(what)?.min(JOURNAL_BYTES_MAX);
@@ -200,6 +200,9 @@ fn parent_in(fs: &dyn Fs, name: &str) -> Result<Option<Uuid>> {
 /// to the very parent it names. Anything else is left for an operator.
 fn old(repo: &Repo, of: Uuid) -> Result<&'static str> {
     let old = old_leaf(of).ok_or_else(|| unclear("OLD_", "no name"))?;
+    if !exists(repo, &old)? {
+        return Ok("it has its name back");
+    }
     let (emptied, disk) = (head(repo, &old)?, head(repo, &VolumeName::vhd(of))?);
     let merged_into = emptied.parent.map(|parent| parent.footer);
     if !emptied.hidden || merged_into != Some(disk.footer) || disk.hidden {

@@ -421,7 +421,7 @@ pub enum GcCommand {
         /// Only this storage repository, or the tree of this disk [default: all]
         #[arg(value_name = "SR|VDI")]
         what: Option<String>,
-        /// Say what would be done
+        /// Say what would be done, also in a storage repository that is not attached
         #[arg(long)]
         dry_run: bool,
         /// Return when nothing is left to do, with what was done beside what was predicted

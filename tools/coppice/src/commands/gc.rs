@@ -18,6 +18,9 @@ pub fn run(context: &Context, command: GcCommand) -> Outcome<()> {
             let mut body = json!({"dry_run": dry_run, "wait": wait});
             if let Some(what) = what {
                 let (key, uuid) = resolve::sr_or_vdi(&context.smd, &what)?;
+                if key == "sr" && dry_run {
+                    body["offline"] = offline(context, &uuid)?;
+                }
                 body[key] = uuid.into();
             }
             let answer = gcd.post_slow("/run", &body)?;
@@ -39,6 +42,15 @@ pub fn run(context: &Context, command: GcCommand) -> Outcome<()> {
         }
     }
     Ok(())
+}
+
+/// Where an SR lies that is not attached, so that gcd can look at it.
+fn offline(context: &Context, sr: &str) -> Outcome<Value> {
+    let sr = context.smd.get(&format!("/srs/{}", escaped(sr)))?;
+    Ok(match sr["attached"].as_bool() {
+        Some(false) => json!({"path": sr["location"], "name": sr["name"]}),
+        _ => Value::Null,
+    })
 }
 
 fn status(context: &Context, scope: &GcScope) -> Outcome<()> {
