@@ -23,3 +23,4 @@ mod space;
 mod stalls;
 mod transfer;
 mod workload;
+mod zeros;
