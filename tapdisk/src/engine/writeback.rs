@@ -353,7 +353,6 @@ impl Engine {
         }
     }
 
-    /// Answers those who wait for images without anything to write back.
     /// Waits for what makes everything acknowledged so far durable.
     pub(super) fn write_back_for(&mut self, token: Token) {
         let needs = (0..self.stack.len()).map(|index| (self.stack[index].file, self.covering_cycle(index)));
@@ -389,6 +388,7 @@ impl Engine {
         }
     }
 
+    /// Answers those who wait for images without anything to write back.
     pub(super) fn progress_clean(&mut self) {
         self.progress_written_back();
         let waiters = std::mem::take(&mut self.clean);
