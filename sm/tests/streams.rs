@@ -276,6 +276,11 @@ fn a_cancelled_import_or_export_ends_and_leaves_nothing() {
     let mut stream = Cancels(&full[..full.len() / 2], &progress);
     let ended = ops::import(&sr.repo, &wanted, &mut stream, &progress, || ());
     assert!(matches!(ended, Err(Error::Cancelled)), "{ended:?}");
+    // A raw stream is whole wherever it ends.
+    let progress = Progress::default();
+    let wanted = ImportWanted { name: "came", format: Format::Raw, base: None };
+    let ended = ops::import(&sr.repo, &wanted, &mut Cancels(&[7; 9000], &progress), &progress, || ());
+    assert!(matches!(ended, Err(Error::Cancelled)), "{ended:?}");
     let progress = Progress::default();
     let mut sink = |_: &[u8]| {
         progress.cancel();

@@ -77,9 +77,9 @@ pub fn import(
         }
         (format, None) => raw(repo, wanted.name, format, &mut watched, guarded),
     };
-    // A stream that was stopped looks like one that broke off.
-    progress.go_on()?;
-    outcome
+    // A stream that was stopped looks like one that broke off. What became a
+    // VDI did, whoever wants it stopped by now.
+    outcome.map_err(|error| progress.go_on().err().unwrap_or(error))
 }
 
 fn new_vdi(name: &str) -> NewVdi<'_> {
@@ -102,7 +102,9 @@ fn raw(
         Format::Extents => fill_extents(&mut blocks, stream),
         _ => fill_plain(&mut blocks, stream),
     }?;
-    finish_alone(repo, making, blocks.end()?, virtual_bytes)
+    let builder = blocks.end()?;
+    stream.progress.go_on()?;
+    finish_alone(repo, making, builder, virtual_bytes)
 }
 
 fn fill_plain(blocks: &mut Blocks, stream: &mut Watched<'_>) -> Result<u64> {
@@ -180,6 +182,7 @@ fn vhd(
     }
     let head = import.head().clone();
     let virtual_bytes = head.virtual_bytes.unwrap_or(0);
+    progress.go_on()?;
     let vdi = match base {
         None => finish_alone(repo, making, builder, virtual_bytes)?,
         Some(base) => finish_over(repo, making, builder, virtual_bytes, &base)?,
