@@ -140,12 +140,24 @@ fn attended<T>(smd: &Daemon, job: Uuid, exchange: impl Future<Output = Outcome<T
             say("stopping");
             let _ = smd.post(&format!("/jobs/{job}/cancel"), &Value::Null);
             let begun = Instant::now();
-            while begun.elapsed() < CLEANUP && ended(smd, job).is_none() && smd.get("/jobs").is_ok() {
-                std::thread::sleep(Duration::from_millis(50));
+            while begun.elapsed() < CLEANUP {
+                match state(smd, job).as_deref() {
+                    Some("done") => {
+                        return Err(Failure::new("TOO_LATE", "it was done before it could be stopped"));
+                    }
+                    Some("running" | "queued") => std::thread::sleep(Duration::from_millis(50)),
+                    _ => break,
+                }
             }
             Err(Failure::new("CANCELLED", "stopped; nothing of it is left"))
         }
     }
+}
+
+/// How it stands with the job, in a word.
+fn state(smd: &Daemon, job: Uuid) -> Option<String> {
+    let shown = smd.get(&format!("/jobs/{job}?wait_ms=1000")).ok()?;
+    shown.get("state").and_then(Value::as_str).map(str::to_owned)
 }
 
 /// Why the job failed, if it has.

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -129,12 +130,29 @@ pub fn import(context: &Context, wanted: &Import<'_>) -> Outcome<()> {
     Ok(())
 }
 
+/// How long the end of a pipe is not believed.
+const PIPE_END_DOUBT: Duration = Duration::from_millis(100);
+
+/// Standard input, as long as its writer lives. Ctrl-C ends that writer too,
+/// and a short stream must not pass for a whole one before we hear of it.
+struct Piped<R>(R);
+
+impl<R: Read> Read for Piped<R> {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        let got = self.0.read(buf)?;
+        if got == 0 && !buf.is_empty() {
+            std::thread::sleep(PIPE_END_DOUBT);
+        }
+        Ok(got)
+    }
+}
+
 type Source = (Box<dyn Read + Send>, Option<u64>, &'static str);
 
 /// What is read, how much of it there is, and how it is said.
 fn source(path: &Path, format: StreamFormat) -> Outcome<Source> {
     if path == Path::new("-") {
-        return Ok((Box::new(std::io::stdin()), None, format.word()));
+        return Ok((Box::new(Piped(std::io::stdin())), None, format.word()));
     }
     let open = || {
         let file = File::open(path)?;
