@@ -73,13 +73,7 @@ fn whole(
     let content = Content { virtual_bytes: bytes, parent: Fill::Empty, source: Fill::Level(0) };
     let file = dir.join("cp.raw");
     write_raw(&file, bytes)?;
-    let mut contenders: Vec<Contender<'_>> = WAYS
-        .iter()
-        .map(|(way, name)| {
-            let content = &content;
-            Contender::new(name, move |_| Ok(rate(bytes, merges::time(bench, dir, content, *way)?)))
-        })
-        .collect();
+    let mut contenders = merging(bench, dir, &content, bytes);
     contenders.push(Contender::new("cp", |_| Ok(rate(bytes, cp(&file, reflink)?))));
     let results = bench.interleave(contenders)?;
     let mib_s = |name: &str| results.of(name).map(|rounds| rounds.mib_s(1));
@@ -119,6 +113,14 @@ fn cp(file: &Path, reflink: &str) -> Result<Duration> {
 /// that reads the source block by block, then writes the data, reads the
 /// bitmap and writes the bitmap of one run after the other, past the page
 /// cache. That loop makes nothing durable before the end.
+/// Each way of merging `content`, of which `bytes` are copied.
+fn merging<'a>(bench: &'a Bench, dir: &'a Path, content: &'a Content, bytes: u64) -> Vec<Contender<'a>> {
+    let contender = |(way, name): &'a (Way, &'static str)| {
+        Contender::new(name, move |_| Ok(rate(bytes, merges::time(bench, dir, content, *way)?)))
+    };
+    WAYS.iter().map(contender).collect()
+}
+
 fn scattered(bench: &Bench, report: &mut Report, dir: &Path) -> Result<()> {
     let smoke = bench.size_bytes <= SMOKE_BYTES;
     let disk = if smoke { bench.size_bytes } else { SCATTERED_DISK_BYTES };
@@ -128,13 +130,7 @@ fn scattered(bench: &Bench, report: &mut Report, dir: &Path) -> Result<()> {
     let (source, file) = (dir.join("scattered.raw"), dir.join("one-by-one.raw"));
     write_scattered(&source, disk, runs)?;
     write_raw(&file, (disk / BLOCK_BYTES * STRIDE_BYTES).next_multiple_of(BLOCK_BYTES))?;
-    let mut contenders: Vec<Contender<'_>> = WAYS
-        .iter()
-        .map(|(way, name)| {
-            let content = &content;
-            Contender::new(name, move |_| Ok(rate(bytes, merges::time(bench, dir, content, *way)?)))
-        })
-        .collect();
+    let mut contenders = merging(bench, dir, &content, bytes);
     contenders
         .push(Contender::new("run by run", |_| Ok(rate(bytes, run_by_run(&source, &file, disk, runs)?))));
     let results = bench.interleave(contenders)?;
