@@ -63,8 +63,6 @@ pub fn collected(answer: &Value) -> String {
     if answer.get("coalesced").is_none() {
         return object(answer);
     }
-    let predicted = answer.get("predicted");
-    let mut table = Table::new(["FIGURE", "VALUE", "PREDICTED"]);
     let figures = [
         ("coalesced", ""),
         ("leaf_coalesced", ""),
@@ -75,12 +73,18 @@ pub fn collected(answer: &Value) -> String {
         ("peak_extra_bytes", "at most "),
         ("seconds", "about "),
     ];
-    for (name, bound) in figures {
-        let beside =
-            predicted.map_or_else(String::new, |report| format!("{bound}{}", figure(name, &report[name])));
-        table.row([name.to_owned(), figure(name, &answer[name]), beside]);
-    }
-    let mut text = table.to_string();
+    let done = |name: &str| figure(name, &answer[name]);
+    let mut text = if let Some(predicted) = answer.get("predicted") {
+        let mut table = Table::new(["FIGURE", "VALUE", "PREDICTED"]);
+        for (name, bound) in figures {
+            table.row([name.to_owned(), done(name), format!("{bound}{}", figure(name, &predicted[name]))]);
+        }
+        table.to_string()
+    } else {
+        let mut table = Table::new(["FIGURE", "VALUE"]);
+        figures.iter().for_each(|(name, _)| table.row([(*name).to_owned(), done(name)]));
+        table.to_string()
+    };
     let failed: Vec<Value> = answer["failed"].as_array().into_iter().flatten().cloned().collect();
     if !failed.is_empty() {
         let mut table = Table::new(["NOT COLLECTED", "REASON"]);
@@ -129,6 +133,8 @@ mod tests {
             assert!(text.contains(words), "{words}: {text}");
         }
         assert_eq!(collected(&json!({"done": true})).trim(), "done  true");
+        let alone = collected(&json!({"coalesced": 2, "failed": []}));
+        assert!(alone.contains("coalesced") && !alone.contains("PREDICTED"), "{alone}");
     }
 
     #[test]
