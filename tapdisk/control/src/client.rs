@@ -1,9 +1,12 @@
 //! A blocking client with a time limit on every call.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
 use crate::{Answer, Call, LINE_BYTES_MAX, Refusal, Reply, Request};
 
@@ -26,14 +29,20 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to the control socket at `path`.
+    /// Connects to the control socket at `path`. `limit` bounds this, and each
+    /// later read and write.
     ///
     /// # Errors
-    /// Whatever connecting says; `limit` bounds each later read and write.
+    /// Whatever connecting says; `WouldBlock` when nobody has taken the
+    /// callers before us for that long: it hangs.
     pub fn connect(path: &Path, limit: Duration) -> std::io::Result<Self> {
-        let stream = UnixStream::connect(path)?;
+        // The standard library's own connect would wait for a place in the
+        // queue of callers without a limit.
+        let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        let stream = UnixStream::from(socket);
         stream.set_read_timeout(Some(limit))?;
         stream.set_write_timeout(Some(limit))?;
+        connect(stream.as_raw_fd(), &UnixAddr::new(path)?)?;
         Ok(Self { stream: BufReader::new(stream), next_id: 1 })
     }
 
@@ -78,5 +87,33 @@ impl Client {
             return Err(std::io::Error::other("an answer to another call").into());
         }
         Ok(answer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::ErrorKind;
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn a_full_queue_of_callers_is_waited_for_within_the_limit() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("ctl.sock");
+        let _nobody_accepts = UnixListener::bind(&path).unwrap();
+        let limit = Duration::from_millis(50);
+        let mut callers = Vec::new();
+        let refused = loop {
+            match Client::connect(&path, limit) {
+                Ok(caller) => callers.push(caller),
+                Err(error) => break error,
+            }
+            assert!(callers.len() < 10_000);
+        };
+        assert_eq!(refused.kind(), ErrorKind::WouldBlock);
+        assert!(
+            Client::connect(&folder.path().join("none"), limit)
+                .is_err_and(|e| e.kind() == ErrorKind::NotFound)
+        );
     }
 }
