@@ -81,6 +81,12 @@ pub trait Host: Send + Sync + Debug {
     /// The tapdisk lives but cannot be reached.
     fn tap(&self, vdi: Uuid) -> io::Result<Option<Box<dyn Tap>>>;
 
+    /// Where the tapdisk of a VDI is asked and told things; `None` where that
+    /// is no socket.
+    fn control_socket(&self, _vdi: Uuid) -> Option<PathBuf> {
+        None
+    }
+
     /// Where the reader of a live lease serves.
     fn endpoint(&self, lease: &Lease) -> Endpoint;
 

@@ -29,6 +29,11 @@ pub const SR_LOCK_WAIT_MS_MAX: u64 = 30_000;
 pub const TAP_START_MS_MAX: u64 = 60_000;
 /// How long a tapdisk may take to answer a control request, in milliseconds.
 pub const TAP_ANSWER_MS_MAX: u64 = 60_000;
+/// How long a tapdisk may take to tell its figures, in milliseconds; after
+/// that they are missing.
+pub const TAP_FIGURES_MS_MAX: u64 = 400;
+/// Tapdisks asked for their figures at one time.
+pub const TAP_FIGURES_AT_ONCE_MAX: usize = 128;
 /// How long a stopped tapdisk may take to be gone, in milliseconds.
 pub const TAP_STOP_MS_MAX: u64 = 10_000;
 /// How long the API retries an operation that found another one under way,

@@ -258,6 +258,10 @@ impl Host for RunFolder {
         Ok(Some(Box::new(client)))
     }
 
+    fn control_socket(&self, vdi: Uuid) -> Option<PathBuf> {
+        Some(self.control(vdi))
+    }
+
     fn endpoint(&self, lease: &Lease) -> Endpoint {
         Endpoint {
             socket: self.tap_folder(lease.vdi).join("nbd.sock"),

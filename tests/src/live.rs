@@ -14,6 +14,7 @@ mod inspect;
 mod killed;
 mod kills;
 mod main_job;
+mod metrics;
 mod power;
 mod remote;
 mod revived;

@@ -6,7 +6,8 @@
 //!   jobs.rs       long operations: begun, looked at, stopped
 //!   answer.rs     results and errors as JSON
 //!   streams.rs    exports and imports
-//!   status.rs     how we do; Prometheus text
+//!   status.rs     how we do
+//!   metrics/      Prometheus text, of attached disks too
 //! ```
 //!
 //! Requests are blocking work: each runs on a thread of its own, a stated
@@ -15,6 +16,7 @@
 mod answer;
 mod disks;
 mod jobs;
+mod metrics;
 pub mod openapi;
 mod routes;
 mod status;
@@ -43,6 +45,7 @@ struct App {
     turns: Turns,
     jobs: Jobs,
     job_places: Arc<Semaphore>,
+    figures: metrics::Places,
     began: Instant,
 }
 
@@ -72,6 +75,7 @@ pub async fn serve(
         turns: Turns::default(),
         jobs: Jobs::default(),
         job_places: Arc::new(Semaphore::new(JOBS_AT_ONCE_MAX)),
+        figures: metrics::Places::default(),
         began: Instant::now(),
     };
     // Jobs stop then, leaving nothing: neither a stream nor a thread keeps

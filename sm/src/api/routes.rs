@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::answer::{Failure, Outcome, document};
-use super::{App, disks, jobs, status, streams};
+use super::{App, disks, jobs, metrics, status, streams};
 use crate::error::{Error, Result};
 use crate::jobs::About;
 use crate::journal::SiblingKind;
@@ -64,7 +64,7 @@ pub fn router(app: App) -> Router {
         .route("/jobs/{job}/cancel", post(jobs::cancel))
         .route("/openapi.json", get(async || document(super::openapi::document())))
         .route("/status", get(status::status))
-        .route("/metrics", get(status::metrics))
+        .route("/metrics", get(metrics::metrics))
         .fallback(async || Failure(Error::NotFound { what: "such request; see /openapi.json".into() }))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .with_state(app)

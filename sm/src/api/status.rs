@@ -1,10 +1,6 @@
-//! `GET /status` and `GET /metrics`: how this daemon and what it serves do.
-
-use std::sync::atomic::Ordering;
+//! `GET /status`: how this daemon and what it serves do.
 
 use axum::extract::State;
-use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -20,44 +16,44 @@ use crate::wanted::Down;
 
 /// What smd says of itself.
 #[derive(Debug, Serialize)]
-struct Status {
-    pid: u32,
-    version: &'static str,
-    uptime_s: u64,
-    attached_srs: usize,
-    detached_srs: usize,
+pub(super) struct Status {
+    pub(super) pid: u32,
+    pub(super) version: &'static str,
+    pub(super) uptime_s: u64,
+    pub(super) attached_srs: usize,
+    pub(super) detached_srs: usize,
     /// VDIs served by a live tapdisk.
-    serving: usize,
+    pub(super) serving: usize,
     /// VDIs that lost theirs.
-    down: Vec<DownView>,
+    pub(super) down: Vec<DownView>,
     /// One per attached SR.
-    health: Vec<Health>,
+    pub(super) health: Vec<Health>,
 }
 
 /// How the chains of an SR are.
 #[derive(Debug, Serialize)]
-struct Health {
-    sr: Uuid,
-    name: String,
-    size: u64,
-    free: u64,
-    vdis: usize,
-    hidden: usize,
+pub(super) struct Health {
+    pub(super) sr: Uuid,
+    pub(super) name: String,
+    pub(super) size: u64,
+    pub(super) free: u64,
+    pub(super) vdis: usize,
+    pub(super) hidden: usize,
     /// Images that cannot be used, the first [`HEALTH_ROWS_MAX`].
-    broken: Vec<Ailing>,
-    broken_count: usize,
+    pub(super) broken: Vec<Ailing>,
+    pub(super) broken_count: usize,
     /// VDIs whose next snapshots will be refused, likewise.
-    near_limit: Vec<Ailing>,
-    near_limit_count: usize,
-    depth_longest: u32,
-    depth_max: u32,
+    pub(super) near_limit: Vec<Ailing>,
+    pub(super) near_limit_count: usize,
+    pub(super) depth_longest: u32,
+    pub(super) depth_max: u32,
     /// Set when the SR could not be looked at.
-    error: Option<String>,
+    pub(super) error: Option<String>,
 }
 
 /// A VDI or image that needs somebody.
 #[derive(Debug, Serialize)]
-struct Ailing {
+pub(super) struct Ailing {
     vdi: Uuid,
     name: String,
     depth: u32,
@@ -119,17 +115,17 @@ fn health_or_why(repo: &Repo) -> Health {
 }
 
 #[derive(Debug, Serialize)]
-struct DownView {
-    sr: Uuid,
-    vdi: Uuid,
-    name: String,
-    deaths: u32,
+pub(super) struct DownView {
+    pub(super) sr: Uuid,
+    pub(super) vdi: Uuid,
+    pub(super) name: String,
+    pub(super) deaths: u32,
     #[serde(flatten)]
-    down: Down,
+    pub(super) down: Down,
 }
 
 /// What the run folders and the images of all attached SRs show.
-fn look(manager: &Manager, uptime_s: u64) -> Result<Status> {
+pub(super) fn look(manager: &Manager, uptime_s: u64) -> Result<Status> {
     let known = manager.known();
     let attached_srs = known.iter().filter(|sr| sr.attached).count();
     let mut status = Status {
@@ -165,63 +161,4 @@ fn look(manager: &Manager, uptime_s: u64) -> Result<Status> {
 pub async fn status(State(app): State<App>) -> Outcome {
     let uptime_s = app.began.elapsed().as_secs();
     document(routes::run(&app, move |manager| look(manager, uptime_s)).await?)
-}
-
-/// Prometheus text.
-pub async fn metrics(State(app): State<App>) -> Response {
-    let uptime_s = app.began.elapsed().as_secs();
-    let text = match routes::run(&app, move |manager| look(manager, uptime_s)).await {
-        Ok(status) => text(&app, &status),
-        Err(failure) => return failure.into_response(),
-    };
-    let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
-    (StatusCode::OK, kind, text).into_response()
-}
-
-fn text(app: &App, status: &Status) -> String {
-    let taps = &app.manager.tap_counters;
-    let given_up = status.down.iter().filter(|down| down.down.given_up).count();
-    let mut text = String::new();
-    let mut metric = |kind: &str, name: &str, help: &str, values: &[(&str, u64)]| {
-        text.push_str(&format!("# HELP {name} {help}\n# TYPE {name} {kind}\n"));
-        for (labels, value) in values {
-            text.push_str(&format!("{name}{labels} {value}\n"));
-        }
-    };
-    let n = |count: usize| count as u64;
-    let of = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-    metric("gauge", "coppice_smd_uptime_seconds", "Since smd started.", &[("", status.uptime_s)]);
-    metric("counter", "coppice_smd_requests_total", "API requests.", &[("", of(&app.counters.requests))]);
-    let refused = of(&app.counters.refused);
-    metric("counter", "coppice_smd_requests_refused_total", "Requests refused or failed.", &[("", refused)]);
-    let srs =
-        [("{state=\"attached\"}", n(status.attached_srs)), ("{state=\"detached\"}", n(status.detached_srs))];
-    metric("gauge", "coppice_srs", "Storage repositories.", &srs);
-    let states = [
-        ("{state=\"serving\"}", n(status.serving)),
-        ("{state=\"down\"}", n(status.down.len() - given_up)),
-        ("{state=\"given_up\"}", n(given_up)),
-    ];
-    metric("gauge", "coppice_tapdisks", "Attached disks.", &states);
-    metric("counter", "coppice_tapdisk_deaths_total", "Tapdisks that died.", &[("", of(&taps.deaths))]);
-    metric("counter", "coppice_tapdisk_revived_total", "Tapdisks brought back.", &[("", of(&taps.revived))]);
-    let per_sr = |text: &mut String, name: &str, help: &str, value: &dyn Fn(&Health) -> u64| {
-        text.push_str(&format!("# HELP {name} {help}\n# TYPE {name} gauge\n"));
-        for health in &status.health {
-            text.push_str(&format!("{name}{{sr=\"{}\"}} {}\n", health.sr, value(health)));
-        }
-    };
-    let failures = of(&taps.failed);
-    metric("counter", "coppice_tapdisk_revive_failures_total", "Attempts that failed.", &[("", failures)]);
-    per_sr(&mut text, "coppice_sr_size_bytes", "Size of the filesystem.", &|sr| sr.size);
-    per_sr(&mut text, "coppice_sr_free_bytes", "Free there.", &|sr| sr.free);
-    per_sr(&mut text, "coppice_sr_vdis", "Disks and snapshots.", &|sr| n(sr.vdis));
-    per_sr(&mut text, "coppice_sr_hidden_images", "Base copies.", &|sr| n(sr.hidden));
-    per_sr(&mut text, "coppice_sr_broken_images", "Images that cannot be used.", &|sr| n(sr.broken_count));
-    per_sr(&mut text, "coppice_sr_longest_chain", "Images in the longest chain.", &|sr| {
-        sr.depth_longest.into()
-    });
-    let near = "Disks whose chain is near its limit.";
-    per_sr(&mut text, "coppice_sr_chains_near_limit", near, &|sr| n(sr.near_limit_count));
-    text
 }

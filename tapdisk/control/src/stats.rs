@@ -129,6 +129,13 @@ impl Histogram {
         self.counts.iter().sum()
     }
 
+    /// Times counted that are shorter than `bound_us`, a power of two of at
+    /// least 8: only those are bounds of buckets.
+    #[must_use]
+    pub fn count_below_us(&self, bound_us: u64) -> u64 {
+        self.counts.iter().take(bucket_of(bound_us)).sum()
+    }
+
     /// The time in microseconds, to an eighth, that `part` in `of` of all
     /// times do not exceed: `at_most_us(99, 100)` is the 99th percentile. 0
     /// when nothing was counted.
@@ -196,6 +203,9 @@ mod tests {
             assert!(found >= exact && found <= exact + exact / 8 + 1, "{part}/{of}: {found}");
         }
         assert_eq!(histogram.count(), 1000);
+        for (bound, below) in [(8, 7), (16, 15), (512, 511), (1024, 1000)] {
+            assert_eq!(histogram.count_below_us(bound), below);
+        }
     }
 
     #[test]
