@@ -304,7 +304,9 @@ fn choose(service: &Service, sr: Option<Uuid>, vdi: Option<Uuid>) -> Answer<Chos
         return Ok(srs.into_iter().map(|(_, collector)| (collector, Scope::Sr)).collect());
     };
     let all = if srs.is_empty() { service.collectors(None) } else { srs };
-    let has = |collector: &Collector| sm::chain::leaf_volume(collector.repo(), vdi).is_ok();
+    // One that is getting another image this moment is there, and busy.
+    let found = |collector: &Collector| sm::chain::leaf_volume(collector.repo(), vdi);
+    let has = |collector: &Collector| matches!(found(collector), Ok(_) | Err(sm::Error::Busy { .. }));
     match all.into_iter().find(|(_, collector)| has(collector)) {
         Some((_, collector)) => Ok(vec![(collector, Scope::Vdi(vdi))]),
         None => Err(Refused::not_found(&format!("SR or VDI {vdi}"))),

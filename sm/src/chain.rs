@@ -9,6 +9,7 @@ use vhd::storage::VolumeName;
 
 use crate::error::{Error, Result};
 use crate::image;
+use crate::journal;
 use crate::repo::Repo;
 use crate::tree::{Head, ParentName};
 
@@ -60,18 +61,33 @@ pub fn read(repo: &Repo, vdi: Uuid) -> Result<Vec<Link>> {
 /// instead.
 ///
 /// # Errors
-/// [`Error::NotFound`], I/O errors.
+/// [`Error::Busy`] while nothing has the name because an operation is giving
+/// it to another image, in two steps; [`Error::NotFound`], I/O errors.
 pub fn leaf_volume(repo: &Repo, vdi: Uuid) -> Result<VolumeName> {
+    if let Some(volume) = volume_there(repo, vdi)? {
+        return Ok(volume);
+    }
+    let intents = journal::load(repo.volumes.as_ref())?;
+    if let Some(stored) = intents.iter().find(|stored| stored.intent.gives_name(vdi)) {
+        let (what, id) = (stored.intent.word(), stored.name.id);
+        let reason = format!("{what} ({id}) is giving VDI {vdi} another image");
+        return Err(Error::Busy { reason });
+    }
+    // One that ended between the two looks has given the name.
     let not_found = || Error::NotFound { what: format!("VDI {vdi} in SR {}", repo.name) };
-    let raw = VolumeName::new(&format!("{vdi}.raw")).ok_or_else(not_found)?;
-    for volume in [VolumeName::vhd(vdi), raw] {
+    volume_there(repo, vdi)?.ok_or_else(not_found)
+}
+
+fn volume_there(repo: &Repo, vdi: Uuid) -> Result<Option<VolumeName>> {
+    let raw = VolumeName::new(&format!("{vdi}.raw"));
+    for volume in [Some(VolumeName::vhd(vdi)), raw].into_iter().flatten() {
         match image::open(repo, &volume, vhd::storage::Access::Read) {
-            Ok(_) => return Ok(volume),
+            Ok(_) => return Ok(Some(volume)),
             Err(Error::NotFound { .. }) => {}
             Err(error) => return Err(error),
         }
     }
-    Err(not_found())
+    Ok(None)
 }
 
 fn link(repo: &Repo, volume: &VolumeName) -> Result<Link> {

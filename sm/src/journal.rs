@@ -26,7 +26,6 @@ use vhd::storage::{VolumeName, Volumes, Why};
 
 use crate::error::{Error, IoContext, Result};
 pub use crate::intents::{MakeIntent, ResizeIntent, RevertIntent, Swap};
-use crate::naming::NameSwap;
 
 /// Something half done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -164,22 +163,6 @@ pub enum LeafMergeState {
     Merging,
     /// The leaf is durably empty: the parent is unhidden and takes its name.
     Committing,
-}
-
-impl LeafMergeIntent {
-    /// How the parent takes the leaf's name. What steps aside is empty then,
-    /// and garbage.
-    ///
-    /// # Errors
-    /// As [`volume_of`].
-    pub fn name_swap(&self) -> Result<NameSwap> {
-        Ok(NameSwap {
-            new: volume_of(&self.parent)?,
-            footer: self.parent.footer,
-            over: volume_of(&self.leaf)?,
-            aside: VolumeName::temporary(self.id, 0),
-        })
-    }
 }
 
 impl Intent {

@@ -208,6 +208,7 @@ impl VdiTree {
     /// Builds the trees.
     #[must_use]
     pub fn build(mut images: Vec<Image>, intents: &[Stored]) -> Self {
+        give_names(&mut images, intents);
         images.sort_unstable_by(|a, b| a.volume.cmp(&b.volume));
         let footers: BTreeMap<VolumeName, Uuid> = images
             .iter()
@@ -368,6 +369,18 @@ impl VdiTree {
         }
         for ix in (0..self.nodes.len()).filter(|ix| !reached.contains(ix)) {
             self.nodes[ix].state = NodeState::Broken(Broken::Cycle);
+        }
+    }
+}
+
+/// An image that is taking a name nothing has in the middle of it is shown as
+/// what it becomes: its disk is there all the time.
+fn give_names(images: &mut [Image], intents: &[Stored]) {
+    let swaps = intents.iter().filter_map(|stored| stored.intent.name_swaps().ok()).flatten();
+    for swap in swaps {
+        let has = |name: &VolumeName| images.iter().position(|image| image.volume == *name);
+        if let (None, Some(new)) = (has(&swap.over), has(&swap.new)) {
+            images[new].volume = swap.over;
         }
     }
 }

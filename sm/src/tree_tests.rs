@@ -188,13 +188,19 @@ fn a_pending_snapshot_shows_one_vdi() {
 }
 
 #[test]
-fn in_the_middle_of_a_swap_the_base_counts_as_hidden() {
+fn in_the_middle_of_a_swap_the_disk_is_there_and_its_base_hidden() {
     let base = change(vhd(40, None), |h| h.footer = footer(1));
     let mut leaf = change(vhd(41, Some(40)), |h| h.parent.as_mut().unwrap().footer = footer(1));
     leaf.volume = VolumeName::temporary(id(50), 0);
     let tree = VdiTree::build(vec![base, leaf], &[snapshot_of_1(RecordState::Decided)]);
-    assert_eq!((tree.nodes.len(), state(&tree, 40)), (1, NodeState::Hidden));
-    assert_eq!(tree.prepared_on(&tree.nodes[0]).count(), 1, "it has the child that becomes the leaf");
+    assert_eq!(
+        (tree.nodes.len(), state(&tree, 40), state(&tree, 1)),
+        (2, NodeState::Hidden, NodeState::Visible)
+    );
+    let (leaf, base) = (tree.by_uuid(id(1)).unwrap(), tree.by_uuid(id(40)).unwrap());
+    assert_eq!((tree.nodes[leaf].parent, tree.nodes[leaf].footer), (Some(base), footer(41)));
+    assert_eq!(tree.nodes[leaf].intent, Some(id(50)));
+    assert!(tree.prepared.is_empty());
 }
 
 #[test]

@@ -171,16 +171,19 @@ impl Manager {
         let open: Vec<OpenSr> = self.entries().iter().filter_map(|entry| entry.open.clone()).collect();
         let not_found = || Error::NotFound { what: format!("VDI {text:?} in any attached SR") };
         if let Ok(vdi) = Uuid::try_parse(text) {
+            // One SR that cannot be looked at hides no disk of another.
+            let mut failed = None;
             for sr in open {
                 match chain::leaf_volume(&sr.repo, vdi) {
-                    Ok(_) => return Ok((sr.repo, vdi)),
+                    // Busy: it is getting another image this moment.
+                    Ok(_) | Err(Error::Busy { .. }) => return Ok((sr.repo, vdi)),
                     // Attached, and its image went away: it can be detached.
                     Err(Error::NotFound { .. }) if attached(&sr.repo, vdi)? => return Ok((sr.repo, vdi)),
                     Err(Error::NotFound { .. }) => {}
-                    Err(error) => return Err(error),
+                    Err(error) => failed = failed.or(Some(error)),
                 }
             }
-            return Err(not_found());
+            return Err(failed.unwrap_or_else(not_found));
         }
         let mut found = Vec::new();
         for sr in &open {

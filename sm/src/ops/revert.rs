@@ -43,7 +43,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::identity;
 use crate::image::{self, NewVhd};
 use crate::journal::{self, ImageRef, Intent, RecordName, RecordState, RevertIntent, Swap, volume_of};
-use crate::naming::{Found, NameSwap};
+use crate::naming::Found;
 use crate::repo::Repo;
 
 /// A swap with what its new image stands on.
@@ -158,7 +158,7 @@ fn check_labels(repo: &Repo, vdi: Uuid, to: Uuid) -> Result<()> {
 /// Steps 2 and 3.
 fn make_images(repo: &Repo, planned: &[Planned], virtual_bytes: u64) -> Result<()> {
     for Planned { swap, .. } in planned {
-        name_swap(swap)?.prepare(repo)?;
+        swap.name_swap()?.prepare(repo)?;
     }
     for Planned { swap, parent } in planned {
         let volume = volume_of(&swap.new)?;
@@ -168,14 +168,9 @@ fn make_images(repo: &Repo, planned: &[Planned], virtual_bytes: u64) -> Result<(
     repo.volumes.sync("revert: new images and second names").during(|| "names of a revert's images".into())
 }
 
-fn name_swap(swap: &Swap) -> Result<NameSwap> {
-    let (over, aside) = (VolumeName::vhd(swap.vdi), VolumeName::vhd(swap.aside));
-    Ok(NameSwap { new: volume_of(&swap.new)?, footer: swap.new.footer, over, aside })
-}
-
 fn any_begun(repo: &Repo, intent: &RevertIntent) -> Result<bool> {
     for swap in &intent.swaps {
-        if name_swap(swap)?.found(repo)? != Found::Before {
+        if swap.name_swap()?.found(repo)? != Found::Before {
             return Ok(true);
         }
     }
@@ -194,7 +189,7 @@ pub(crate) fn recover(repo: &Repo, intent: &RevertIntent) -> Result<()> {
 /// Steps 4 to 7.
 fn finish(repo: &Repo, intent: &RevertIntent) -> Result<()> {
     for swap in &intent.swaps {
-        let swap = name_swap(swap)?;
+        let swap = swap.name_swap()?;
         if swap.found(repo)? == Found::Done {
             continue;
         }
@@ -220,7 +215,7 @@ fn finish(repo: &Repo, intent: &RevertIntent) -> Result<()> {
 /// Removes what was prepared.
 fn take_back(repo: &Repo, intent: &RevertIntent) -> Result<()> {
     for swap in &intent.swaps {
-        name_swap(swap)?.take_back(repo)?;
+        swap.name_swap()?.take_back(repo)?;
     }
     repo.volumes.sync("revert: taken back").during(|| "taking a revert back".into())?;
     clear(repo, intent)

@@ -332,7 +332,7 @@ fn make_images(
         match &member.shape {
             Shape::Divide { base, new_leaf } => {
                 let base = VolumeName::vhd(*base);
-                if let Some(swap) = steps::name_swap(member)? {
+                if let Some(swap) = member.name_swap()? {
                     swap.prepare(repo)?;
                 }
                 let parent = Some((&base, member.leaf_footer));

@@ -18,7 +18,7 @@ use crate::journal::{
     self, ImageRef, LeafMergeState, Member, RecordName, RecordState, Shape, SiblingKind, SnapshotIntent,
     volume_of,
 };
-use crate::naming::{Found, NameSwap};
+use crate::naming::Found;
 use crate::repo::Repo;
 
 /// What became of a pending snapshot.
@@ -79,25 +79,16 @@ pub(crate) fn finish(repo: &Repo, intent: &SnapshotIntent) -> Result<()> {
 
 /// Whether the member's swap has happened, or has begun.
 pub(crate) fn swap_begun(repo: &Repo, member: &Member) -> Result<bool> {
-    match name_swap(member)? {
+    match member.name_swap()? {
         Some(swap) => Ok(swap.found(repo)? != Found::Before),
         None => Ok(false),
     }
 }
 
-/// How the new leaf takes the leaf's name; `None` if the leaf stays.
-pub(super) fn name_swap(member: &Member) -> Result<Option<NameSwap>> {
-    let Shape::Divide { base, new_leaf } = &member.shape else {
-        return Ok(None);
-    };
-    let (over, aside) = (VolumeName::vhd(member.vdi), VolumeName::vhd(*base));
-    Ok(Some(NameSwap { new: volume_of(new_leaf)?, footer: new_leaf.footer, over, aside }))
-}
-
 /// Only a tapdisk swaps the leaf it serves; for any other it is done here,
 /// under the image's lock.
 fn swap(repo: &Repo, member: &Member) -> Result<()> {
-    let Some(swap) = name_swap(member)? else {
+    let Some(swap) = member.name_swap()? else {
         return Ok(());
     };
     if swap.found(repo)? == Found::Done {
@@ -193,7 +184,7 @@ pub(crate) fn take_back(repo: &Repo, intent: &SnapshotIntent) -> Result<()> {
     for member in &intent.members {
         let sibling = volume_of(&member.sibling.image)?;
         repo.volumes.delete(&sibling).during(|| format!("take back {sibling}"))?;
-        if let Some(swap) = name_swap(member)? {
+        if let Some(swap) = member.name_swap()? {
             swap.take_back(repo)?;
         }
     }
