@@ -30,9 +30,11 @@ use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 
 use super::path::{parts, split};
 use super::{Access, CopyKind, Fs, Space, Stamp, Volume, Why};
+use removed::{OpenFile, takes_long};
 
 mod copy;
 mod features;
+mod removed;
 mod ring;
 mod volume;
 
@@ -140,6 +142,15 @@ fn lock(file: &File) -> io::Result<()> {
     }
 }
 
+/// Holds the file of a name that is about to go, if it is the file's last and
+/// freeing it may take long: nobody waits for that then.
+fn last_name(folder: &OwnedFd, name: &str) -> Option<OpenFile> {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    // What cannot be held is freed at once.
+    let file = File::from(openat(folder, name, flags, Mode::empty()).ok()?);
+    takes_long(&file, 1).then(|| file.into())
+}
+
 fn busy() -> io::Error {
     io::Error::new(io::ErrorKind::WouldBlock, "the name kept being replaced")
 }
@@ -186,11 +197,13 @@ impl Fs for PosixFs {
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         let (from_folder, from_name) = self.place(from)?;
         let (to_folder, to_name) = self.place(to)?;
+        let _replaced = last_name(&to_folder, to_name);
         Ok(renameat(&from_folder, from_name, &to_folder, to_name)?)
     }
 
     fn unlink(&self, path: &str) -> io::Result<()> {
         let (folder, name) = self.place(path)?;
+        let _removed = last_name(&folder, name);
         Ok(unlinkat(&folder, name, UnlinkatFlags::NoRemoveDir)?)
     }
 

@@ -15,6 +15,7 @@ use nix::sys::statfs::fstatfs;
 
 use super::super::{Access, CopyKind, CopyRange, Volume, Why};
 use super::features::is_network;
+use super::removed::OpenFile;
 use super::ring::Movers;
 
 /// Zeros written at a time where the filesystem cannot punch holes.
@@ -28,10 +29,10 @@ const DIRECT_UNIT_SAFE: u32 = 4096;
 #[derive(Debug)]
 pub struct PosixVolume {
     /// Carries the lock.
-    file: File,
+    file: OpenFile,
     /// A second description of the same file, through the page cache, once
     /// `file` goes past it.
-    cached: OnceLock<File>,
+    cached: OnceLock<OpenFile>,
     device: bool,
     /// Set once the filesystem refused to share extents, to spare the rest of
     /// a merge one failing call per run.
@@ -51,7 +52,7 @@ impl PosixVolume {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
         }
         Ok(Self {
-            file,
+            file: file.into(),
             cached: OnceLock::new(),
             device: kind.is_block_device(),
             clone_refused: AtomicBool::new(false),
@@ -182,7 +183,7 @@ impl Volume for PosixVolume {
     fn len(&self) -> io::Result<u64> {
         if self.device {
             // The position of the description is used by nobody.
-            (&self.file).seek(SeekFrom::End(0))
+            (&*self.file).seek(SeekFrom::End(0))
         } else {
             Ok(self.file.metadata()?.len())
         }
@@ -286,7 +287,7 @@ impl Volume for PosixVolume {
             let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
             let access = OFlag::from_bits_truncate(fcntl(&self.file, FcntlArg::F_GETFL)?) & OFlag::O_ACCMODE;
             let cached = OpenOptions::new().read(true).write(access == OFlag::O_RDWR).open(path)?;
-            let _ = self.cached.set(cached); // another thread's is as good
+            let _ = self.cached.set(cached.into()); // another thread's is as good
         }
         let flags = OFlag::from_bits_truncate(fcntl(&self.file, FcntlArg::F_GETFL)?);
         match fcntl(&self.file, FcntlArg::F_SETFL(flags | OFlag::O_DIRECT)) {
