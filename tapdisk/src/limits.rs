@@ -11,8 +11,12 @@ pub const IDLE_WRITEBACK_US: u64 = 1_000_000;
 /// A process told to end tries so long to write metadata that fails to be
 /// written; then it goes on serving.
 pub const CLOSE_TIME_MAX_US: u64 = 10_000_000;
-/// Owner runs kept in memory for blocks that no level has whole.
-pub const OWNER_RUNS_MAX: usize = 1 << 20;
+/// Memory for who owns which sectors of the blocks that no level has whole:
+/// room for a disk of 100 GiB with sixty runs in every block.
+pub const OWNER_BYTES_MAX: usize = 32 << 20;
+/// What each block takes of it besides its runs: its place in the table and
+/// in the order of use, and what two allocations cost.
+pub const OWNER_BLOCK_BYTES: usize = 128;
 /// Blocks whose owners a refresh takes over from the generation before.
 pub const KNOWN_BLOCKS_MAX: usize = 8192;
 /// Time a refresh spends on reading those anew that changed; requests go on

@@ -85,10 +85,12 @@ pub struct KindStats {
 pub struct CacheStats {
     /// Blocks in it.
     pub blocks: u64,
-    /// Runs of sectors in it: what its limit counts.
+    /// Runs of sectors in it.
     pub runs: u64,
-    /// The limit.
-    pub runs_max: u64,
+    /// Memory they take, in bytes.
+    pub bytes: u64,
+    /// The limit of that.
+    pub bytes_max: u64,
     /// Lookups that found their block.
     pub hits: u64,
     /// Lookups for which bitmaps had to be read.

@@ -4,17 +4,17 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use lru::LruCache;
 use tapdisk_control::CacheStats;
 use uuid::Uuid;
 use vhd::bitmap::SectorBitmap;
-use vhd::chain::{ChainMap, Node, Owner, OwnerRun, Place, clip, overlay, resolve};
+use vhd::chain::{BlockOwners, ChainMap, Node, Owner, OwnerRun, Place, clip, overlay, resolve};
 use vhd::rw::RwImage;
 use vhd::units::{BlockNo, Slot};
 
 use super::image::{Purpose, bitmap_of};
+use super::owner_cache::OwnerCache;
 use super::{Completion, Engine, FileId, Op, Wait};
-use crate::limits::{KNOWN_BLOCKS_MAX, OWNER_RUNS_MAX};
+use crate::limits::KNOWN_BLOCKS_MAX;
 
 /// A generation of the lower part: replaced whole, or given one more level on
 /// top. The cache belongs to the generation, so nothing resolved under another
@@ -26,8 +26,7 @@ pub struct Lower {
     map: ChainMap,
     /// The driver's file of each node of the map, by its number.
     files: Vec<FileId>,
-    owners: LruCache<BlockNo, Arc<[OwnerRun]>>,
-    runs_cached: usize,
+    owners: OwnerCache,
     hits: u64,
     misses: u64,
     resolving: HashMap<BlockNo, Resolving>,
@@ -40,7 +39,7 @@ pub struct Known {
     block: BlockNo,
     /// Footer uuid and place of each level that has the block.
     places: Vec<(Uuid, Slot, bool)>,
-    runs: Arc<[OwnerRun]>,
+    owners: BlockOwners,
     /// Footer uuids by level number.
     levels: Arc<[Uuid]>,
 }
@@ -61,7 +60,7 @@ pub(super) enum Below {
     /// One level has all of it.
     Whole(Place),
     /// These runs.
-    Owners(Arc<[OwnerRun]>),
+    Owners(BlockOwners),
 }
 
 impl Lower {
@@ -73,8 +72,7 @@ impl Lower {
             generation: 0,
             map,
             files,
-            owners: LruCache::unbounded(),
-            runs_cached: 0,
+            owners: OwnerCache::default(),
             hits: 0,
             misses: 0,
             resolving: HashMap::new(),
@@ -97,10 +95,10 @@ impl Lower {
     #[must_use]
     pub fn known(&self) -> Vec<Known> {
         let levels: Arc<[Uuid]> = self.map.nodes().rev().map(|node| node.uuid).collect();
-        let known = self.owners.iter().take(KNOWN_BLOCKS_MAX).map(|(block, runs)| Known {
-            block: *block,
-            places: self.places_by_uuid(*block),
-            runs: Arc::clone(runs),
+        let known = self.owners.iter().take(KNOWN_BLOCKS_MAX).map(|(block, owners)| Known {
+            block,
+            places: self.places_by_uuid(block),
+            owners: owners.clone(),
             levels: Arc::clone(&levels),
         });
         known.collect()
@@ -112,14 +110,14 @@ impl Lower {
     /// gives it to another, so equal places mean equal owners.
     pub fn learn(&mut self, known: Vec<Known>, mut resolve: impl FnMut(BlockNo) -> Option<Vec<OwnerRun>>) {
         // The last used at the end, as if it had just been.
-        for Known { block, places, runs, levels } in known.into_iter().rev() {
+        for Known { block, places, owners, levels } in known.into_iter().rev() {
             if self.map.places(block).next().is_none_or(|first| first.whole) {
                 continue;
             }
             let same = self.places_by_uuid(block) == places;
-            let kept = same.then(|| self.renumbered(&runs, &levels)).flatten();
+            let kept = same.then(|| self.renumbered(&owners, &levels)).flatten();
             if let Some(runs) = kept.or_else(|| resolve(block)) {
-                self.insert(block, runs.into());
+                self.owners.insert(block, &runs);
             }
         }
     }
@@ -129,20 +127,20 @@ impl Lower {
         self.map.places(block).filter_map(place).collect()
     }
 
-    fn renumbered(&self, runs: &[OwnerRun], levels: &[Uuid]) -> Option<Vec<OwnerRun>> {
+    fn renumbered(&self, owners: &BlockOwners, levels: &[Uuid]) -> Option<Vec<OwnerRun>> {
         let number = |old: u8| {
             let uuid = levels.get(usize::from(old))?;
             let new = self.map.nodes().rev().position(|node| node.uuid == *uuid)?;
             u8::try_from(new).ok()
         };
-        let run = |part: &OwnerRun| {
+        let run = |part: OwnerRun| {
             let owner = match part.owner {
                 Owner::Zero => Owner::Zero,
                 Owner::Node { node, slot } => Owner::Node { node: number(node)?, slot },
             };
-            Some(OwnerRun { owner, ..*part })
+            Some(OwnerRun { owner, ..part })
         };
-        runs.iter().map(run).collect()
+        owners.runs().map(run).collect()
     }
 
     /// Whether any level has the block.
@@ -154,24 +152,6 @@ impl Lower {
     pub(super) fn locate(&self, node: u8, block: BlockNo, slot: Slot, sector: u32) -> Option<(FileId, u64)> {
         let level = self.map.node(node)?;
         Some((*self.files.get(usize::from(node))?, level.data_offset(block, slot, sector)))
-    }
-
-    fn forget(&mut self, block: BlockNo) -> Option<Arc<[OwnerRun]>> {
-        let runs = self.owners.pop(&block)?;
-        self.runs_cached -= runs.len();
-        Some(runs)
-    }
-
-    fn insert(&mut self, block: BlockNo, runs: Arc<[OwnerRun]>) {
-        self.runs_cached += runs.len();
-        if let Some(old) = self.owners.put(block, runs) {
-            self.runs_cached -= old.len();
-        }
-        while self.runs_cached > OWNER_RUNS_MAX && self.owners.len() > 1 {
-            if let Some((_, old)) = self.owners.pop_lru() {
-                self.runs_cached -= old.len();
-            }
-        }
     }
 }
 
@@ -190,9 +170,9 @@ impl Engine {
         if first.whole {
             return Some(Below::Whole(first));
         }
-        if let Some(runs) = lower.owners.get(&block) {
+        if let Some(owners) = lower.owners.get(block) {
             lower.hits += 1;
-            return Some(Below::Owners(Arc::clone(runs)));
+            return Some(Below::Owners(owners.clone()));
         }
         if !lower.resolving.contains_key(&block) {
             self.resolve_block(block);
@@ -203,13 +183,7 @@ impl Engine {
     /// The cache of owners, in figures.
     #[must_use]
     pub fn owners(&self) -> CacheStats {
-        CacheStats {
-            blocks: self.lower.owners.len() as u64,
-            runs: self.lower.runs_cached as u64,
-            runs_max: OWNER_RUNS_MAX as u64,
-            hits: self.lower.hits,
-            misses: self.lower.misses,
-        }
+        self.lower.owners.stats(self.lower.hits, self.lower.misses)
     }
 
     /// Reads every bitmap the block's owners depend on, at the same time.
@@ -268,7 +242,7 @@ impl Engine {
             return self.fail_parked(Wait::Owners(block), errno);
         }
         let known: Vec<_> = done.bitmaps.into_iter().filter_map(|(p, b)| b.map(|b| (p, b))).collect();
-        self.lower.insert(block, resolve(&known).into());
+        self.lower.owners.insert(block, &resolve(&known));
         self.wake(Wait::Owners(block));
     }
 
@@ -290,10 +264,11 @@ impl Engine {
         lower.map.push_top(node, rw.allocated());
         lower.files.push(file);
         for (block, _, whole) in rw.allocated() {
-            let Some(runs) = lower.forget(block).filter(|_| !whole) else { continue };
+            let Some(owners) = lower.owners.forget(block).filter(|_| !whole) else { continue };
             let top = lower.map.places(block).next();
             if let (Some(place), Some(bitmap)) = (top, rw.known_bitmap(block)) {
-                lower.insert(block, overlay(place, bitmap, &runs).into());
+                let runs: Vec<_> = owners.runs().collect();
+                lower.owners.insert(block, &overlay(place, bitmap, &runs));
             }
         }
         // What is being read was to be resolved without the new level.

@@ -33,6 +33,12 @@ fn first_of(node: u8, slot: u32) -> Vec<OwnerRun> {
     vec![run(0, 1, Owner::Node { node, slot: Slot(slot) }), run(1, 4095, Owner::Zero)]
 }
 
+impl Lower {
+    fn known_runs(&mut self, block: BlockNo) -> Option<Vec<OwnerRun>> {
+        self.owners.get(block).map(|owners| owners.runs().collect())
+    }
+}
+
 #[test]
 fn a_level_on_top_changes_only_its_own_blocks() {
     let lower = lower(&[(1, &[(0, 7, true), (1, 70, false)]), (2, &[(1, 17, false), (2, 27, true)])]);
@@ -51,9 +57,9 @@ fn what_is_known_outlives_a_refresh_where_nothing_moved() {
     // Level 2 goes: it had block 1, its parent takes it.
     let mut before =
         lower(&[(1, &[(1, 70, false)]), (2, &[(1, 17, false)]), (3, &[(0, 7, false), (2, 99, false)])]);
-    before.insert(BlockNo(0), first_of(2, 7).into());
-    before.insert(BlockNo(1), first_of(1, 17).into());
-    before.insert(BlockNo(2), first_of(2, 99).into());
+    before.owners.insert(BlockNo(0), &first_of(2, 7));
+    before.owners.insert(BlockNo(1), &first_of(1, 17));
+    before.owners.insert(BlockNo(2), &first_of(2, 99));
     let mut after = lower(&[(1, &[(1, 70, false)]), (3, &[block_0[0], (2, 99, true)])]);
     let mut asked = Vec::new();
     after.learn(before.known(), |block| {
@@ -61,19 +67,20 @@ fn what_is_known_outlives_a_refresh_where_nothing_moved() {
         Some(first_of(0, 70))
     });
     assert_eq!(asked, [BlockNo(1)], "what moved is found anew, and only that");
-    assert_eq!(*after.owners.peek(&BlockNo(0)).unwrap().to_vec(), first_of(1, 7), "renumbered");
-    assert_eq!(*after.owners.peek(&BlockNo(1)).unwrap().to_vec(), first_of(0, 70));
-    assert!(after.owners.peek(&BlockNo(2)).is_none(), "a whole block needs no owners");
-    assert_eq!(after.runs_cached, 4);
+    assert_eq!(after.known_runs(BlockNo(0)), Some(first_of(1, 7)), "renumbered");
+    assert_eq!(after.known_runs(BlockNo(1)), Some(first_of(0, 70)));
+    assert_eq!(after.known_runs(BlockNo(2)), None, "a whole block needs no owners");
+    assert_eq!(after.owners.stats(0, 0).runs, 4);
 }
 
 #[test]
 fn what_cannot_be_found_anew_is_forgotten() {
     let mut before = lower(&[(1, &[(0, 7, false)])]);
-    before.insert(BlockNo(0), first_of(0, 7).into());
+    before.owners.insert(BlockNo(0), &first_of(0, 7));
     let mut after = lower(&[(1, &[(0, 8, false)])]);
     after.learn(before.known(), |_| None);
-    assert!(after.owners.is_empty() && after.runs_cached == 0);
+    let left = after.owners.stats(0, 0);
+    assert_eq!((left.blocks, left.runs), (0, 0));
 }
 
 #[test]

@@ -29,6 +29,7 @@ mod lookup;
 mod lower;
 mod merge;
 mod moves;
+mod owner_cache;
 mod piece;
 mod quiesce;
 mod relief;

@@ -484,16 +484,11 @@ fn below_runs(below: &Below, run: SectorRun) -> Vec<(SectorRun, Source)> {
     match below {
         Below::Nothing => vec![(run, Source::Zero)],
         Below::Whole(place) => vec![(run, Source::Lower { node: place.node, slot: place.slot })],
-        Below::Owners(runs) => runs
-            .iter()
-            .filter_map(|part| {
-                let first = part.run.first.max(run.first);
-                let end = part.run.end().min(run.end());
-                let source = match part.owner {
-                    Owner::Zero => Source::Zero,
-                    Owner::Node { node, slot } => Source::Lower { node, slot },
-                };
-                (first < end).then(|| (SectorRun { first, count: end - first }, source))
+        Below::Owners(owners) => owners
+            .within(run)
+            .map(|part| match part.owner {
+                Owner::Zero => (part.run, Source::Zero),
+                Owner::Node { node, slot } => (part.run, Source::Lower { node, slot }),
             })
             .collect(),
     }

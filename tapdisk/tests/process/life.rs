@@ -187,7 +187,7 @@ fn statistics_tell_each_kind_and_how_long_it_took() {
         assert!(kind.latency.at_most_us(1, 1) >= kind.longest_us);
     }
     assert_eq!((stats.depth, stats.in_flight, stats.in_flight_max), (1, 0, 1));
-    assert!(stats.owners.runs_max > 0 && stats.buffer_bytes == 0);
+    assert!(stats.owners.bytes_max > 0 && stats.buffer_bytes == 0);
 }
 
 #[test]

@@ -31,7 +31,7 @@ use crate::error::{Error, Result};
 use crate::footer::DiskType;
 use crate::limits::CHAIN_NODES_MAX;
 use crate::meta::Meta;
-pub use crate::owners::{Owner, OwnerRun, clip, overlay, resolve};
+pub use crate::owners::{BlockOwners, Owner, OwnerRun, clip, overlay, resolve};
 use crate::storage::{Access, Volume, VolumeName, Volumes};
 use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockNo, SECTOR_BYTES, Slot};
 

@@ -2,6 +2,8 @@
 //!
 //! Absent on purpose: I/O. Whoever has the bitmaps asks.
 
+use std::sync::Arc;
+
 use crate::bitmap::SectorBitmap;
 use crate::chain::Place;
 use crate::units::{BLOCK_SECTORS, SectorRun, Slot};
@@ -78,6 +80,67 @@ fn push_run(runs: &mut Vec<OwnerRun>, part: OwnerRun) {
     }
 }
 
+/// The owners of one block as they are kept in memory: eight bytes a run, and
+/// a clone costs nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockOwners(Arc<[KeptRun]>);
+
+/// A run up to where the next one begins, or the block ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct KeptRun {
+    slot: Slot,
+    first: u16,
+    node: u8,
+    /// Whether `node` has it, at `slot`; otherwise nobody.
+    owned: bool,
+}
+
+const _: () = assert!(size_of::<KeptRun>() == BlockOwners::RUN_BYTES);
+
+impl BlockOwners {
+    /// Memory a run takes, in bytes.
+    pub const RUN_BYTES: usize = 8;
+
+    /// Keeps `runs`, which cover the block in order, as [`resolve`] gives them.
+    #[must_use]
+    pub fn new(runs: &[OwnerRun]) -> Self {
+        let kept = runs.iter().map(|part| {
+            // A sector's number in its block has twelve bits.
+            let first = u16::try_from(part.run.first).unwrap_or(u16::MAX);
+            match part.owner {
+                Owner::Zero => KeptRun { slot: Slot(0), first, node: 0, owned: false },
+                Owner::Node { node, slot } => KeptRun { slot, first, node, owned: true },
+            }
+        });
+        Self(kept.collect())
+    }
+
+    /// Number of runs.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    /// All runs, in order.
+    pub fn runs(&self) -> impl Iterator<Item = OwnerRun> + '_ {
+        self.within(SectorRun::BLOCK)
+    }
+
+    /// The owners of the sectors of `run`, in order.
+    pub fn within(&self, run: SectorRun) -> impl Iterator<Item = OwnerRun> + '_ {
+        let after = self.0.partition_point(|kept| u32::from(kept.first) <= run.first);
+        let parts = self.0.get(after.saturating_sub(1)..).unwrap_or_default();
+        let ends = parts.iter().skip(1).map(|next| u32::from(next.first)).chain([BLOCK_SECTORS]);
+        parts.iter().zip(ends).map_while(move |(kept, end)| {
+            let first = run.first.max(u32::from(kept.first));
+            let end = run.end().min(end);
+            let owner =
+                if kept.owned { Owner::Node { node: kept.node, slot: kept.slot } } else { Owner::Zero };
+            (first < end).then(|| OwnerRun { run: SectorRun { first, count: end - first }, owner })
+        })
+    }
+}
+
 /// Clears bits from `sectors` on.
 pub fn clip(bitmap: &mut SectorBitmap, sectors: u32) {
     if sectors < BLOCK_SECTORS {
@@ -137,6 +200,35 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn what_is_kept_is_what_was_resolved() {
+        let levels =
+            [(place(0), bits(&[(0, 1), (64, 64), (4000, 96)])), (place(3), bits(&[(1, 200), (4090, 6)]))];
+        let resolved = resolve(&levels);
+        let kept = BlockOwners::new(&resolved);
+        assert_eq!(kept.count(), resolved.len());
+        assert_eq!(kept.runs().collect::<Vec<_>>(), resolved);
+        for (first, count) in
+            [(0, 1), (0, 4096), (63, 2), (64, 64), (127, 4), (150, 3900), (4095, 1), (3999, 2)]
+        {
+            let wanted: Vec<_> = resolved
+                .iter()
+                .filter_map(|part| {
+                    let from = part.run.first.max(first);
+                    let end = part.run.end().min(first + count);
+                    (from < end)
+                        .then(|| OwnerRun { run: SectorRun { first: from, count: end - from }, ..*part })
+                })
+                .collect();
+            assert_eq!(
+                kept.within(SectorRun { first, count }).collect::<Vec<_>>(),
+                wanted,
+                "{first}+{count}"
+            );
+        }
+    }
+
     #[test]
     fn one_more_level_is_as_resolving_all_of_them() {
         let (top, mid, low) = (bits(&[(0, 9), (500, 700)]), bits(&[(4, 90)]), bits(&[(600, 1000)]));

@@ -177,8 +177,10 @@ fn gauges(page: &mut Page, disks: &[Named]) {
     let help = "Blocks in the cache of who owns which sectors.";
     gauge("coppice_vdi_owner_cache_blocks", help, &|s| s.owners.blocks as f64);
     gauge("coppice_vdi_owner_cache_runs", "Runs of sectors in that cache.", &|s| s.owners.runs as f64);
-    let help = "How many of these it holds at most.";
-    gauge("coppice_vdi_owner_cache_runs_max", help, &|s| s.owners.runs_max as f64);
+    let help = "Memory that cache takes.";
+    gauge("coppice_vdi_owner_cache_bytes", help, &|s| s.owners.bytes as f64);
+    let help = "The most it may take.";
+    gauge("coppice_vdi_owner_cache_max_bytes", help, &|s| s.owners.bytes_max as f64);
 }
 
 fn counters(page: &mut Page, disks: &[Named]) {
