@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 mod client;
+pub mod nbd;
 mod stats;
 pub use client::{Client, ClientError};
 pub use stats::{CacheStats, Histogram, KindStats, Stats};
@@ -148,6 +149,28 @@ pub enum Request {
         /// First block of interest.
         from: u32,
     },
+    /// Notes from here on which blocks are written, trimmed or zeroed, and
+    /// which of them already are on their way: one bit a block. There is one
+    /// such list; one that was begun before is dropped.
+    Track {
+        /// Names the list.
+        list: Uuid,
+    },
+    /// Ends a list and hands it out from a block on: [`Reply::Blocks`]. What
+    /// is written after the first such request is not in it. Refused with
+    /// [`Refusal::Stale`] where the list is not: another was begun since, or
+    /// this process did not begin it.
+    Tracked {
+        /// The list.
+        list: Uuid,
+        /// First block of interest.
+        from: u32,
+    },
+    /// Drops a list; fine if it is not there.
+    TrackEnd {
+        /// The list.
+        list: Uuid,
+    },
     /// Starts merging the leaf into its parent.
     MergeStart {
         /// The leaf to empty.
@@ -207,7 +230,7 @@ pub enum Reply {
         /// In order.
         extents: Vec<Extent>,
     },
-    /// Answer to [`Request::LeafBlocks`].
+    /// Answer to [`Request::LeafBlocks`] and [`Request::Tracked`].
     Blocks {
         /// First block and number of blocks of each run, in order.
         runs: Vec<(u32, u32)>,

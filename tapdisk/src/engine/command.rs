@@ -94,6 +94,23 @@ pub enum Command {
         /// The size of leaf and disk in bytes.
         virtual_bytes: u64,
     },
+    /// Begins a list of the blocks that guests change.
+    Track {
+        /// Names it.
+        id: Uuid,
+    },
+    /// Ends a list; answered with [`CommandReply::Blocks`].
+    Tracked {
+        /// Which.
+        id: Uuid,
+        /// First block of interest.
+        from: u32,
+    },
+    /// Drops a list.
+    TrackEnd {
+        /// Which.
+        id: Uuid,
+    },
     /// Where a range lies; answered with [`CommandReply::Placed`].
     Lookup {
         /// First byte, a multiple of 512.
@@ -117,6 +134,13 @@ pub enum CommandReply {
     Clean(Vec<SettlePlan>),
     /// Where a range lies, in order, without gaps.
     Placed(Vec<Placed>),
+    /// First block and number of blocks of each run, and where to ask on.
+    Blocks {
+        /// In order.
+        runs: Vec<(u32, u32)>,
+        /// `None`: that was all.
+        next: Option<u32>,
+    },
 }
 
 /// Why a command was not carried out.
@@ -129,6 +153,9 @@ pub enum CommandError {
     /// goes on as before.
     #[error("{0}")]
     Unsettled(String),
+    /// It names what this process does not know.
+    #[error("no such list of changed blocks")]
+    Unknown,
     /// It went wrong; the disk goes on as before.
     #[error("{0}")]
     Failed(String),
@@ -190,6 +217,18 @@ impl Engine {
             Command::Close => self.drain_then(Then::Close(token))?,
             Command::Changed { rw, virtual_bytes } => self.leaf_changed(token, rw, virtual_bytes)?,
             Command::Lookup { offset, len } => self.look_up(token, offset, len),
+            Command::Track { id } => {
+                self.track(id);
+                self.answer(token, Ok(CommandReply::Done));
+            }
+            Command::Tracked { id, from } => {
+                let blocks = self.tracked(id, from)?;
+                self.answer(token, Ok(blocks));
+            }
+            Command::TrackEnd { id } => {
+                self.track_end(id);
+                self.answer(token, Ok(CommandReply::Done));
+            }
         }
         Ok(())
     }

@@ -34,6 +34,7 @@ mod piece;
 mod quiesce;
 mod relief;
 mod status;
+mod track;
 mod writeback;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -106,6 +107,8 @@ pub struct Engine {
     barriers: Vec<(OpId, Barrier)>,
     /// Who asked where a range lies.
     lookups: HashMap<RequestId, Token>,
+    /// Blocks that guests change, while somebody wants to know.
+    tracked: Option<track::Tracked>,
     clean: Vec<CleanWaiter>,
     written_back: Vec<WriteBackWaiter>,
     last_activity_us: u64,
@@ -166,6 +169,7 @@ impl Engine {
             names_syncing: false,
             barriers: Vec::new(),
             lookups: HashMap::new(),
+            tracked: None,
             clean: Vec::new(),
             written_back: Vec::new(),
             last_activity_us: 0,

@@ -292,6 +292,7 @@ impl Engine {
         let given_up = matches!(piece.action, Action::Zero { keep: false } | Action::Trim);
         let trimmed = given_up && piece.run == SectorRun::BLOCK;
         self.note_content(piece.block, piece.zeros(), trimmed);
+        self.note_change(piece.block);
         for ((index, run), slot) in targets.into_iter().zip(slots) {
             let file = self.stack[index].file;
             let part = Part { request: piece.request, file, block: piece.block, slot, run };
@@ -380,6 +381,7 @@ impl Engine {
     }
 
     fn free_block(&mut self, index: usize, piece: Piece) {
+        self.note_change(piece.block);
         let image = &mut self.stack[index];
         if image.record.push(Entry::Freed { block: piece.block }).is_err() {
             // No room to promise it: zeros by way of a write, which waits.

@@ -22,6 +22,8 @@ const BLOCK_BYTES_MIN: u32 = 1;
 /// Best unit of a request, in bytes.
 const BLOCK_BYTES_PREFERRED: u32 = 4096;
 
+pub use tapdisk_control::nbd::OBSERVER_SUFFIX;
+
 /// What is offered to clients.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Export {
@@ -38,8 +40,25 @@ pub struct Export {
 }
 
 impl Export {
-    fn is_called(&self, name: &[u8]) -> bool {
-        name.is_empty() || name == self.name.as_bytes()
+    /// What a client sees that asks for `name`: the disk, or with
+    /// [`OBSERVER_SUFFIX`] the same for reading only. `None`: it is not called so.
+    fn called(&self, name: &[u8]) -> Option<Self> {
+        let plain = name.strip_suffix(OBSERVER_SUFFIX.as_bytes());
+        let own = plain.unwrap_or(name);
+        if !own.is_empty() && own != self.name.as_bytes() {
+            return None;
+        }
+        Some(match plain {
+            Some(_) => {
+                Self { name: format!("{}{OBSERVER_SUFFIX}", self.name), read_only: true, ..self.clone() }
+            }
+            None => self.clone(),
+        })
+    }
+
+    /// Whether whoever sees it only looks on.
+    pub(super) fn is_observed(&self) -> bool {
+        self.name.ends_with(OBSERVER_SUFFIX)
     }
 
     /// The transmission flags to advertise.
@@ -153,6 +172,8 @@ pub struct Handshake {
     pub no_zeroes: bool,
     /// What was agreed on so far.
     pub agreed: Agreed,
+    /// The export as the client asked for it last.
+    pub chosen: Option<Export>,
 }
 
 impl Handshake {
@@ -209,28 +230,29 @@ impl Handshake {
         replies.push(option_reply::ACK, &[]);
     }
 
-    fn export_name(&self, export: &Export, name: &[u8], out: &mut Vec<u8>) -> Next {
-        if !export.is_called(name) {
+    fn export_name(&mut self, export: &Export, name: &[u8], out: &mut Vec<u8>) -> Next {
+        let Some(export) = export.called(name) else {
             return Next::Close; // this option has no other way to say no
-        }
+        };
         out.extend_from_slice(&export.virtual_bytes.to_be_bytes());
         out.extend_from_slice(&export.flags(self.agreed).to_be_bytes());
         if !self.no_zeroes {
             out.extend_from_slice(&[0; 124]);
         }
+        self.chosen = Some(export);
         Next::Transmission
     }
 
     /// Answers `INFO` and `GO`; whether the export was found.
-    fn info(&self, export: &Export, data: &[u8], replies: &mut Replies<'_>) -> bool {
+    fn info(&mut self, export: &Export, data: &[u8], replies: &mut Replies<'_>) -> bool {
         let Some((name, wanted)) = parse_info(data) else {
             replies.refuse(option_reply::ERR_INVALID, "malformed INFO or GO");
             return false;
         };
-        if !export.is_called(name) {
+        let Some(export) = export.called(name) else {
             replies.refuse(option_reply::ERR_UNKNOWN, "no such export");
             return false;
-        }
+        };
         let what = InfoExport {
             kind: info::EXPORT.into(),
             virtual_bytes: export.virtual_bytes.into(),
@@ -252,6 +274,7 @@ impl Handshake {
             }
         }
         replies.push(option_reply::ACK, &[]);
+        self.chosen = Some(export);
         true
     }
 
@@ -264,7 +287,7 @@ impl Handshake {
         let Some((name, queries)) = parse_queries(data) else {
             return replies.refuse(option_reply::ERR_INVALID, "malformed metadata query");
         };
-        if !export.is_called(name) {
+        if export.called(name).is_none() {
             return replies.refuse(option_reply::ERR_UNKNOWN, "no such export");
         }
         if choose && self.agreed.mode == Mode::Simple {
@@ -540,6 +563,25 @@ mod tests {
         assert_eq!(ask(Plain, option::STARTTLS, &[]), refused(option_reply::ERR_UNSUP));
         assert_eq!(ask(Secured, option::STARTTLS, &[]), refused(option_reply::ERR_INVALID));
         assert_eq!(ask(Secured, option::GO, &named("disk", &[0, 0])).0, Next::Transmission);
+    }
+
+    #[test]
+    fn an_observer_sees_the_same_disk_for_reading_only() {
+        for name in ["disk@observe", "@observe"] {
+            let mut handshake = Handshake::default();
+            let mut out = Vec::new();
+            let disk = (&export(), Security::Plain);
+            let next = handshake.option(disk, option::EXPORT_NAME, name.as_bytes(), &mut out);
+            let chosen = handshake.chosen.unwrap();
+            assert_eq!((next, chosen.virtual_bytes), (Next::Transmission, export().virtual_bytes));
+            assert!(chosen.read_only && chosen.is_observed() && !export().is_observed());
+            let flags = u16::from_be_bytes([out[8], out[9]]);
+            assert_ne!(flags & proto::transmission_flag::READ_ONLY, 0);
+        }
+        let mut out = Vec::new();
+        let disk = (&export(), Security::Plain);
+        let next = Handshake::default().option(disk, option::EXPORT_NAME, b"no@observe", &mut out);
+        assert_eq!(next, Next::Close);
     }
 
     #[test]

@@ -337,6 +337,12 @@ impl Connection {
         )
     }
 
+    /// Whether it only looks on: nothing need wait for it to leave.
+    #[must_use]
+    pub fn is_observer(&self) -> bool {
+        self.export.is_observed()
+    }
+
     /// Whether the socket should be closed: all was said, or the peer is out
     /// of step. Requests may still be with the engine.
     #[must_use]

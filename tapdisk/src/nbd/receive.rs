@@ -1,6 +1,8 @@
 //! The receiving half of a [`Connection`]: one step for each whole thing that
 //! arrived.
 
+use std::sync::Arc;
+
 use zerocopy::FromBytes;
 
 use super::handshake::{self, Agreed, Handshake, Next};
@@ -112,7 +114,12 @@ impl Connection {
             // perhaps, that would count as said under TLS.
             Next::StartTls if self.start < self.end => {}
             Next::StartTls => self.phase = Phase::StartTls { handshake, seen: seen + 1 },
-            Next::Transmission => self.phase = Phase::Request(handshake.agreed),
+            Next::Transmission => {
+                if let Some(chosen) = handshake.chosen {
+                    self.export = Arc::new(chosen);
+                }
+                self.phase = Phase::Request(handshake.agreed);
+            }
             Next::Goodbye => self.phase = Phase::Goodbye(handshake.agreed),
             Next::Close => {}
         }

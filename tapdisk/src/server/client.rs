@@ -42,6 +42,11 @@ impl Client {
         self.socket.is_some() && !self.leaving && self.connection.is_transmitting()
     }
 
+    /// Whether it uses the disk, and does not only look on.
+    pub(super) fn is_guest(&self) -> bool {
+        self.is_transmitting() && !self.connection.is_observer()
+    }
+
     /// Whether nothing is said to it any more.
     pub(super) fn is_leaving(&self) -> bool {
         self.leaving && self.socket.is_some()

@@ -73,9 +73,10 @@ impl Clients {
         self.export = Arc::new(Export { virtual_bytes, ..(*self.export).clone() });
     }
 
-    /// How many are past their handshake and connected.
-    pub fn transmitting(&self) -> u64 {
-        self.all.values().filter(|client| client.is_transmitting()).count() as u64
+    /// How many are past their handshake and connected, without those who only
+    /// look on: a disk that is detached does not wait for them.
+    pub fn guests(&self) -> u64 {
+        self.all.values().filter(|client| client.is_guest()).count() as u64
     }
 
     /// Takes those of this host who wait at the door.

@@ -12,13 +12,14 @@ use crate::driver::PeerId;
 use crate::limits::CONTROL_PEERS_MAX;
 
 /// What peers say that is nearly right.
-const LINES: [&str; 6] = [
+const LINES: [&str; 7] = [
     r#"{"id":1,"request":"stats"}"#,
     r#"{"id":2,"request":"settle"}"#,
     r#"{"id":3,"request":"pause","intent":{"pending":"a","decided":"b","void":"c"},"limit_ms":5}"#,
     r#"{"id":4,"request":"refresh","leaf":{"volume":"x.vhd","footer":"00000000-0000-0000-0000-000000000001"},"parent":null}"#,
     r#"{"id":18446744073709551615,"request":"stop","force":true}"#,
     r#"{"id":5,"request":"no such thing"}"#,
+    r#"{"id":6,"request":"tracked","list":"00000000-0000-0000-0000-000000000001","from":0}"#,
 ];
 
 /// Plays peers that connect, talk, fall silent and leave as `script` says, and

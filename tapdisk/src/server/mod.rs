@@ -285,7 +285,7 @@ impl<C: Core> Server<C> {
         } else if now >= stopping.next_attempt {
             stopping.next_attempt = now + STOP_RETRY;
             let call = Call { id: 0, request: ControlRequest::Stop { force: true } };
-            let stats = self.guests.stats(self.clients.transmitting());
+            let stats = self.guests.stats(self.clients.guests());
             self.core.call(self.now_us, PeerId::SELF, call, &stats);
         }
     }
@@ -305,7 +305,7 @@ impl<C: Core> Server<C> {
             let now_us = self.now_us;
             let mut handed_over = self.peers.take_calls(|event| match event {
                 peers::Event::Call(peer, call) => {
-                    let stats = self.guests.stats(self.clients.transmitting());
+                    let stats = self.guests.stats(self.clients.guests());
                     self.core.call(now_us, peer, call, &stats);
                 }
                 peers::Event::Gone(peer) => self.core.peer_gone(now_us, peer),

@@ -72,6 +72,7 @@ impl Service {
         }
         let refusal = match error {
             CommandError::Busy(detail) => busy(detail),
+            CommandError::Unknown => super::answers::stale(&error.to_string()),
             CommandError::Failed(detail) => Refusal::Failed { detail: detail.clone() },
             CommandError::Unsettled(detail) => {
                 let detail = format!("{detail}; it is still attached: make room, then detach again");

@@ -132,6 +132,7 @@ impl Service {
     ) -> Vec<super::Step> {
         let refusal = match error {
             CommandError::Busy(detail) => busy(detail),
+            CommandError::Unknown => super::answers::stale(&error.to_string()),
             CommandError::Failed(detail) | CommandError::Unsettled(detail) => {
                 Refusal::Failed { detail: detail.clone() }
             }

@@ -161,7 +161,8 @@ pub struct Service {
     prepared: Option<(IntentNames, Connection, Option<Box<Child>>)>,
     lease: Option<Lease>,
     operations: HashMap<Token, Operation>,
-    /// Who asked where a range lies. These stand in nobody's way.
+    /// Who asked what stands in nobody's way: where a range lies, what guests
+    /// changed.
     lookups: HashMap<Token, (Connection, u64)>,
     next_token: u64,
     /// What the chain below the leaf was known to be when a refresh began.
@@ -216,6 +217,11 @@ impl Service {
             Request::MergeStatus => return Ok(vec![answer(caller, Ok(Reply::Merge(merge_status(engine))))]),
             Request::Extents { offset, length } => return self.extents(engine, caller, offset, length),
             Request::LeafBlocks { from } => return places::leaf_blocks(engine, caller, from),
+            Request::Track { list: id } => return Ok(self.aside(caller, Command::Track { id })),
+            Request::Tracked { list: id, from } => {
+                return Ok(self.aside(caller, Command::Tracked { id, from }));
+            }
+            Request::TrackEnd { list: id } => return Ok(self.aside(caller, Command::TrackEnd { id })),
             _ => {}
         }
         if !self.operations.is_empty() {
@@ -225,9 +231,13 @@ impl Service {
             return Err(busy("the disk is paused"));
         }
         match request {
-            Request::Stats | Request::MergeStatus | Request::Extents { .. } | Request::LeafBlocks { .. } => {
-                Ok(Vec::new())
-            }
+            Request::Stats
+            | Request::MergeStatus
+            | Request::Extents { .. }
+            | Request::LeafBlocks { .. }
+            | Request::Track { .. }
+            | Request::Tracked { .. }
+            | Request::TrackEnd { .. } => Ok(Vec::new()),
             Request::Grow { leaf, virtual_bytes } => self.grow(engine, caller, &leaf, virtual_bytes),
             Request::Prepare { intent, leaf, child, base } => {
                 self.prepare(caller, intent, &leaf, child, base.as_deref())

@@ -4,7 +4,7 @@
 use tapdisk_control::{Extent, Refusal, Reply};
 use vhd::units::SECTOR_BYTES;
 
-use super::answers::answer;
+use super::answers::{answer, stale};
 use super::{Connection, Service, Step};
 use crate::engine::{Command, CommandError, CommandReply, Engine};
 use crate::limits::{CONTROL_EXTENTS_MAX, CONTROL_RUNS_MAX, LOOKUP_BYTES_MAX};
@@ -24,13 +24,18 @@ impl Service {
             return Err(Refusal::Bad { detail });
         }
         let len = u32::try_from(length.min(left).min(LOOKUP_BYTES_MAX)).unwrap_or(u32::MAX);
+        Ok(self.aside(caller, Command::Lookup { offset, len }))
+    }
+
+    /// Has the engine answer a question that stands in nobody's way.
+    pub(super) fn aside(&mut self, caller: (Connection, u64), command: Command) -> Vec<Step> {
         let token = self.token();
         self.lookups.insert(token, caller);
-        Ok(vec![Step::Command(token, Command::Lookup { offset, len })])
+        vec![Step::Command(token, command)]
     }
 }
 
-/// The engine's answer to a lookup, as far as one line carries it.
+/// The engine's answer to a question, as far as one line carries it.
 pub(super) fn found(caller: (Connection, u64), reply: Result<CommandReply, CommandError>) -> Step {
     let outcome = match reply {
         Ok(CommandReply::Placed(placed)) => {
@@ -41,6 +46,9 @@ pub(super) fn found(caller: (Connection, u64), reply: Result<CommandReply, Comma
             let extents = placed.iter().take(CONTROL_EXTENTS_MAX).map(extent).collect();
             Ok(Reply::Extents { extents })
         }
+        Ok(CommandReply::Done) => Ok(Reply::Done),
+        Ok(CommandReply::Blocks { runs, next }) => Ok(Reply::Blocks { runs, next }),
+        Err(error @ CommandError::Unknown) => Err(stale(&error.to_string())),
         Ok(other) => Err(Refusal::Failed { detail: format!("the engine said {other:?}") }),
         Err(error) => Err(Refusal::Failed { detail: error.to_string() }),
     };

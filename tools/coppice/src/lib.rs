@@ -19,7 +19,7 @@ pub mod failure;
 pub mod hooks;
 pub mod host;
 pub mod jobs;
-pub mod nbd_client;
+pub use tapdisk_control::nbd as nbd_client;
 pub mod output;
 pub mod progress;
 pub mod reach;

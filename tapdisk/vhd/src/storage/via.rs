@@ -15,6 +15,9 @@ pub trait Delegate: Send + Sync + Debug {
     /// A volume is about to be opened.
     fn opening(&self, _name: &VolumeName) {}
 
+    /// A record was deleted.
+    fn record_deleted(&self, _name: &str) {}
+
     /// Names of the records.
     ///
     /// # Errors
@@ -84,7 +87,9 @@ impl<T: Delegate> Volumes for Via<T> {
         self.0.inner().rename_record(from, to)
     }
     fn delete_record(&self, name: &str, why: Why) -> io::Result<()> {
-        self.0.inner().delete_record(name, why)
+        self.0.inner().delete_record(name, why)?;
+        self.0.record_deleted(name);
+        Ok(())
     }
     fn sync_records(&self, why: Why) -> io::Result<()> {
         self.0.inner().sync_records(why)

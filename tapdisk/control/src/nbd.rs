@@ -22,6 +22,9 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+/// Added to the name of a tapdisk's export: the same disk, for reading only. A
+/// client of that name is in nobody's way, so the disk can be detached under it.
+pub const OBSERVER_SUFFIX: &str = "@observe";
 /// Most requests in flight on one connection.
 pub const IN_FLIGHT_MAX: usize = 64;
 /// Longest request, data bytes.
