@@ -67,6 +67,21 @@ pub trait Host: Send + Sync + Debug {
     /// is no lease.
     fn make_reader(&self, lease: &Lease) -> io::Result<Guard>;
 
+    /// Asks those to leave who read a VDI for a purpose that can wait, and
+    /// waits for it with a stated limit. Not under the SR lock. Returns
+    /// whether there were any, and all have left.
+    ///
+    /// # Errors
+    /// I/O errors.
+    fn ask_to_leave(&self, _vdi: Uuid) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    /// Whether somebody waits for such readers of a VDI to leave.
+    fn is_asked_to_leave(&self, _vdi: Uuid) -> bool {
+        false
+    }
+
     /// Rewrites the chain of a tapdisk's live lease, after it has refreshed
     /// its map. The caller holds the SR lock.
     ///

@@ -20,6 +20,9 @@ pub enum Reader {
     /// A copy, an export or a comparison: reads with the map it has, to its
     /// end, and cannot be told anything.
     Copy,
+    /// The same for a purpose that can wait: it leaves within a moment when
+    /// it is asked to, and keeps nobody from the VDI.
+    Yielding,
 }
 
 /// One reader of a chain.

@@ -105,7 +105,12 @@ pub const MAP_EXTENTS_MAX: usize = 16_384;
 pub const CHANGED_RANGES_MAX: usize = 65_536;
 /// Copies, exports and comparisons of one SR at a time: each holds a lease.
 pub const READERS_MAX: usize = 256;
+/// How long those who read for a purpose that can wait have to leave, in
+/// milliseconds: some reads of a block.
+pub const LEAVE_MS_MAX: u64 = 5_000;
 /// Rows kept in the operation history of an SR.
 pub const HISTORY_ROWS_MAX: u32 = 10_000;
+/// Bytes of documents kept beside the history of an SR.
+pub const PAPER_BYTES_MAX: u32 = 64 << 20;
 /// Bytes of the leases, owner files and other small files of the run folder.
 pub const SMALL_FILE_BYTES_MAX: u64 = 1 << 20;

@@ -2,7 +2,9 @@
 //! compares a chain reads it with the map it has, to the end.
 //!
 //! ```text
-//!   <run>/readers/<sr>/<uuid>     locked while somebody reads; JSON, a Lease
+//!   <run>/readers/<sr>/<uuid>        locked while somebody reads; JSON, a Lease
+//!   <run>/readers/<sr>.leave/<vdi>   somebody waits for those to leave who read
+//!                                    the VDI for a purpose that can wait
 //! ```
 //!
 //! A file that nobody locks is of a process that died, and goes.
@@ -11,13 +13,17 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
 use crate::host::Guard;
-use crate::lease::Lease;
-use crate::limits::{READERS_MAX, SMALL_FILE_BYTES_MAX};
+use crate::lease::{Lease, Reader};
+use crate::limits::{LEAVE_MS_MAX, READERS_MAX, SMALL_FILE_BYTES_MAX};
 use crate::run_folder::make_folder;
+
+/// How often one looks whether they have left.
+const LEAVE_POLL: Duration = Duration::from_millis(2);
 
 /// The readers of one SR.
 #[derive(Debug, Clone)]
@@ -47,12 +53,62 @@ impl Readers {
             let text = format!("{READERS_MAX} copies and exports are running");
             return Err(io::Error::new(io::ErrorKind::WouldBlock, text));
         }
+        if lease.reader == Reader::Yielding {
+            remove(&self.sign(lease.vdi))?;
+        }
         let path = self.folder.join(Uuid::new_v4().to_string());
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
         let held = Held { file, path };
         held.file.try_lock().map_err(io::Error::from)?;
         held.file.write_all_at(&serde_json::to_vec(lease)?, 0)?;
         Ok(Box::new(held))
+    }
+
+    /// Asks those who read a VDI for a purpose that can wait to leave, and
+    /// waits for it, at most [`LEAVE_MS_MAX`]. Returns whether there were any,
+    /// and all have left. What is asked is asked of those who are there: a
+    /// sign that a dead process left is taken away by who comes next.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn ask_to_leave(&self, vdi: Uuid) -> io::Result<bool> {
+        if !self.has_yielding(vdi)? {
+            return Ok(false);
+        }
+        let sign = self.sign(vdi);
+        make_folder(sign.parent().unwrap_or(&self.folder))?;
+        File::create(&sign)?;
+        let deadline = Instant::now() + Duration::from_millis(LEAVE_MS_MAX);
+        let mut there = true;
+        while there && Instant::now() < deadline {
+            std::thread::sleep(LEAVE_POLL);
+            there = self.has_yielding(vdi)?;
+        }
+        remove(&sign)?;
+        Ok(!there)
+    }
+
+    /// Whether somebody waits for them.
+    #[must_use]
+    pub fn is_asked_to_leave(&self, vdi: Uuid) -> bool {
+        self.sign(vdi).exists()
+    }
+
+    fn sign(&self, vdi: Uuid) -> PathBuf {
+        self.folder.with_extension("leave").join(vdi.to_string())
+    }
+
+    /// Looks without the SR lock: one that is just being made is not seen, and
+    /// none is taken away.
+    fn has_yielding(&self, vdi: Uuid) -> io::Result<bool> {
+        for entry in fs::read_dir(&self.folder)? {
+            let Ok(file) = File::open(entry?.path()) else { continue };
+            let held = matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock));
+            if held && read(&file).is_ok_and(|lease| lease.vdi == vdi && lease.reader == Reader::Yielding) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// All live ones; dead ones are removed. The caller holds the SR lock.
@@ -110,7 +166,6 @@ impl Drop for Held {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lease::Reader;
 
     fn lease(vdi: u128) -> Lease {
         let (vdi, sr) = (Uuid::from_u128(vdi), Uuid::from_u128(99));
@@ -131,6 +186,33 @@ mod tests {
         fs::write(readers.folder.join("left"), "{").unwrap();
         assert_eq!(readers.live().unwrap(), []);
         assert!(!readers.folder.join("left").exists());
+    }
+
+    #[test]
+    fn those_who_can_wait_leave_when_they_are_asked() {
+        let run = tempfile::tempdir().unwrap();
+        let readers = Readers::open(run.path(), Uuid::from_u128(99)).unwrap();
+        let (one, two) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let yielding = Lease { reader: Reader::Yielding, ..lease(1) };
+        let copying = readers.make(&lease(2)).unwrap();
+        // A sign left by a dead process is not for whoever comes next.
+        fs::create_dir_all(readers.sign(one).parent().unwrap()).unwrap();
+        File::create(readers.sign(one)).unwrap();
+        let held = readers.make(&yielding).unwrap();
+        assert!(!readers.is_asked_to_leave(one));
+        assert!(!readers.ask_to_leave(two).unwrap(), "an export is not asked");
+        let reader = readers.clone();
+        let reading = std::thread::spawn(move || {
+            while !reader.is_asked_to_leave(one) {
+                std::thread::yield_now();
+            }
+            drop(held);
+        });
+        assert!(readers.ask_to_leave(one).unwrap());
+        reading.join().unwrap();
+        assert!(!readers.is_asked_to_leave(one) && !readers.ask_to_leave(one).unwrap());
+        assert_eq!(readers.live().unwrap().len(), 1);
+        drop(copying);
     }
 
     #[test]

@@ -45,8 +45,21 @@ impl Reading {
     /// [`Error::Busy`] while an operation or a merge works on it,
     /// [`Error::NotFound`], what breaks its chain.
     pub fn open(repo: &Repo, vdi: Uuid, hidden: bool) -> Result<Self> {
+        Self::open_as(repo, vdi, hidden, Reader::Copy)
+    }
+
+    /// The same for a VDI and a purpose that can wait: the caller looks now and
+    /// then whether [`crate::host::Host::is_asked_to_leave`], and leaves then.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_yielding(repo: &Repo, vdi: Uuid) -> Result<Self> {
+        Self::open_as(repo, vdi, false, Reader::Yielding)
+    }
+
+    fn open_as(repo: &Repo, vdi: Uuid, hidden: bool, reader: Reader) -> Result<Self> {
         for _ in 0..ATTEMPTS_MAX {
-            let (links, lease) = lease(repo, vdi, hidden)?;
+            let (links, lease) = lease(repo, vdi, hidden, reader)?;
             let chain = Chain::open(repo.volumes.as_ref(), &links[0].volume)
                 .map_err(|error| image::bad(&links[0].volume, error))?;
             // Names may have moved on since the lock was dropped; what was
@@ -60,7 +73,7 @@ impl Reading {
     }
 }
 
-fn lease(repo: &Repo, vdi: Uuid, hidden: bool) -> Result<(Vec<Link>, Guard)> {
+fn lease(repo: &Repo, vdi: Uuid, hidden: bool, reader: Reader) -> Result<(Vec<Link>, Guard)> {
     let locked = ops::lock(repo, &[vdi])?;
     let mut links = if hidden { chain::read(repo, vdi)? } else { ops::visible_chain(repo, vdi)? };
     let top = &links[0];
@@ -72,7 +85,6 @@ fn lease(repo: &Repo, vdi: Uuid, hidden: bool) -> Result<(Vec<Link>, Guard)> {
         return Err(Error::InUse { what: format!("VDI {vdi}"), reason });
     }
     locked.no_operation_on(top)?;
-    locked.no_revival(repo, vdi)?;
     locked.no_revival(repo, vdi)?;
     // What a merge fills, or empties, is not to be read as a node of its own.
     let claimed = locked.intents.iter().find(|stored| stored.intent.names(&top.volume, top.head.footer));
@@ -89,7 +101,7 @@ fn lease(repo: &Repo, vdi: Uuid, hidden: bool) -> Result<(Vec<Link>, Guard)> {
     }
     let chain = links.iter().map(Link::image_ref).collect();
     let pid = std::process::id();
-    let lease = Lease { vdi, sr: repo.uuid, pid, read_only: true, reader: Reader::Copy, chain };
+    let lease = Lease { vdi, sr: repo.uuid, pid, read_only: true, reader, chain };
     let held = repo.host.make_reader(&lease).during(|| format!("lease on VDI {vdi}"))?;
     Ok((links, held))
 }

@@ -236,6 +236,14 @@ impl Host for RunFolder {
         self.readers.make(lease)
     }
 
+    fn ask_to_leave(&self, vdi: Uuid) -> io::Result<bool> {
+        self.readers.ask_to_leave(vdi)
+    }
+
+    fn is_asked_to_leave(&self, vdi: Uuid) -> bool {
+        self.readers.is_asked_to_leave(vdi)
+    }
+
     fn update_lease(&self, vdi: Uuid, chain: &[ImageRef]) -> io::Result<()> {
         let path = self.tap_folder(vdi).join("lease");
         let file = OpenOptions::new().read(true).write(true).open(path)?;

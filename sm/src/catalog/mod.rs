@@ -87,6 +87,44 @@ pub trait Labels: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// The catalog cannot be written.
     fn note(&self, event: &Event) -> Result<()>;
+    /// Keeps a document of a job beside the history, under its number in the
+    /// job; the oldest jobs' go at a stated number of bytes. A catalog that
+    /// keeps no history keeps none of these.
+    ///
+    /// # Errors
+    /// The catalog cannot be written.
+    fn keep_paper(&self, _job: &str, _number: u32, _text: &str) -> Result<()> {
+        Ok(())
+    }
+    /// The documents of a job, in the order of their numbers.
+    ///
+    /// # Errors
+    /// The catalog cannot be read.
+    fn papers(&self, _job: &str) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+    /// Raises an alarm that stands until a person puts it down; one of the
+    /// same name is replaced.
+    ///
+    /// # Errors
+    /// The catalog cannot be written.
+    fn raise_alarm(&self, _name: &str, _text: &str) -> Result<()> {
+        Ok(())
+    }
+    /// The alarms that stand: name and text.
+    ///
+    /// # Errors
+    /// The catalog cannot be read.
+    fn alarms(&self) -> Result<Vec<(String, String)>> {
+        Ok(Vec::new())
+    }
+    /// Puts an alarm down; fine if there is none.
+    ///
+    /// # Errors
+    /// The catalog cannot be written.
+    fn drop_alarm(&self, _name: &str) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Labels in memory, for simulated SRs.

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::{Event, Label, Labels};
 use crate::error::{Error, Result};
-use crate::limits::HISTORY_ROWS_MAX;
+use crate::limits::{HISTORY_ROWS_MAX, PAPER_BYTES_MAX};
 
 const STEPS: &[&str] = &[
     // 1
@@ -25,6 +25,11 @@ const STEPS: &[&str] = &[
         operation TEXT NOT NULL, vdi TEXT NOT NULL, detail TEXT NOT NULL) STRICT;",
     // 2
     "CREATE TABLE content (vdi TEXT PRIMARY KEY, id TEXT NOT NULL) STRICT;",
+    // 3
+    "CREATE TABLE paper (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL,
+        number INTEGER NOT NULL, text TEXT NOT NULL) STRICT;
+     CREATE INDEX paper_job ON paper (job, number);
+     CREATE TABLE alarm (name TEXT PRIMARY KEY, text TEXT NOT NULL) STRICT;",
 ];
 /// How long one process waits for another's transaction.
 const BUSY_WAIT: Duration = Duration::from_secs(10);
@@ -243,6 +248,48 @@ impl Labels for SqliteLabels {
         transaction.commit()?;
         Ok(())
     }
+
+    fn keep_paper(&self, job: &str, number: u32, text: &str) -> Result<()> {
+        let mut connection = self.lock();
+        let transaction = connection.transaction()?;
+        transaction.execute(
+            "INSERT INTO paper (job, number, text) VALUES (?1, ?2, ?3)",
+            params![job, number, text],
+        )?;
+        // The one just written stays whatever it takes.
+        transaction.execute(
+            "DELETE FROM paper WHERE id IN (SELECT id FROM
+                (SELECT id, SUM(LENGTH(text)) OVER (ORDER BY id DESC) AS sum FROM paper)
+                WHERE sum > ?1 AND id < (SELECT MAX(id) FROM paper))",
+            [PAPER_BYTES_MAX],
+        )?;
+        Ok(transaction.commit()?)
+    }
+
+    fn papers(&self, job: &str) -> Result<Vec<String>> {
+        let connection = self.lock();
+        let mut query =
+            connection.prepare_cached("SELECT text FROM paper WHERE job = ?1 ORDER BY number, id")?;
+        let rows = query.query_map([job], |row| row.get(0))?;
+        Ok(rows.collect::<rusqlite::Result<_>>()?)
+    }
+
+    fn raise_alarm(&self, name: &str, text: &str) -> Result<()> {
+        self.lock().execute("INSERT OR REPLACE INTO alarm (name, text) VALUES (?1, ?2)", [name, text])?;
+        Ok(())
+    }
+
+    fn alarms(&self) -> Result<Vec<(String, String)>> {
+        let connection = self.lock();
+        let mut query = connection.prepare_cached("SELECT name, text FROM alarm ORDER BY name")?;
+        let rows = query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        Ok(rows.collect::<rusqlite::Result<_>>()?)
+    }
+
+    fn drop_alarm(&self, name: &str) -> Result<()> {
+        self.lock().execute("DELETE FROM alarm WHERE name = ?1", [name])?;
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -297,6 +344,32 @@ mod tests {
         let labels = SqliteLabels::open(folder.path()).unwrap();
         assert_eq!(labels.all().unwrap(), BTreeMap::new());
         assert!(folder.path().join("catalog.db.broken").exists());
+    }
+
+    #[test]
+    fn papers_are_bounded_and_alarms_stand_until_they_are_put_down() {
+        let folder = tempfile::tempdir().unwrap();
+        let labels = SqliteLabels::open(folder.path()).unwrap();
+        labels.keep_paper("old", 0, "first").unwrap();
+        labels.keep_paper("job", 1, "b").unwrap();
+        labels.keep_paper("job", 0, "a").unwrap();
+        labels.raise_alarm("x", "one").unwrap();
+        labels.raise_alarm("x", "two").unwrap();
+        drop(labels);
+        let labels = SqliteLabels::open(folder.path()).unwrap();
+        assert_eq!(labels.papers("job").unwrap(), ["a", "b"]);
+        assert_eq!(labels.alarms().unwrap(), [("x".to_owned(), "two".to_owned())]);
+        labels.drop_alarm("x").unwrap();
+        labels.drop_alarm("x").unwrap();
+        assert_eq!(labels.alarms().unwrap(), []);
+        // Alone larger than all may be: it goes with the next one.
+        let large = "x".repeat(PAPER_BYTES_MAX as usize + 1);
+        labels.keep_paper("large", 0, &large).unwrap();
+        assert_eq!(labels.papers("old").unwrap(), Vec::<String>::new());
+        assert_eq!(labels.papers("large").unwrap(), [large]);
+        labels.keep_paper("last", 0, "z").unwrap();
+        assert_eq!(labels.papers("large").unwrap(), Vec::<String>::new());
+        assert_eq!(labels.papers("last").unwrap(), ["z"]);
     }
 
     #[test]

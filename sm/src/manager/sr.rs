@@ -13,6 +13,7 @@ use crate::attached::{AttachedSr, OpenSr};
 use crate::catalog::SqliteLabels;
 use crate::error::{Error, IoContext, Result};
 use crate::journal;
+use crate::lease::Reader;
 use crate::ops;
 use crate::owner::Owner;
 use crate::recover::{self, Scope};
@@ -187,7 +188,9 @@ impl Manager {
         {
             let repo = &open.repo;
             let _sr = repo.host.lock_sr().during(|| format!("lock of SR {}", repo.name))?;
-            let leases = repo.host.leases().during(|| "leases".into())?;
+            let (waiting, leases): (Vec<_>, Vec<_>) = (repo.host.leases().during(|| "leases".into())?)
+                .into_iter()
+                .partition(|lease| lease.reader == Reader::Yielding);
             if !leases.is_empty() {
                 let reason = format!("{} VDIs are attached or being copied", leases.len());
                 return Err(Error::Held {
@@ -195,6 +198,10 @@ impl Manager {
                     reason,
                     next: "detach its disks (`coppice vdi detach`) and let copies end",
                 });
+            }
+            if let Some(reader) = waiting.first() {
+                self.make_way(sr, None);
+                return Err(Error::Busy { reason: format!("the collector reads VDI {}", reader.vdi) });
             }
             if let Some(down) = repo.host.wanted().during(|| "run folder".into())?.first() {
                 let reason =

@@ -73,7 +73,7 @@ pub fn attach_as(repo: &Repo, vdi: Uuid, how: &How) -> Result<Attached> {
         return Err(Error::ReadOnly { what: format!("snapshot {vdi}") });
     }
     let before = repo.host.wanted_one(vdi).during(|| wanted_of(vdi))?;
-    let hold = match lease(repo, vdi, how, For::Person)? {
+    let hold = match super::with_room(repo, vdi, || lease(repo, vdi, how, For::Person))? {
         Leased::Already(endpoint) => {
             return Ok(Attached { endpoint, fresh: false });
         }
@@ -146,7 +146,7 @@ pub fn revive(repo: &Repo, vdi: Uuid) -> Result<bool> {
         return Ok(false);
     };
     let how = How { read_only: wanted.read_only, ..How::default() };
-    let hold = match lease(repo, vdi, &how, For::Caretaker) {
+    let hold = match super::with_room(repo, vdi, || lease(repo, vdi, &how, For::Caretaker)) {
         Ok(Leased::Already(_)) => return Ok(true),
         Ok(Leased::Fresh(hold)) => hold,
         Err(_) if repo.host.wanted_one(vdi).during(|| wanted_of(vdi))?.is_none() => return Ok(false),

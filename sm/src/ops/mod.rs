@@ -51,6 +51,9 @@ use crate::recover;
 use crate::repo::Repo;
 use crate::scan;
 
+/// Times somebody who reads for a purpose that can wait is asked to leave.
+const ROOM_ATTEMPTS_MAX: u32 = 3;
+
 /// The SR, locked, with everything half done on some VDIs' trees recovered.
 pub(crate) struct Locked {
     /// The SR lock; dropped last.
@@ -83,7 +86,7 @@ impl Locked {
     pub fn nobody_copies(&self, vdi: Uuid, leaf: &Link) -> Result<()> {
         let copies = |lease: &&Lease| {
             let top = lease.chain.first();
-            lease.reader == Reader::Copy && top.is_some_and(|top| top.footer == leaf.head.footer)
+            lease.reader != Reader::Tapdisk && top.is_some_and(|top| top.footer == leaf.head.footer)
         };
         match self.leases.iter().find(copies) {
             Some(lease) => {
@@ -120,6 +123,19 @@ impl Locked {
             _ => None,
         })
     }
+}
+
+/// Does what is refused while somebody reads the VDI, once those have left who
+/// read it for a purpose that can wait. One who comes between is asked anew.
+pub(crate) fn with_room<T>(repo: &Repo, vdi: Uuid, work: impl Fn() -> Result<T>) -> Result<T> {
+    for _ in 0..ROOM_ATTEMPTS_MAX {
+        match work() {
+            Err(Error::Held { .. })
+                if repo.host.ask_to_leave(vdi).during(|| format!("readers of VDI {vdi}"))? => {}
+            other => return other,
+        }
+    }
+    work()
 }
 
 /// Takes the SR lock and recovers what concerns `vdis`.

@@ -53,7 +53,7 @@ enum Way {
 pub fn resize(repo: &Repo, vdi: Uuid, virtual_bytes: u64) -> Result<u64> {
     let new_bytes = create::checked_size(virtual_bytes)?;
     super::no_children(repo, &[vdi])?;
-    match plan(repo, vdi, new_bytes)? {
+    match super::with_room(repo, vdi, || plan(repo, vdi, new_bytes))? {
         Way::Nothing => return Ok(new_bytes),
         Way::Live => live(repo, vdi, new_bytes)?,
         Way::Offline(intent, held) => {
