@@ -7,9 +7,13 @@
 //! | `POST /run` | `{sr?, vdi?, wait?, dry_run?, offline?}` | [`Report`], with `wait` beside its prediction; `{}` with neither |
 //! | `POST /pause`, `/resume` | `{sr?}` | `{}` |
 //! | `POST /abort` | `{sr?, vdi?}` | `{aborted}`: merges told to stop |
-//! | `POST /set` | `{sr?, rate?, parallel?, latency_factor?}` | `{}`; also for what runs |
+//! | `POST /set` | `{sr?, rate?, parallel?, latency_factor?, receipts?}` | `{}`; also for what runs |
+//! | `GET /receipt?sr=&job=` | | `{job, disks}`: the hashes of every block that a job's receipt compared |
+//! | `POST /acknowledge` | `{sr?, job?}` | `{acknowledged}`: alarms of receipts put down; their trees are collected again |
 //! | `GET /metrics` | | Prometheus text |
 //! | `GET /openapi.json` | | all of this, described ([`crate::openapi`]) |
+
+mod receipts;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -71,6 +75,12 @@ pub struct SrStatus {
     /// How much slower than calm an attached disk may get before merges step
     /// back; 0 is never.
     pub latency_factor: f64,
+    /// Whether the disks on each merge are read before and after it.
+    pub receipts: bool,
+    /// Disks that are not what they were before a merge; their trees wait for
+    /// somebody to say so.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub alarms: Vec<crate::receipt::Alarm>,
     /// Bytes per second allowed while attached disks are slow.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub held_back_to: Option<u64>,
@@ -125,6 +135,7 @@ struct SetBody {
     rate: Option<u64>,
     parallel: Option<usize>,
     latency_factor: Option<f64>,
+    receipts: Option<bool>,
 }
 
 /// An answer that something could not be done.
@@ -173,6 +184,8 @@ pub fn router(service: Arc<Service>) -> Router {
         .route("/resume", post(|app, body| pause(app, body, false)))
         .route("/abort", post(abort))
         .route("/set", post(set))
+        .route("/receipt", get(receipts::receipt))
+        .route("/acknowledge", post(receipts::acknowledge))
         .layer(DefaultBodyLimit::max(limits::BODY_BYTES_MAX))
         .with_state(app)
 }
@@ -225,6 +238,8 @@ fn sr_status(name: &str, collector: &Collector) -> SrStatus {
         rate: state.rate,
         parallel: state.settings.parallel,
         latency_factor: state.latency_factor,
+        receipts: state.settings.receipts,
+        alarms: state.alarms.values().cloned().collect(),
         held_back_to: state.backoff.limit(),
         error: state.round_error.clone(),
         nodes,
@@ -237,7 +252,9 @@ fn merging(doing: &Doing, now: std::time::Duration) -> NodeStatus {
     let left = doing.ledger.total.saturating_sub(doing.ledger.done);
     NodeStatus {
         state: "merging",
-        reason: None,
+        reason: doing.reading.map(|reading| {
+            format!("content receipt: {}, disk {} of {}", reading.what, reading.disk, reading.disks)
+        }),
         bytes_done: Some(doing.ledger.done),
         bytes_total: Some(doing.ledger.total),
         rate: Some(rate),
@@ -322,6 +339,7 @@ async fn set(State(app): State<App>, Json(body): Json<SetBody>) -> Answer<Json<V
         wishes.rate = body.rate.unwrap_or(wishes.rate);
         wishes.parallel = body.parallel.unwrap_or(wishes.parallel);
         wishes.latency_factor = body.latency_factor.or(wishes.latency_factor);
+        wishes.receipts = body.receipts.unwrap_or(wishes.receipts);
     })
     .await
 }
@@ -386,5 +404,6 @@ fn metrics_text(service: &Service) -> String {
         let name = format!("coppice_gc_{name}_total");
         counter(&name, help, "counter", &|c| of(&c.state().totals));
     }
+    receipts::metrics(&mut counter);
     text
 }

@@ -14,25 +14,22 @@
 //! while anything is read or written. It forgets everything when it ends: the
 //! journal and the images know.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+mod alarms;
+mod merges;
+mod rounds;
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use sm::Repo;
-use sm::catalog::Event;
-use sm::journal::Intent;
 use uuid::Uuid;
-use vhd::merge::Mode;
 
 use crate::budget::Budget;
 use crate::cost;
-use crate::forest::Forest;
-use crate::garbage;
-use crate::job::{Job, Result, Stop};
-use crate::job_watch::JobWatch;
+use crate::job::Result;
 use crate::limits;
-use crate::plan::{Choice, Merge, Settings, View, plan};
-use crate::progress::{Doing, Done, Kind, State};
+use crate::plan::Settings;
+use crate::progress::State;
 use crate::reason::Reason;
 use crate::report::{FailedNode, Report};
 use crate::survey;
@@ -60,12 +57,9 @@ impl Collector {
     #[must_use]
     pub fn new(repo: Repo, settings: Settings, rate_bytes_per_s: u64) -> Arc<Self> {
         let budget = Budget::new(rate_bytes_per_s, Duration::ZERO);
-        Arc::new(Self {
-            repo,
-            began: Instant::now(),
-            state: Mutex::new(State::new(settings, budget)),
-            changed: Condvar::new(),
-        })
+        let mut state = State::new(settings, budget);
+        state.alarms = alarms::standing(&repo);
+        Arc::new(Self { repo, began: Instant::now(), state: Mutex::new(state), changed: Condvar::new() })
     }
 
     /// The repository.
@@ -196,7 +190,8 @@ impl Collector {
     }
 
     fn predict_unless(&self, scope: Scope, late: &dyn Fn() -> bool) -> Result<Report> {
-        let forest = survey::glance(&self.repo)?;
+        let mut forest = survey::glance(&self.repo)?;
+        forest.alarms = self.state().alarmed();
         let settings = self.state().settings;
         let only = match scope {
             Scope::Sr => None,
@@ -206,278 +201,6 @@ impl Collector {
         let rate = self.state().expected_rate();
         report.seconds = report.bytes_copied as f64 / rate;
         Ok(report)
-    }
-
-    /// Collects until [`Self::close`]. Returns when every merge has ended.
-    pub fn work(self: &Arc<Self>) {
-        let mut threads = Vec::new();
-        loop {
-            let asked = {
-                let mut state = self.state();
-                if state.closing {
-                    break;
-                }
-                state.dirty = false;
-                state.looking = true;
-                state.asked
-            };
-            if let Err(stop) = self.round(&mut threads) {
-                tracing::warn!(sr = %self.repo.uuid, error = %stop, "collector: round failed");
-                self.state().round_failed(&stop);
-            }
-            threads.retain(|thread: &std::thread::JoinHandle<()>| !thread.is_finished());
-            let mut state = self.state();
-            state.looked = asked;
-            state.looking = false;
-            self.changed.notify_all();
-            let now = self.now();
-            let next = state.retries.next(now).unwrap_or(limits::LOOK_EVERY);
-            let quiet = state.quiet_until.saturating_sub(now);
-            let until = now + next.min(limits::LOOK_EVERY).max(quiet.min(limits::LOOK_EVERY));
-            while !state.closing && state.asked == asked && !state.dirty && self.now() < until {
-                let left = until.saturating_sub(self.now());
-                let waited = self.changed.wait_timeout(state, left);
-                state = waited.unwrap_or_else(PoisonError::into_inner).0;
-            }
-        }
-        for thread in threads {
-            if thread.join().is_err() {
-                tracing::error!(sr = %self.repo.uuid, "a merge panicked; its record stands");
-            }
-        }
-    }
-
-    /// One look and what follows from it.
-    fn round(self: &Arc<Self>, threads: &mut Vec<std::thread::JoinHandle<()>>) -> Result<()> {
-        self.recover()?;
-        let mut forest = survey::glance(&self.repo)?;
-        let spoken_for = self.state().spoken_for();
-        forest.free_bytes = forest.free_bytes.saturating_sub(spoken_for);
-        let (planned, paused) = {
-            let state = self.state();
-            let now = self.now();
-            let running = state.running.values().filter_map(|doing| doing.intent).collect();
-            let mut holds = state.retries.holds(now);
-            let quiet = state.paused || state.quiet_until > now;
-            let settings = Settings {
-                // Nothing may start: the planner then says why for each.
-                parallel: if quiet { 0 } else { state.settings.parallel },
-                ..state.settings
-            };
-            let focus = state.focus.keys().map(|vdi| forest.root(*vdi)).collect();
-            drop(state);
-            let repo = &self.repo;
-            let cost = |merge: &Merge| cost::cost(repo, merge);
-            let mut planned = plan(&View {
-                forest: &forest,
-                settings,
-                running: &running,
-                holds: &holds,
-                focus: &focus,
-                cost: &cost,
-            });
-            holds.clear();
-            if quiet {
-                let only_paused = |reason: &mut Reason| {
-                    if matches!(reason, Reason::Parallel { .. }) {
-                        *reason = Reason::Paused;
-                    }
-                };
-                planned.waits.values_mut().for_each(only_paused);
-            }
-            (planned, quiet)
-        };
-        let mut active: BTreeSet<Uuid> = BTreeSet::new();
-        for choice in &planned.choices {
-            match choice {
-                Choice::Delete { .. } if self.state().paused => {}
-                Choice::Delete { nodes } => {
-                    for part in self.by_focus(nodes, &forest) {
-                        self.delete(&part, &forest)?;
-                    }
-                    active.extend(nodes.iter().map(|node| forest.root(*node)));
-                }
-                Choice::Resume { .. } | Choice::Begin { .. } if paused => {}
-                Choice::Resume { .. } | Choice::Begin { .. } => {
-                    active.extend(cost::choice_tree(&forest, choice));
-                    threads.extend(self.start(choice.clone(), &forest));
-                }
-            }
-        }
-        let deleted = planned.choices.iter().any(|choice| matches!(choice, Choice::Delete { .. }))
-            && !self.state().paused;
-        self.state().planned(&forest, planned.waits, active, deleted, self.now());
-        Ok(())
-    }
-
-    /// Finishes or undoes what a dead process left, so that it does not hold
-    /// up merges for ever with smd dead.
-    fn recover(&self) -> Result<()> {
-        let _lock = crate::job::io("lock the SR", self.repo.host.lock_sr())?;
-        sm::recover::recover(&self.repo, sm::recover::Scope::All)?;
-        sm::recover::sweep(&self.repo)?;
-        Ok(())
-    }
-
-    /// The nodes of each tree that somebody waits for, and the rest, so that
-    /// each is told its own.
-    fn by_focus(&self, nodes: &[Uuid], forest: &Forest) -> Vec<Vec<Uuid>> {
-        let focused: BTreeSet<Uuid> = self.state().focus.keys().map(|vdi| forest.root(*vdi)).collect();
-        let mut parts: BTreeMap<Option<Uuid>, Vec<Uuid>> = BTreeMap::new();
-        for node in nodes {
-            let tree = Some(forest.root(*node)).filter(|tree| focused.contains(tree));
-            parts.entry(tree).or_default().push(*node);
-        }
-        parts.into_values().collect()
-    }
-
-    /// A record of work that begins now on nodes of one tree.
-    fn doing(&self, kind: Kind, nodes: Vec<Uuid>, forest: &Forest) -> Doing {
-        let tree = nodes.first().map(|node| forest.root(*node));
-        let focus = self.state().focus.keys().copied().collect::<Vec<_>>();
-        let focus = focus.into_iter().filter(|vdi| Some(forest.root(*vdi)) == tree).collect();
-        Doing { focus, ..Doing::new(kind, nodes, self.now()) }
-    }
-
-    fn delete(self: &Arc<Self>, nodes: &[Uuid], forest: &Forest) -> Result<()> {
-        let doing = self.doing(Kind::Delete, nodes.to_vec(), forest);
-        let key = self.state().begin(doing);
-        let watch = JobWatch { collector: self.clone(), key };
-        let outcome = garbage::delete(&self.repo, &watch, nodes);
-        let mut state = self.state();
-        match outcome {
-            Ok(deleted) => {
-                for (node, why) in &deleted.failed {
-                    tracing::warn!(sr = %self.repo.uuid, vdi = %node, %why, "garbage: not deleted");
-                }
-                for node in &deleted.gone {
-                    tracing::info!(sr = %self.repo.uuid, vdi = %node, "garbage: deleted");
-                }
-                state.count(key, deleted.gone.len());
-                let done = state.end(key, None);
-                drop(state);
-                self.keep(done);
-                Ok(())
-            }
-            Err(stop) => {
-                let done = state.end(key, Some(stop.to_string()));
-                drop(state);
-                self.keep(done);
-                Err(stop)
-            }
-        }
-    }
-
-    /// Writes what came of a job into the SR's history.
-    fn keep(&self, done: Option<Done>) {
-        let Some(done) = done else {
-            return;
-        };
-        let kept = serde_json::to_string(&done).map_err(|error| error.to_string()).and_then(|detail| {
-            let (at_s, operation) = (self.repo.ids.now_s(), done.kind.operation());
-            let event = Event { at_s, operation, vdi: done.vdi, detail };
-            self.repo.labels.note(&event).map_err(|error| error.to_string())
-        });
-        if let Err(error) = kept {
-            tracing::warn!(sr = %self.repo.uuid, vdi = %done.vdi, job = %done.job, %error, "history not written");
-        }
-    }
-
-    /// Starts a merge on a thread of its own; returns once its record stands
-    /// (or it failed to begin), so that the next look sees it.
-    fn start(self: &Arc<Self>, choice: Choice, forest: &Forest) -> Option<std::thread::JoinHandle<()>> {
-        let (nodes, kind, attached) = subject(&choice, forest);
-        let doing = self.doing(kind, nodes, forest);
-        let room = match &choice {
-            Choice::Begin { cost, mode: Mode::Shadow, .. } => cost.gained_max,
-            Choice::Begin { .. } | Choice::Resume { .. } | Choice::Delete { .. } => 0,
-        };
-        let expected = cost::expected(&choice);
-        let key = self.state().begin(Doing { attached, room, expected, ..doing });
-        let (begun, wait) = mpsc::channel();
-        let this = self.clone();
-        let body = move || {
-            let watch = JobWatch { collector: this.clone(), key };
-            let outcome = this.merge(&watch, &choice, key, &begun);
-            this.ended(key, &choice, outcome);
-        };
-        match std::thread::Builder::new().name("merge".into()).spawn(body) {
-            Ok(thread) => {
-                // An error: it ended before its record stood.
-                wait.recv().ok();
-                Some(thread)
-            }
-            Err(error) => {
-                self.state().end(key, Some(error.to_string()));
-                None
-            }
-        }
-    }
-
-    /// Whether there was anything to do: a record that was seen a moment ago
-    /// may have been cleared by the job that ended just then.
-    fn merge(&self, watch: &JobWatch, choice: &Choice, key: u64, begun: &mpsc::Sender<()>) -> Result<bool> {
-        let found = match choice {
-            Choice::Begin { merge, .. } => Some(Job::begin(&self.repo, watch, merge)?),
-            Choice::Resume { intent } => Job::take_over(&self.repo, watch, *intent)?,
-            Choice::Delete { .. } => None,
-        };
-        let Some((job, intent)) = found else {
-            return Ok(false);
-        };
-        self.state().recorded(key, &intent);
-        begun.send(()).ok();
-        let id = intent.id();
-        let what = match &intent {
-            Intent::Inner(_) => "inner coalesce",
-            Intent::LeafMerge(_) => "leaf coalesce",
-            other => other.word(),
-        };
-        let vdi = self.state().running.get(&key).and_then(|doing| doing.nodes.first().copied());
-        let vdi = vdi.unwrap_or_default();
-        tracing::info!(sr = %self.repo.uuid, %vdi, job = %id, "{what}: begins");
-        let outcome = job.carry_on(intent);
-        match &outcome {
-            Ok(()) => tracing::info!(sr = %self.repo.uuid, %vdi, job = %id, "{what}: done"),
-            Err(stop) => {
-                tracing::warn!(sr = %self.repo.uuid, %vdi, job = %id, error = %stop, "{what}: stopped");
-            }
-        }
-        outcome.map(|()| true)
-    }
-
-    fn ended(&self, key: u64, choice: &Choice, outcome: Result<bool>) {
-        let now = self.now();
-        let done = {
-            let mut state = self.state();
-            let named = match choice {
-                Choice::Begin { merge, .. } => Some(merge.node()),
-                Choice::Resume { .. } | Choice::Delete { .. } => None,
-            };
-            let intent = state.running.get(&key).and_then(|doing| doing.intent);
-            match &outcome {
-                Ok(done) => {
-                    for id in named.into_iter().chain(intent) {
-                        state.retries.forget(id);
-                    }
-                    if *done {
-                        state.count(key, 0);
-                    }
-                }
-                // The pause or the quiet time holds everything anyway.
-                Err(Stop::Aborted) if state.paused || state.quiet_until > now => {}
-                Err(stop) => {
-                    for id in named.into_iter().chain(intent) {
-                        state.retries.failed(id, stop, now);
-                    }
-                }
-            }
-            let done = state.end(key, outcome.err().map(|stop| stop.to_string()));
-            state.dirty = true;
-            done
-        };
-        self.keep(done);
-        self.changed.notify_all();
     }
 }
 
@@ -490,26 +213,8 @@ fn failed(state: &State, scope: Scope) -> Vec<FailedNode> {
     let counts =
         |reason: &Reason| reason.is_blocked() || matches!(reason, Reason::Retry { .. } | Reason::Paused);
     let waits = state.waits.iter().filter(|(node, reason)| in_scope(node) && counts(reason));
-    waits.map(|(uuid, reason)| FailedNode { uuid: *uuid, reason: reason.to_string() }).collect()
-}
-
-/// Nodes (the one that names the merge first), kind, and whether a tapdisk
-/// does it.
-fn subject(choice: &Choice, forest: &Forest) -> (Vec<Uuid>, Kind, bool) {
-    match choice {
-        Choice::Begin { merge, .. } => {
-            let mut nodes = vec![merge.node()];
-            nodes.extend(merge.sources().iter().filter(|node| **node != merge.node()));
-            nodes.push(merge.parent());
-            match merge {
-                Merge::Inner { .. } => (nodes, Kind::Inner, false),
-                Merge::Leaf { attached, .. } => (nodes, Kind::Leaf, *attached),
-            }
-        }
-        Choice::Resume { intent } => {
-            let claim = forest.claims.iter().find(|claim| claim.id == *intent);
-            (claim.map(|claim| claim.nodes.clone()).unwrap_or_default(), Kind::Inner, false)
-        }
-        Choice::Delete { nodes } => (nodes.clone(), Kind::Delete, false),
-    }
+    let waits = waits.map(|(uuid, reason)| FailedNode { uuid: *uuid, reason: reason.to_string() });
+    let alarmed = state.alarms.values().flat_map(|alarm| alarm.disks.iter().map(|disk| (*disk, &alarm.text)));
+    let alarmed = alarmed.filter(|(disk, _)| in_scope(disk));
+    waits.chain(alarmed.map(|(uuid, text)| FailedNode { uuid, reason: text.clone() })).collect()
 }

@@ -26,6 +26,7 @@ use crate::job::Stop;
 use crate::limits;
 use crate::plan::{Choice, Cost, Holds, Merge, Plan, Settings, View, plan};
 use crate::reason::Reason;
+use crate::receipt::witness;
 use crate::report::{Expected, FailedNode, Report};
 use crate::sources::Sources;
 
@@ -87,7 +88,8 @@ pub fn predict(
     late: &dyn Fn() -> bool,
 ) -> Result<Report, Stop> {
     settle_attached(repo, forest);
-    let mut model = Model { repo, late, stacks: BTreeMap::new(), report: Report::default() };
+    let (stacks, report) = (BTreeMap::new(), Report::default());
+    let mut model = Model { repo, late, receipts: settings.receipts, stacks, report };
     let mut forest = forest.clone();
     forest.claims.retain(|claim| !claim.merge);
     let running = BTreeSet::new();
@@ -160,6 +162,8 @@ struct Model<'a> {
     repo: &'a Repo,
     /// Whether to give up.
     late: &'a dyn Fn() -> bool,
+    /// Whether disks are read before and after each merge.
+    receipts: bool,
     stacks: BTreeMap<Uuid, Stack>,
     report: Report,
 }
@@ -197,6 +201,7 @@ impl Model<'_> {
         let mut after = Forest::new(nodes.into_values());
         after.leases = forest.leases.iter().map(|lease| refreshed(&after, lease)).collect();
         after.claims.clone_from(&forest.claims);
+        after.alarms.clone_from(&forest.alarms);
         after.free_bytes = forest.free_bytes;
         Ok(after)
     }
@@ -235,6 +240,9 @@ impl Model<'_> {
         for node in forest.ancestry(merge.parent()).skip(1) {
             below.extend(self.stack(node.uuid)?.blocks.iter().copied());
         }
+        if self.receipts {
+            self.report.receipt_bytes_read += self.receipt_bytes(forest, merge)?;
+        }
         let own = self.stack(merge.parent())?.clone();
         let gained = self.copied(merge, &images, &present, &own.blocks, &below)?;
         self.report.bytes_freed += (held - gained.len() as u64) * BLOCK_BYTES;
@@ -261,6 +269,20 @@ impl Model<'_> {
             (Merge::Leaf { .. }, Mode::Empty) => leaf_slice(forest.free_bytes, room).1,
             (_, Mode::Empty) => room.min(limits::SLICE_BYTES_MAX),
         })
+    }
+
+    /// Bytes that are read before and after a merge: every block that is
+    /// anywhere in the chain of a disk on it.
+    fn receipt_bytes(&mut self, forest: &Forest, merge: &Merge) -> Result<u64, Stop> {
+        let mut bytes = 0;
+        for disk in witness::disks(forest, merge) {
+            let mut blocks = BTreeSet::new();
+            for node in forest.ancestry(disk) {
+                blocks.extend(self.stack(node.uuid)?.blocks.iter().copied());
+            }
+            bytes += 2 * blocks.len() as u64 * BLOCK_BYTES;
+        }
+        Ok(bytes)
     }
 
     /// Counts the bytes of a merge, and returns the blocks its parent gains.

@@ -116,6 +116,8 @@ pub struct Forest {
     pub leases: Vec<Lease>,
     /// Records in the journal.
     pub claims: Vec<Claim>,
+    /// Disks that were not what they had been after a merge, and the job.
+    pub alarms: Vec<(Uuid, String)>,
     /// Bytes a new file may take.
     pub free_bytes: u64,
 }
@@ -154,6 +156,7 @@ impl Forest {
         Self {
             leases: self.leases.clone(),
             claims: self.claims.clone(),
+            alarms: self.alarms.clone(),
             free_bytes: self.free_bytes,
             ..Self::new(nodes)
         }

@@ -8,6 +8,7 @@
 //! | [`job`] | a merge's record: how it begins, how it is carried on |
 //! | [`run`], [`leaf`], [`garbage`] | inner coalesce, leaf coalesce, deletion |
 //! | [`collector`], [`progress`], [`retry`] | the thread that keeps one SR collected |
+//! | [`receipt`](mod@receipt) | what disks read before and after a merge, compared |
 //! | [`cost`], [`offline`], [`report`] | what a merge costs; predictions |
 //! | [`service`], [`api`], [`run`](fn@run) | the daemon |
 //! | [`budget`], [`backoff`], [`watch`], [`limits`] | pace, progress, every bound |
@@ -38,6 +39,7 @@ pub mod openapi;
 pub mod plan;
 pub mod progress;
 pub mod reason;
+pub mod receipt;
 pub mod report;
 pub mod retry;
 pub mod run;

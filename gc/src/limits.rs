@@ -93,3 +93,18 @@ pub const WAITERS_MAX: usize = 64;
 /// Between two looks for SRs that were attached or detached; a kick looks at
 /// once.
 pub const ATTEND_EVERY: Duration = Duration::from_secs(2);
+/// Disks of one job that are read for its receipt.
+pub const RECEIPT_DISKS_MAX: usize = 1024;
+/// Blocks with data in them that one job keeps the hashes of, 36 bytes each in
+/// memory: 4 TiB of data.
+pub const RECEIPT_HASHES_MAX: usize = 2 << 20;
+/// Blocks that differ and are named; the rest is counted.
+pub const RECEIPT_BLOCKS_NAMED: usize = 32;
+/// Times a disk is looked at that is attached and detached meanwhile.
+pub const RECEIPT_ATTEMPTS_MAX: u32 = 4;
+/// How long a reading waits for an operation on the disk.
+pub const RECEIPT_BUSY_MAX: Duration = Duration::from_secs(20);
+/// How long it waits for a tapdisk's answer.
+pub const RECEIPT_READ_MAX: Duration = Duration::from_secs(60);
+/// Between two looks at the abort flag meanwhile.
+pub const RECEIPT_LOOK: Duration = Duration::from_millis(250);

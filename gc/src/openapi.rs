@@ -20,8 +20,15 @@ const ROUTES: &[Route] = &[
     (
         "post",
         "/set",
-        "Limits, also of what runs: bytes per second (0: none), merges at one time, how slow disks may get",
-        &["sr?", "rate?", "parallel?", "latency_factor?"],
+        "Limits, also of what runs: bytes per second (0: none), merges at one time, how slow disks may get; and whether disks are read before and after each merge that begins from now on",
+        &["sr?", "rate?", "parallel?", "latency_factor?", "receipts?"],
+    ),
+    ("get", "/receipt", "The hashes of every block that the receipt of ?job= in ?sr= compared", &[]),
+    (
+        "post",
+        "/acknowledge",
+        "Put down alarms of receipts, all or that of a job: their trees are collected again",
+        &["sr?", "job?"],
     ),
 ];
 

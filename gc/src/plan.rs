@@ -34,6 +34,9 @@ pub struct Settings {
     pub reserve_bytes: u64,
     /// Extra bytes a sliced merge needs at its peak.
     pub slice_bytes: u64,
+    /// Whether the disks on each merge are read before and after it: matters
+    /// to what a prediction says, not to what is chosen.
+    pub receipts: bool,
 }
 
 impl Default for Settings {
@@ -43,6 +46,7 @@ impl Default for Settings {
             chain_max: limits::CHAIN_MAX,
             reserve_bytes: limits::RESERVE_BYTES,
             slice_bytes: limits::SLICE_BYTES_MAX,
+            receipts: false,
         }
     }
 }
@@ -122,8 +126,13 @@ pub fn plan(view: &View<'_>) -> Plan {
         if let Some((node, why)) = unknown {
             return Some(Reason::UnknownParents { node: node.uuid, why: why.to_owned() });
         }
-        let (node, why) = broken.get(&forest.root(uuid))?;
-        Some(Reason::BrokenTree { node: *node, why: why.clone() })
+        let root = forest.root(uuid);
+        if let Some((node, why)) = broken.get(&root) {
+            return Some(Reason::BrokenTree { node: *node, why: why.clone() });
+        }
+        let mut alarms = view.forest.alarms.iter();
+        let (vdi, job) = alarms.find(|(vdi, _)| view.forest.root(*vdi) == root)?;
+        Some(Reason::Differs { vdi: *vdi, job: job.clone() })
     };
     let mut slots = Slots::new(view);
     resume(view, &blocked, &mut slots, &mut plan);

@@ -1,9 +1,11 @@
 //! What a collector knows of itself: what runs, what waits, what was done.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+mod doing;
+mod waiting;
 
-use serde::Serialize;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
 use sm::journal::Intent;
 use tapdisk_control::ImageRef;
 use uuid::Uuid;
@@ -11,142 +13,51 @@ use vhd::storage::VolumeName;
 
 use crate::backoff::Backoff;
 use crate::budget::Budget;
-use crate::collector::Scope;
 use crate::forest::Forest;
 use crate::job::Stop;
 use crate::limits;
 use crate::plan::Settings;
 use crate::reason::Reason;
-use crate::report::{Expected, Report};
+use crate::receipt::{Alarm, Found, Receipt, Verdict};
+use crate::report::Report;
 use crate::retry::Retries;
-use crate::watch::{Event, Ledger};
+use crate::watch::Event;
 
-/// Kinds of work.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Kind {
-    /// Hidden nodes into their parent.
-    Inner,
-    /// A leaf into its parent.
-    Leaf,
-    /// Garbage.
-    Delete,
+use self::doing::wall_ms;
+pub use self::doing::{Doing, Done, Kind, Reading};
+pub use self::waiting::Focus;
+use self::waiting::Waiter;
+
+/// Sums of receipts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ReceiptTotals {
+    /// Blocks that read the same.
+    pub matched: u64,
+    /// Blocks that guests wrote meanwhile.
+    pub written: u64,
+    /// Blocks that differ.
+    pub different: u64,
+    /// Disks that cannot be read any more.
+    pub unreadable: u64,
+    /// Disks of which nothing can be said.
+    pub void: u64,
 }
 
-impl Kind {
-    /// What the history of an SR calls it.
-    #[must_use]
-    pub fn operation(self) -> &'static str {
-        match self {
-            Self::Inner => "coalesce",
-            Self::Leaf => "leaf-coalesce",
-            Self::Delete => "collect-garbage",
+impl ReceiptTotals {
+    fn add(&mut self, receipt: &Receipt) {
+        for disk in &receipt.disks {
+            match &disk.verdict {
+                Verdict::Same(Found { matched, written, different, .. })
+                | Verdict::Different(Found { matched, written, different, .. }) => {
+                    self.matched += matched;
+                    self.written += written;
+                    self.different += different;
+                }
+                Verdict::Unreadable { .. } => self.unreadable += 1,
+                Verdict::Void { .. } => self.void += 1,
+            }
         }
     }
-}
-
-/// Work under way.
-#[derive(Debug, Clone)]
-pub struct Doing {
-    /// What kind.
-    pub kind: Kind,
-    /// Nodes concerned, the one that names it first, the parent last.
-    pub nodes: Vec<Uuid>,
-    /// Its record, once that stands.
-    pub intent: Option<Uuid>,
-    /// Whether a tapdisk does it.
-    pub attached: bool,
-    /// When it began.
-    pub began: Duration,
-    /// The same on the wall clock, milliseconds since 1970.
-    pub began_ms: u64,
-    /// What it did so far.
-    pub ledger: Ledger,
-    /// It was told to stop.
-    pub aborted: bool,
-    /// VDIs of its tree that somebody waits for.
-    pub focus: Vec<Uuid>,
-    /// Bytes it may still gain on balance, as forecast.
-    pub room: u64,
-    /// What it was chosen by.
-    pub expected: Option<Expected>,
-}
-
-/// What was done in the tree of a VDI that somebody waits for.
-#[derive(Debug, Clone, Default)]
-pub struct Focus {
-    /// How many wait.
-    pub waiters: usize,
-    /// Counts of what was done.
-    sums: Report,
-    /// Bytes of what was done.
-    room: Ledger,
-}
-
-/// Somebody who waits for the whole repository.
-#[derive(Debug, Clone, Default)]
-struct Waiter {
-    /// Sums when they began to.
-    before: Report,
-    /// Bytes of everything since, for the peak over all jobs.
-    room: Ledger,
-}
-
-impl Doing {
-    /// Work that begins now.
-    #[must_use]
-    pub fn new(kind: Kind, nodes: Vec<Uuid>, now: Duration) -> Self {
-        Self {
-            kind,
-            nodes,
-            intent: None,
-            attached: false,
-            began: now,
-            began_ms: wall_ms(),
-            ledger: Ledger::default(),
-            aborted: false,
-            focus: Vec::new(),
-            room: 0,
-            expected: None,
-        }
-    }
-
-    /// Bytes per second so far.
-    #[must_use]
-    pub fn rate(&self, now: Duration) -> f64 {
-        self.ledger.done as f64 / now.saturating_sub(self.began).as_secs_f64().max(0.001)
-    }
-}
-
-/// Work that ended.
-#[derive(Debug, Clone, Serialize)]
-pub struct Done {
-    /// Names it: the intent, or a number for a deletion.
-    pub job: String,
-    /// The node that names it.
-    pub vdi: Uuid,
-    /// What kind.
-    pub kind: Kind,
-    /// When it began, milliseconds since 1970.
-    pub began_ms: u64,
-    /// When it ended, milliseconds since 1970.
-    pub ended_ms: u64,
-    /// Bytes read and written.
-    pub bytes_copied: u64,
-    /// Bytes shared.
-    pub bytes_cloned: u64,
-    /// Bytes of blocks that went away on balance.
-    pub bytes_freed: u64,
-    /// Most room needed beyond what was in use when it began.
-    pub peak_extra_bytes: u64,
-    /// Times space was given back before all was copied, as there was not
-    /// enough of it; every leaf merge that we run ourselves does that.
-    pub slices: u64,
-    /// What it was expected to come to; not there for one that was carried on.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub predicted: Option<Expected>,
-    /// Why it ended early.
-    pub error: Option<String>,
 }
 
 /// See the module.
@@ -163,6 +74,10 @@ pub struct State {
     pub latency_factor: f64,
     /// What became of that.
     pub backoff: Backoff,
+    /// Differences nobody has said anything to yet, by job.
+    pub alarms: BTreeMap<String, Alarm>,
+    /// What all receipts came to.
+    pub receipt_totals: ReceiptTotals,
     /// Nothing is started.
     pub paused: bool,
     /// The thread is to end.
@@ -212,6 +127,8 @@ impl State {
             budget,
             latency_factor: limits::LATENCY_FACTOR,
             backoff: Backoff::default(),
+            alarms: BTreeMap::new(),
+            receipt_totals: ReceiptTotals::default(),
             paused: false,
             closing: false,
             quiet_until: Duration::ZERO,
@@ -253,6 +170,13 @@ impl State {
         self.totals.bytes_copied + self.totals.bytes_cloned + running.sum::<u64>()
     }
 
+    /// Disks whose trees wait for a person, with the job.
+    pub(crate) fn alarmed(&self) -> Vec<(Uuid, String)> {
+        let of =
+            |alarm: &Alarm| alarm.disks.iter().map(|disk| (*disk, alarm.job.clone())).collect::<Vec<_>>();
+        self.alarms.values().flat_map(of).collect()
+    }
+
     pub(crate) fn begin(&mut self, doing: Doing) -> u64 {
         let key = self.next_key;
         self.next_key += 1;
@@ -261,11 +185,14 @@ impl State {
     }
 
     /// The record of a job stands; it tells what the job is.
-    pub(crate) fn recorded(&mut self, key: u64, intent: &Intent) {
+    pub(crate) fn recorded(&mut self, key: u64, intent: &Intent, now: Duration) {
         let Some(doing) = self.running.get_mut(&key) else {
             return;
         };
         doing.intent = Some(intent.id());
+        doing.reading = None;
+        // What was read for the receipt is not what the merge is slow by.
+        doing.began = now;
         let uuid = |image: &ImageRef| VolumeName::new(&image.volume).and_then(|name| name.uuid());
         match intent {
             Intent::Inner(inner) => {
@@ -320,8 +247,17 @@ impl State {
     }
 
     /// Returns what is to be kept of it.
-    pub(crate) fn end(&mut self, key: u64, error: Option<String>) -> Option<Done> {
+    pub(crate) fn end(&mut self, key: u64, error: Option<String>, receipt: Option<Receipt>) -> Option<Done> {
         let doing = self.running.remove(&key)?;
+        if let Some(receipt) = &receipt {
+            self.receipt_totals.add(receipt);
+            self.totals.receipt_bytes_read += receipt.bytes_read;
+            for vdi in &doing.focus {
+                if let Some(focus) = self.focus.get_mut(vdi) {
+                    focus.sums.receipt_bytes_read += receipt.bytes_read;
+                }
+            }
+        }
         self.totals.bytes_copied += doing.ledger.copied;
         self.totals.bytes_cloned += doing.ledger.cloned;
         self.totals.bytes_freed += doing.ledger.net_freed();
@@ -340,6 +276,7 @@ impl State {
             peak_extra_bytes: doing.ledger.peak,
             slices: doing.ledger.slices,
             predicted: doing.expected,
+            receipt,
             error,
         };
         self.done.push_back(done.clone());
@@ -392,96 +329,10 @@ impl State {
         self.again = false;
     }
 
-    /// Whether request `asked` was answered and nothing in its scope is left
-    /// to be done.
-    pub(crate) fn idle(&self, asked: u64, scope: Scope) -> bool {
-        if self.looked < asked || self.dirty || self.again || self.looking {
-            return false;
-        }
-        match scope {
-            Scope::Sr => self.running.is_empty() && self.active.is_empty(),
-            Scope::Vdi(vdi) => {
-                let mut nodes = self.running.values().flat_map(|doing| &doing.nodes);
-                !nodes.any(|node| self.same_tree(*node, vdi))
-                    && self.roots.get(&vdi).is_none_or(|root| !self.active.contains(root))
-            }
-        }
-    }
-
-    /// Whether two nodes were in one tree in the last round.
-    #[must_use]
-    pub fn same_tree(&self, a: Uuid, b: Uuid) -> bool {
-        a == b || self.roots.get(&a).is_some_and(|root| self.roots.get(&b) == Some(root))
-    }
-
-    pub(crate) fn focus_on(&mut self, vdi: Uuid) {
-        let mut focus = self.focus.remove(&vdi).unwrap_or_default();
-        focus.waiters += 1;
-        // What runs already is waited for too, so it counts.
-        let roots = &self.roots;
-        let root = roots.get(&vdi);
-        for doing in self.running.values_mut() {
-            let here = |node: &Uuid| *node == vdi || (root.is_some() && roots.get(node) == root);
-            if doing.nodes.iter().any(here) && !doing.focus.contains(&vdi) {
-                doing.focus.push(vdi);
-                focus.room.add(&doing.ledger);
-            }
-        }
-        self.focus.insert(vdi, focus);
-    }
-
-    /// What was done in the VDI's tree since the first of those who wait for
-    /// it began to.
-    pub(crate) fn unfocus(&mut self, vdi: Uuid) -> Report {
-        let Some(focus) = self.focus.get_mut(&vdi) else {
-            return Report::default();
-        };
-        focus.waiters -= 1;
-        let report = Report {
-            bytes_copied: focus.room.copied,
-            bytes_cloned: focus.room.cloned,
-            bytes_freed: focus.room.net_freed(),
-            peak_extra_bytes: focus.room.peak,
-            ..focus.sums.clone()
-        };
-        if focus.waiters == 0 {
-            self.focus.remove(&vdi);
-        }
-        report
-    }
-
-    /// Somebody waits for everything from now on; returns their number. What
-    /// runs already is waited for too, so it counts.
-    pub(crate) fn await_all(&mut self) -> u64 {
-        let mut room = Ledger::default();
-        self.running.values().for_each(|doing| room.add(&doing.ledger));
-        let key = self.next_key;
-        self.next_key += 1;
-        self.waiters.insert(key, Waiter { before: self.totals.clone(), room });
-        key
-    }
-
     /// Free space that merges under way will still take.
     pub(crate) fn spoken_for(&self) -> u64 {
         let left = |doing: &Doing| doing.room.saturating_sub(doing.ledger.gained);
         self.running.values().map(left).sum()
-    }
-
-    /// What was done since a waiter began to wait.
-    pub(crate) fn awaited(&mut self, waiter: u64) -> Report {
-        let Some(Waiter { before, room }) = self.waiters.remove(&waiter) else {
-            return Report::default();
-        };
-        Report {
-            coalesced: self.totals.coalesced - before.coalesced,
-            leaf_coalesced: self.totals.leaf_coalesced - before.leaf_coalesced,
-            deleted: self.totals.deleted - before.deleted,
-            bytes_copied: self.totals.bytes_copied - before.bytes_copied,
-            bytes_cloned: self.totals.bytes_cloned - before.bytes_cloned,
-            bytes_freed: room.net_freed(),
-            peak_extra_bytes: room.peak,
-            ..Report::default()
-        }
     }
 
     /// Bytes per second to expect, for estimates: the budget, else what the
@@ -498,9 +349,4 @@ impl State {
             rate => reached.min(rate as f64),
         }
     }
-}
-
-fn wall_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

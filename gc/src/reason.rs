@@ -24,6 +24,16 @@ pub enum Reason {
         /// What is wrong with it.
         why: String,
     },
+    /// A content receipt says that a merge changed a disk of its tree.
+    #[error(
+        "disk {vdi} is not what it was before merge {job}: look at it, then `coppice gc acknowledge SR {job}`"
+    )]
+    Differs {
+        /// The disk.
+        vdi: Uuid,
+        /// The merge.
+        job: String,
+    },
     /// Its parent is a raw or fixed image.
     #[error("its parent {parent} is not a dynamic image: nothing can be merged into it")]
     ParentTakesNothing {
@@ -134,6 +144,7 @@ impl Reason {
     pub fn is_blocked(&self) -> bool {
         match self {
             Self::BrokenTree { .. }
+            | Self::Differs { .. }
             | Self::UnknownParents { .. }
             | Self::ParentTakesNothing { .. }
             | Self::OtherBlocks { .. }

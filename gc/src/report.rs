@@ -22,6 +22,10 @@ pub struct Report {
     pub bytes_freed: u64,
     /// Most room needed beyond what was in use. Predicted: an upper bound.
     pub peak_extra_bytes: u64,
+    /// Read for content receipts, if they are asked for. Predicted: an upper
+    /// bound.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub receipt_bytes_read: u64,
     /// Time taken. Predicted: an estimate.
     pub seconds: f64,
     /// What failed or was left, and why.
@@ -43,6 +47,7 @@ impl Report {
         self.bytes_cloned += other.bytes_cloned;
         self.bytes_freed += other.bytes_freed;
         self.peak_extra_bytes += other.peak_extra_bytes;
+        self.receipt_bytes_read += other.receipt_bytes_read;
         self.seconds += other.seconds;
         self.failed.extend(other.failed);
         // A sum of which a part is missing would be read as a bound.
@@ -54,6 +59,10 @@ impl Report {
             _ => None,
         };
     }
+}
+
+fn is_zero(bytes: &u64) -> bool {
+    *bytes == 0
 }
 
 /// What a job was expected to take and give when it was chosen, from block

@@ -31,6 +31,8 @@ pub struct Wishes {
     pub latency_factor: Option<f64>,
     /// Whether collecting is paused.
     pub paused: bool,
+    /// Whether the disks on each merge are read before and after it.
+    pub receipts: bool,
 }
 
 impl Wishes {
@@ -43,7 +45,7 @@ impl Wishes {
             0 => limits::PARALLEL,
             n => n.min(limits::PARALLEL_MAX),
         };
-        Settings { parallel, ..Settings::default() }
+        Settings { parallel, receipts: self.receipts, ..Settings::default() }
     }
 }
 

@@ -162,7 +162,7 @@ fn lease(forest: &Forest, reader: &Reader) -> Lease {
         vdi: reader.vdi,
         chain: chain.collect(),
         usage: match reader.reader {
-            Reads::Copy => Use::Copies,
+            Reads::Copy | Reads::Yielding => Use::Copies,
             Reads::Tapdisk if reader.read_only => Use::Reads,
             Reads::Tapdisk => Use::Writes,
         },
