@@ -450,7 +450,33 @@ pub enum GcCommand {
         /// longer to answer than it does without them; 0 is never [default: 4]
         #[arg(long, value_name = "FACTOR")]
         latency_factor: Option<f64>,
+        /// Read every disk on a merge before and after it, and compare [default: off]
+        #[arg(long, value_name = "on|off", value_enum)]
+        receipts: Option<Switch>,
     },
+    /// Print the hash of every block that the receipt of a finished merge compared
+    Receipt {
+        /// Storage repository
+        sr: String,
+        /// The merge, as `gc status` names it
+        job: String,
+    },
+    /// Say that a disk which a merge has changed was looked at: its tree is merged again
+    Acknowledge {
+        /// Storage repository
+        sr: String,
+        /// The merge, as the alarm names it [default: all]
+        job: Option<String>,
+    },
+}
+
+/// Whether something is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Switch {
+    /// It is
+    On,
+    /// It is not
+    Off,
 }
 
 /// One storage repository or all.

@@ -183,6 +183,58 @@ pub struct GcStatus {
     pub srs: Vec<GcSr>,
     /// Attached ones it cannot collect, and why.
     pub refused: BTreeMap<String, String>,
+    /// Jobs that ended.
+    pub done: Vec<GcDone>,
+}
+
+/// A job of the collector that ended, as far as its receipt is concerned.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct GcDone {
+    /// Names it.
+    pub job: String,
+    /// What became of the disks on it, if that was asked for.
+    pub receipt: Option<GcReceipt>,
+}
+
+/// What became of the disks on a merge.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct GcReceipt {
+    /// Each of them.
+    pub disks: Vec<GcDiskReceipt>,
+    /// Why there is nothing about any.
+    pub void: Option<String>,
+}
+
+/// What became of one disk. Blocks are of 2 MiB.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct GcDiskReceipt {
+    /// The disk.
+    pub vdi: String,
+    /// `same`, `different`, `unreadable` or `void`.
+    pub verdict: String,
+    /// Blocks that read the same.
+    pub matched: u64,
+    /// Blocks that guests wrote meanwhile.
+    pub written: u64,
+    /// Blocks that differ.
+    pub different: u64,
+    /// The first of them.
+    pub different_blocks: Vec<u64>,
+    /// Why it is void, or cannot be read.
+    pub reason: Option<String>,
+}
+
+/// A difference that nobody has said anything to yet.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct GcAlarm {
+    /// The merge.
+    pub job: String,
+    /// Everything about it.
+    pub text: String,
 }
 
 /// One storage repository in the collector's eyes.
@@ -201,6 +253,8 @@ pub struct GcSr {
     pub error: Option<String>,
     /// Nodes that wait or are being merged.
     pub nodes: BTreeMap<String, GcState>,
+    /// Disks that a merge has changed.
+    pub alarms: Vec<GcAlarm>,
 }
 
 /// The list inside a document under `key`, or the document itself.

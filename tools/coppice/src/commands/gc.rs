@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::Context;
-use crate::cli::{GcCommand, GcScope};
+use crate::cli::{GcCommand, GcScope, Switch};
 use crate::client::escaped;
 use crate::failure::Outcome;
 use crate::render;
@@ -30,15 +30,25 @@ pub fn run(context: &Context, command: GcCommand) -> Outcome<()> {
         GcCommand::Pause(scope) => tell(context, &scope, "/pause")?,
         GcCommand::Resume(scope) => tell(context, &scope, "/resume")?,
         GcCommand::Abort(scope) => tell(context, &scope, "/abort")?,
-        GcCommand::Set { sr, rate, parallel, latency_factor } => {
+        GcCommand::Set { sr, rate, parallel, latency_factor, receipts } => {
             let sr = resolve::sr(&context.smd, &sr)?;
             let body = json!({
                 "sr": sr,
                 "rate": rate.map(|rate| rate.0),
                 "parallel": parallel,
                 "latency_factor": latency_factor,
+                "receipts": receipts.map(|switch| switch == Switch::On),
             });
             show(context, &gcd.post("/set", &body)?);
+        }
+        GcCommand::Receipt { sr, job } => {
+            let sr = resolve::sr(&context.smd, &sr)?;
+            let answer = gcd.get(&format!("/receipt?sr={}&job={}", escaped(&sr), escaped(&job)))?;
+            context.output.result(&answer, || render::receipts::hashes(&answer));
+        }
+        GcCommand::Acknowledge { sr, job } => {
+            let sr = resolve::sr(&context.smd, &sr)?;
+            show(context, &gcd.post("/acknowledge", &json!({"sr": sr, "job": job}))?);
         }
     }
     Ok(())

@@ -3,6 +3,7 @@
 //! Pure: documents in, strings out. Printing is the commands' business.
 
 pub mod places;
+pub mod receipts;
 pub mod report;
 pub mod style;
 pub mod table;
@@ -123,7 +124,13 @@ pub fn gc_status(status: &GcStatus) -> String {
     for (sr, why) in &status.refused {
         srs.row([sr.clone(), "refused".to_owned(), dash(), dash(), why.clone()]);
     }
-    if any { format!("{srs}\n{nodes}") } else { srs.to_string() }
+    let mut text = receipts::alarms(status);
+    text.push_str(&srs.to_string());
+    if any {
+        text.push_str(&format!("\n{nodes}"));
+    }
+    text.push_str(&receipts::of_jobs(status));
+    text
 }
 
 /// Any object as `name  value` lines, nested ones left out.

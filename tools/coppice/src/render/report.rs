@@ -71,8 +71,13 @@ pub fn collected(answer: &Value) -> String {
         ("bytes_cloned", "at most "),
         ("bytes_freed", ""),
         ("peak_extra_bytes", "at most "),
+        ("receipt_bytes_read", "at most "),
         ("seconds", "about "),
     ];
+    let figures = figures.into_iter().filter(|(name, _)| {
+        // Only there if receipts were asked for.
+        *name != "receipt_bytes_read" || !answer[name].is_null() || !answer["predicted"][name].is_null()
+    });
     let done = |name: &str| figure(name, &answer[name]);
     let mut text = if let Some(predicted) = answer.get("predicted") {
         let mut table = Table::new(["FIGURE", "VALUE", "PREDICTED"]);
@@ -82,7 +87,7 @@ pub fn collected(answer: &Value) -> String {
         table.to_string()
     } else {
         let mut table = Table::new(["FIGURE", "VALUE"]);
-        figures.iter().for_each(|(name, _)| table.row([(*name).to_owned(), done(name)]));
+        figures.for_each(|(name, _)| table.row([name.to_owned(), done(name)]));
         table.to_string()
     };
     let failed: Vec<Value> = answer["failed"].as_array().into_iter().flatten().cloned().collect();
