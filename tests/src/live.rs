@@ -16,6 +16,7 @@ mod kills;
 mod main_job;
 mod metrics;
 mod power;
+mod receipts;
 mod remote;
 mod revived;
 mod scale;
