@@ -8,10 +8,13 @@
 //!   here:    read, write  punch        read, write
 //! ```
 //!
-//! Data is read and written through a buffer: `copy_file_range` moves local
-//! files page by page and takes twice as long. On another machine's
-//! filesystem it is asked first, as that may copy without the network. Short
-//! runs are not looked through for holes, which takes longer than copying.
+//! Data of single ranges is read and written through a buffer:
+//! `copy_file_range` moves local files page by page and takes twice as long.
+//! On another machine's filesystem it is asked first, as that may copy without
+//! the network. Many ranges go past the page cache, a deep queue of them: then
+//! reading and writing overlap, and the flush after it finds little to write.
+//! Short runs are not looked through for holes, which takes longer than
+//! copying.
 //!
 //! Each way falls back to the next when the filesystem or the pair of
 //! filesystems cannot; only real errors are reported.
@@ -87,27 +90,26 @@ pub(super) fn copy(
     Ok(CopyKind::Copied)
 }
 
-/// Copies many ranges: short ones past the page cache, all at once; long ones
-/// by two threads, as much of it is moving memory.
+/// Copies many ranges, past the page cache and many at a time where both
+/// sides can; the others by two threads, as much of it is moving memory.
 pub(super) fn copy_many(to: &PosixVolume, source: &dyn Volume, ranges: &[CopyRange]) -> io::Result<()> {
     let from = source.as_any().downcast_ref::<PosixVolume>();
-    let mut rest: Vec<CopyRange> = Vec::new();
-    match from.and_then(|from| Some((from.direct()?, to.direct()?))) {
-        Some((from, direct)) => {
-            let is_short = |range: &CopyRange| {
-                let aligned = [range.from, range.to, range.len_bytes].map(|n| n % CLONE_UNIT == 0);
-                range.len_bytes < HOLES_BYTES_MIN && !aligned.contains(&false)
-            };
-            let (short, long): (Vec<CopyRange>, Vec<CopyRange>) =
-                joined(ranges).into_iter().partition(is_short);
-            rest = long;
-            rest.extend(move_at_once(to, from, direct, &short));
+    let rest = match from.and_then(|from| Some((from, from.direct()?, to.direct()?))) {
+        Some((from, from_fd, to_fd)) => {
+            let (pieces, mut rest) = pieces_of(to, from, ranges)?;
+            rest.extend(move_at_once(to, from_fd, to_fd, &pieces));
+            rest
         }
-        None => rest.extend(ranges),
-    }
+        None => ranges.to_vec(),
+    };
     let each = |ranges: &[CopyRange]| {
-        let mut ranges = ranges.iter();
-        ranges.try_for_each(|range| copy(to, source, range.from, range.to, range.len_bytes).map(drop))
+        let mut coming = ranges.iter().skip(1);
+        ranges.iter().try_for_each(|range| {
+            if let Some(next) = coming.next() {
+                source.will_read(next.from, next.len_bytes);
+            }
+            copy(to, source, range.from, range.to, range.len_bytes).map(drop)
+        })
     };
     if rest.len() < RANGES_FOR_TWO {
         return each(&rest);
@@ -118,6 +120,80 @@ pub(super) fn copy_many(to: &PosixVolume, source: &dyn Volume, ranges: &[CopyRan
         let one = each(first);
         other.join().unwrap_or_else(|_| Err(io::Error::other("the other thread panicked"))).and(one)
     })
+}
+
+/// The data of `ranges` in pieces for a ring, its holes made; and those ranges
+/// that a ring cannot move.
+fn pieces_of(
+    to: &PosixVolume,
+    from: &PosixVolume,
+    ranges: &[CopyRange],
+) -> io::Result<(Vec<CopyRange>, Vec<CopyRange>)> {
+    let from_end = from.len()?;
+    let (mut pieces, mut data, mut rest) = (Vec::new(), Vec::new(), Vec::new());
+    for range in joined(ranges) {
+        let aligned = [range.from, range.to, range.len_bytes].iter().all(|n| n % CLONE_UNIT == 0);
+        let short = range.len_bytes < HOLES_BYTES_MIN;
+        // Where the source ends too soon, that shows when it is copied.
+        let ends = range.from.saturating_add(range.len_bytes) > from_end;
+        if !aligned || ends || (to.is_remote() && !short) {
+            rest.push(range);
+        } else if short {
+            pieces.push(range);
+        } else {
+            without_holes(to, from, range, &mut data)?;
+            grow_to(to, range.to + range.len_bytes)?;
+        }
+    }
+    find_room(to, &data);
+    for range in data {
+        let cut = (0..range.len_bytes).step_by(usize_of(PIECE_BYTES_MAX));
+        pieces.extend(cut.map(|at| CopyRange {
+            from: range.from + at,
+            to: range.to + at,
+            len_bytes: (range.len_bytes - at).min(PIECE_BYTES_MAX),
+        }));
+    }
+    Ok((pieces, rest))
+}
+
+/// Makes the holes of a range, as far as they are whole pages, and adds its
+/// data to `data`.
+fn without_holes(
+    to: &PosixVolume,
+    from: &PosixVolume,
+    range: CopyRange,
+    data: &mut Vec<CopyRange>,
+) -> io::Result<()> {
+    let from_end = range.from + range.len_bytes;
+    let mut at = range.from;
+    while at < from_end {
+        let begin = (next_data(from, at)?.min(from_end) / CLONE_UNIT * CLONE_UNIT).max(at);
+        if begin > at {
+            to.zero(range.to + (at - range.from), begin - at)?;
+        }
+        let end = next_hole(from, begin)?.min(from_end).next_multiple_of(CLONE_UNIT);
+        if end > begin {
+            data.push(CopyRange { from: begin, to: range.to + (begin - range.from), len_bytes: end - begin });
+        }
+        at = end;
+    }
+    Ok(())
+}
+
+/// Has the filesystem find room for all of it at once: in few extents, and
+/// transfers past the page cache then need not wait for each other.
+fn find_room(to: &PosixVolume, ranges: &[CopyRange]) {
+    if to.is_device() {
+        return;
+    }
+    let mut targets: Vec<(u64, u64)> =
+        ranges.iter().map(|range| (range.to, range.to + range.len_bytes)).collect();
+    targets.sort_unstable();
+    for stretch in targets.chunk_by(|one, next| next.0 <= one.1 + CLONE_UNIT) {
+        let (Some(first), Some(last)) = (stretch.first(), stretch.last()) else { continue };
+        to.find_room(first.0, last.1 - first.0);
+    }
 }
 
 /// Neighbours as one, as long as a ring takes them.

@@ -1,5 +1,5 @@
-//! Many short ranges moved from one file to another at once, past the page
-//! cache, on an io_uring.
+//! Many ranges moved from one file to another at once, past the page cache,
+//! on an io_uring.
 //!
 //! ```text
 //!   pieces --> group (one buffer) --reads--> all read --writes--> done
@@ -25,7 +25,7 @@ use super::super::CopyRange;
 /// Buffers.
 const GROUPS: usize = 8;
 /// Bytes of each.
-const GROUP_BYTES: usize = 256 << 10;
+const GROUP_BYTES: usize = 512 << 10;
 /// Pieces in one.
 const GROUP_PIECES: usize = 64;
 /// Entries of the submission queue; a turn that has more submits twice.

@@ -136,6 +136,15 @@ impl PosixVolume {
         }
     }
 
+    /// Has a file take space for a range it is going to fill, as unwritten
+    /// extents, which read as zeros. What cannot be had now is found, or shows
+    /// as missing, when the range is written.
+    pub(super) fn find_room(&self, offset: u64, len_bytes: u64) {
+        if let (Ok(at), Ok(len)) = (offset_of(offset), offset_of(len_bytes)) {
+            let _ = fallocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, at, len);
+        }
+    }
+
     fn write_zeros(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
         let end = offset.saturating_add(len_bytes);
         let run_max = ZERO_BUFFER_BYTES.min(usize_of(len_bytes));
