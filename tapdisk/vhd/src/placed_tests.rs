@@ -38,7 +38,7 @@ fn runs_join_where_they_continue_on_disk_and_in_the_image() {
 }
 
 #[derive(Debug)]
-struct NoRecords;
+pub(crate) struct NoRecords;
 
 impl RecordStore for NoRecords {
     fn existing(&self, _footer: Uuid) -> std::io::Result<Option<PendingRecord>> {

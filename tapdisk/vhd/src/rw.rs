@@ -21,6 +21,11 @@
 //! 4. flush, then the record's half is dropped and freed slots may be zeroed
 //!    and reused (invariant 6): no durable entry names them.
 //!
+//! Whoever does not mind writing before the first flush may write the bitmaps
+//! of [`Captured::new_slots`] there: no BAT on the file names their slots
+//! yet. That flush then covers all that the entries need, and none is needed
+//! between 2 and 3.
+//!
 //! Two views of the BAT are kept: memory's, and what the file may say
 //! (`on_file`, only where the two differ), so that writing one entry of a BAT
 //! sector never carries along a neighbour whose data is not durable yet.
@@ -67,6 +72,12 @@ pub struct Captured {
 }
 
 impl Captured {
+    /// Slots that this capture's entries make known.
+    #[must_use]
+    pub fn new_slots(&self) -> BTreeSet<Slot> {
+        self.entries.values().filter(|entry| **entry != BAT_FREE).map(|entry| Slot(*entry)).collect()
+    }
+
     /// Whether any BAT entry is to be written.
     #[must_use]
     pub fn changes_bat(&self) -> bool {
@@ -271,6 +282,21 @@ impl RwImage {
             if bitmap.is_full() {
                 self.whole.put(block, true);
             }
+        }
+    }
+
+    /// All data of a block that was just given a slot is on the file, and so is
+    /// its full bitmap: see [`Self::written`].
+    pub fn written_whole(&mut self, block: BlockNo, at: Slot) {
+        let presence = self.presence(block);
+        if presence != Presence::Whole(at) && presence != Presence::Partial(at) {
+            return;
+        }
+        debug_assert!(self.unwritten.contains(&block), "{block:?} was written before");
+        if self.unwritten.remove(&block) {
+            self.dirty_entries.insert(block);
+            self.pinned.remove(&block);
+            self.whole.put(block, true);
         }
     }
 

@@ -107,3 +107,41 @@ fn what_is_given_up_while_a_capture_waits_for_space_goes_first_and_is_never_name
     assert_eq!(image.durable(held), [old[0]]);
     assert!(image.is_dirty(), "the record still says what was freed");
 }
+
+#[test]
+fn only_bitmaps_of_slots_nobody_knows_may_go_first() {
+    let mut image = image(4);
+    let (known, new) = (BlockNo(0), BlockNo(1));
+    let known_slot = image.allocate(known, false).unwrap();
+    image.written(known, known_slot, RUN);
+    let captured = image.capture();
+    assert_eq!(captured.new_slots(), [known_slot].into());
+    image.bat_written(&captured);
+    image.durable(captured);
+
+    let new_slot = image.allocate(new, false).unwrap();
+    image.written(new, new_slot, RUN);
+    image.written(known, known_slot, SectorRun { first: 100, count: 1 });
+    let captured = image.capture();
+    assert_eq!(captured.new_slots(), [new_slot].into());
+    assert_eq!(captured.bitmaps.len(), 2);
+    // One that goes makes no slot known.
+    image.free(known);
+    assert_eq!(image.capture().new_slots(), [].into());
+}
+
+#[test]
+fn a_block_whose_bitmap_is_there_needs_only_its_entry() {
+    for alone in [true, false] {
+        let mut image = image(4);
+        let slot = image.allocate(BlockNo(1), alone).unwrap();
+        image.written_whole(BlockNo(1), slot);
+        assert_eq!(image.presence(BlockNo(1)), Presence::Whole(slot));
+        let captured = image.capture();
+        assert!(captured.bitmaps.is_empty());
+        assert_eq!(entry_on_file(&image, &captured, 1), slot.0);
+        image.bat_written(&captured);
+        assert!(image.durable(captured).is_empty());
+        assert!(!image.is_dirty());
+    }
+}

@@ -167,6 +167,29 @@ fn first_slot(at: u64) -> u64 {
     round_up(at + 1, 8) - 1
 }
 
+/// Whether a slot is the next one behind another, with nothing but its bitmap
+/// between the data of the two.
+#[must_use]
+pub fn follows(one: Slot, next: Slot) -> bool {
+    u64::from(one.0) + STRIDE_SECTORS == u64::from(next.0)
+}
+
+/// Bytes from the end of one slot's data to that of the next slot's, where two
+/// lie side by side: what no slot takes, and the bitmap.
+pub const BITMAP_PAGE_BYTES: u64 = (STRIDE_SECTORS - BLOCK_SECTORS as u64) * SECTOR_BYTES;
+
+/// Whether what lies before a slot's data, [`BITMAP_PAGE_BYTES`] of it, is what
+/// this image would have written for a whole block: zeros that no slot takes,
+/// then a full bitmap.
+#[must_use]
+pub fn is_full_bitmap_page(page: &[u8]) -> bool {
+    let Some((gap, bitmap)) = page.split_at_checked((BITMAP_PAGE_BYTES - SECTOR_BYTES) as usize) else {
+        return false;
+    };
+    let full = bitmap.len() as u64 == SECTOR_BYTES && bitmap.iter().all(|byte| *byte == 0xff);
+    full && gap.iter().all(|byte| *byte == 0)
+}
+
 /// The bytes a slot takes in its file, bitmap included.
 #[must_use]
 pub fn slot_bytes(slot: Slot) -> Gap {
@@ -229,6 +252,23 @@ mod tests {
         assert!(gaps.is_empty() && !slots.page_aligned());
         let next = slots.take().unwrap();
         assert!(u64::from(next.0) >= 4 + 2 * 4097 && (next.0 + 1).is_multiple_of(8));
+    }
+
+    #[test]
+    fn only_zeros_and_a_full_bitmap_are_a_page_that_can_be_taken_over() {
+        let mut page = vec![0; 3584];
+        page.resize(4096, 0xff);
+        assert!(is_full_bitmap_page(&page));
+        for (at, byte) in [(0, 1), (3583, 0xff), (3584, 0xfe), (4095, 0)] {
+            let mut other = page.clone();
+            other[at] = byte;
+            assert!(!is_full_bitmap_page(&other), "byte {at}");
+        }
+        for len in [0, 512, 3584, 4095] {
+            assert!(!is_full_bitmap_page(&page[..len]), "{len} bytes");
+        }
+        page.push(0xff);
+        assert!(!is_full_bitmap_page(&page));
     }
 
     #[test]

@@ -4,6 +4,8 @@
 //! The steps of opening and settling are the same for the data path, which
 //! uses [`open_rw`] and [`settle_files`] too.
 
+mod copying;
+
 use std::sync::Arc;
 
 use crate::bat::{BAT_FREE, Layout, read_bat};
@@ -18,12 +20,9 @@ use crate::replay::replay;
 use crate::rw::{Captured, Presence, RwImage};
 pub use crate::settle::{Settled, settle_files};
 use crate::slots::{Slots, slot_bytes};
-use crate::storage::{Access, CopyKind, CopyRange, Volume, VolumeName, Volumes};
+use crate::storage::{Access, Volume, VolumeName, Volumes};
 use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockNo, SECTOR_BYTES, SectorRun, Slot};
-
-/// What direct transfers may be multiples of at most: blocks of ours begin on
-/// such boundaries.
-const PAGE_BYTES: u32 = 4096;
+pub use copying::{CopyIn, WholeBlock};
 
 /// An image opened, locked and made ready for writing.
 #[derive(Debug)]
@@ -154,19 +153,6 @@ pub fn settle(volumes: &dyn Volumes, name: &VolumeName, records: &dyn RecordStor
     writer.settle(None)
 }
 
-/// Sectors of a block that another volume has, for [`Writer::copy_in_many`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CopyIn {
-    /// Which block.
-    pub block: BlockNo,
-    /// Which of its sectors.
-    pub run: SectorRun,
-    /// Byte offset of them in the source.
-    pub source_offset: u64,
-    /// Whether an image below has the block.
-    pub below: bool,
-}
-
 /// See the module.
 #[derive(Debug)]
 pub struct Writer {
@@ -248,69 +234,6 @@ impl Writer {
         Ok(())
     }
 
-    /// Copies whole sectors of a block from another volume of the same
-    /// repository, sharing extents where that is possible.
-    ///
-    /// # Errors
-    /// As [`Self::write`].
-    pub fn copy_in(
-        &mut self,
-        block: BlockNo,
-        run: SectorRun,
-        source: &dyn Volume,
-        source_offset: u64,
-        below: bool,
-    ) -> Result<CopyKind> {
-        let slot = self.place(block, below)?;
-        let kind = self
-            .open
-            .volume
-            .copy_from(source, source_offset, slot.data_offset(run.first), run.bytes())
-            .map_err(|e| Error::from(e).of(&self.name))?;
-        self.landed(block, slot, run);
-        Ok(kind)
-    }
-
-    /// From now on what is copied in by [`Self::copy_in_many`] goes past the
-    /// page cache, where that is possible. To be called first of all.
-    ///
-    /// # Errors
-    /// What the volume said.
-    pub fn go_direct(&self) -> Result<()> {
-        // Blocks of other makers' images may share pages with metadata.
-        let went = self.open.volume.go_direct(PAGE_BYTES).map(|_| ());
-        went.map_err(|e| Error::from(e).of(&self.name))
-    }
-
-    /// Copies many short runs from one volume, as [`Self::copy_in`] does each.
-    /// No two of them overlap.
-    ///
-    /// # Errors
-    /// As [`Self::write`].
-    pub fn copy_in_many(&mut self, source: &dyn Volume, copies: &[CopyIn]) -> Result<()> {
-        let mut ranges = Vec::with_capacity(copies.len());
-        let mut slots = Vec::with_capacity(copies.len());
-        for copy in copies {
-            let slot = self.place(copy.block, copy.below)?;
-            let (from, to) = (copy.source_offset, slot.data_offset(copy.run.first));
-            ranges.push(CopyRange { from, to, len_bytes: copy.run.bytes() });
-            slots.push(slot);
-        }
-        self.open.volume.copy_many(source, &ranges).map_err(|e| Error::from(e).of(&self.name))?;
-        for (copy, slot) in copies.iter().zip(slots) {
-            self.landed(copy.block, slot, copy.run);
-        }
-        Ok(())
-    }
-
-    /// Has the storage begin to write out what was written into a block, so
-    /// that [`Self::commit`] has less to wait for.
-    pub fn begin_write_out(&self, block: BlockNo) {
-        if let Presence::Whole(slot) | Presence::Partial(slot) = self.open.rw.presence(block) {
-            self.open.volume.begin_write_out(slot.data_offset(0), BLOCK_BYTES);
-        }
-    }
-
     fn landed(&mut self, block: BlockNo, slot: Slot, run: SectorRun) {
         self.unflushed = true;
         self.open.rw.written(block, slot, run);
@@ -333,7 +256,7 @@ impl Writer {
     }
 
     /// Makes everything written durable, metadata included: the write-back
-    /// of [`crate::rw`], step by step.
+    /// of [`crate::rw`], new bitmaps first.
     ///
     /// # Errors
     /// What the volume said. The image's durable metadata still names durable
@@ -374,12 +297,15 @@ impl Writer {
 
     fn write_back(&mut self, captured: Captured) -> std::io::Result<Vec<Slot>> {
         let (volume, rw) = (&self.open.volume, &mut self.open.rw);
-        volume.flush("commit: data before metadata")?;
-        for (slot, bitmap) in &captured.bitmaps {
-            volume.write_at(&bitmap.to_bytes(), slot.bitmap_offset())?;
-        }
+        let new = captured.new_slots();
+        let (new, known): (Vec<_>, Vec<_>) =
+            captured.bitmaps.iter().partition(|(slot, _)| new.contains(slot));
+        let write =
+            |(slot, bitmap): &(Slot, SectorBitmap)| volume.write_at(&bitmap.to_bytes(), slot.bitmap_offset());
+        new.into_iter().try_for_each(write)?;
+        volume.flush("commit: data and new bitmaps before what names them")?;
+        known.into_iter().try_for_each(write)?;
         if captured.changes_bat() {
-            volume.flush("commit: bitmaps before BAT")?;
             for (offset, sector) in rw.bat_sectors(&captured) {
                 volume.write_at(&sector, offset)?;
             }
