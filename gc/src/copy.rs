@@ -4,12 +4,13 @@
 use std::collections::BTreeMap;
 
 use sm::{Repo, image};
-use vhd::merge::{BlockCopy, Merge, Mode, Piece, Step, Window, WindowLimits};
+use vhd::merge::{BlockCopy, Merge, Mode, Piece, Step, Tables, Window, WindowLimits};
 use vhd::meta::FooterState;
 use vhd::rw::Presence;
+use vhd::slots::{BITMAP_PAGE_BYTES, is_full_bitmap_page};
 use vhd::storage::{CopyKind, VolumeName};
-use vhd::units::{BLOCK_BYTES, BlockNo, SectorRun};
-use vhd::writer::{CopyIn, Writer};
+use vhd::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockNo, SectorRun, Slot};
+use vhd::writer::{CopyIn, WholeBlock, Writer};
 
 use crate::job::{Result, Stop};
 use crate::limits;
@@ -37,6 +38,8 @@ pub(crate) struct Copying<'a> {
     unflushed: Unflushed,
     /// Runs of this window that are copied all at once, by source.
     batch: BTreeMap<usize, Vec<CopyIn>>,
+    /// Blocks of this window that are shared as wholes, by source.
+    shared: BTreeMap<usize, Vec<WholeBlock>>,
 }
 
 /// What the parent took in since it was flushed.
@@ -57,9 +60,18 @@ impl<'a> Copying<'a> {
         emptied: Vec<Writer>,
         tell_readers: &'a dyn Fn() -> Result<()>,
     ) -> Self {
-        let unflushed = Unflushed::default();
-        let batch = BTreeMap::new();
-        Self { watch, windows, sources, parent, emptied, tell_readers, shares: None, unflushed, batch }
+        Self {
+            watch,
+            windows,
+            sources,
+            parent,
+            emptied,
+            tell_readers,
+            shares: None,
+            unflushed: Unflushed::default(),
+            batch: BTreeMap::new(),
+            shared: BTreeMap::new(),
+        }
     }
 
     /// Runs all windows. Crash argument: see [`vhd::merge`]; each step here
@@ -89,24 +101,60 @@ impl<'a> Copying<'a> {
         if run.bytes() <= limits::SHORT_RUN_BYTES_MAX { !gained } else { self.shares == Some(false) }
     }
 
-    /// Has the storage read ahead what a window is going to read, all of it
-    /// at once: reads one after the other would each wait for the disk.
+    /// Has the storage read ahead what is looked at of a window before it is
+    /// copied, all of it at once: reads one after the other would each wait for
+    /// the disk. What is copied is read by who copies it.
     fn fetch(&self, window: &Window) {
         for copy in &window.copies {
-            for Piece { source, run } in &copy.pieces {
-                let Some((volume, offset)) = self.sources.place(*source, copy.block, run.first) else {
-                    continue;
-                };
-                let gained = self.parent.presence(copy.block) == Presence::Absent;
-                let direct = run.bytes() <= limits::SHORT_RUN_BYTES_MAX && !gained;
-                if !direct && self.shares != Some(true) {
-                    volume.will_read(offset, run.bytes());
-                } else if !copy.below {
-                    // Only to see that it is not zeros.
-                    volume.will_read(offset, run.bytes().min(ZERO_LOOK_BYTES));
-                }
+            self.parent.will_look_at(copy.block);
+            if self.shares != Some(false)
+                && let Some((source, slot)) = self.whole(copy)
+                && let Some(volume) = self.sources.volume(source)
+            {
+                let (offset, len_bytes) = looked_at(slot);
+                volume.will_read(offset, len_bytes);
+            } else if !copy.below
+                && let Some(Piece { source, run }) = copy.pieces.first()
+                && let Some((volume, offset)) = self.sources.place(*source, copy.block, run.first)
+            {
+                volume.will_read(offset, run.bytes().min(ZERO_LOOK_BYTES));
             }
         }
+    }
+
+    /// The source and slot of a block that one source has whole, as its BATmap
+    /// or its bitmap says, and the parent not at all.
+    fn whole(&self, copy: &BlockCopy) -> Option<(usize, Slot)> {
+        let [Piece { source, run: SectorRun { first: 0, count: BLOCK_SECTORS } }] = copy.pieces.as_slice()
+        else {
+            return None;
+        };
+        let absent = self.parent.presence(copy.block) == Presence::Absent;
+        match self.sources.presence(*source, copy.block) {
+            Presence::Whole(slot) | Presence::Partial(slot) if absent => Some((*source, slot)),
+            Presence::Whole(_) | Presence::Partial(_) | Presence::Absent => None,
+        }
+    }
+
+    /// Whether a block can be shared as a whole, its bitmap included, with
+    /// its neighbours; then that is put off until all of the window can be.
+    fn put_off(&mut self, copy: &BlockCopy) -> Result<bool> {
+        if self.shares != Some(true) {
+            return Ok(false);
+        }
+        let Some((source, source_slot)) = self.whole(copy) else { return Ok(false) };
+        let Some(volume) = self.sources.volume(source) else { return Ok(false) };
+        let mut look = [0; (BITMAP_PAGE_BYTES + ZERO_LOOK_BYTES) as usize];
+        let (offset, _) = looked_at(source_slot);
+        volume.read_at(&mut look, offset).map_err(|e| sm::Error::io("read a source", e))?;
+        let (page, data) = look.split_at(BITMAP_PAGE_BYTES as usize);
+        let may_be_zero = !copy.below && data.iter().all(|byte| *byte == 0);
+        let sound = is_full_bitmap_page(page) && !may_be_zero;
+        if sound {
+            let block = WholeBlock { block: copy.block, source_slot };
+            self.shared.entry(source).or_default().push(block);
+        }
+        Ok(sound)
     }
 
     /// All steps of a window. Once a clear was begun, readers are told even
@@ -159,6 +207,7 @@ impl<'a> Copying<'a> {
     /// until then its sources have everything.
     fn commit_parent(&mut self) -> Result<()> {
         self.copy_batch()?;
+        self.share_batch()?;
         let Unflushed { bytes, blocks } = self.unflushed;
         let soon = bytes < limits::UNFLUSHED_BYTES_MAX && blocks < limits::UNFLUSHED_BLOCKS_MAX;
         if self.mode() == Mode::Shadow && soon {
@@ -171,6 +220,9 @@ impl<'a> Copying<'a> {
     }
 
     fn block(&mut self, copy: &BlockCopy) -> Result<()> {
+        if self.put_off(copy)? {
+            return Ok(());
+        }
         if !copy.below && is_zero(&self.sources, copy)? {
             self.watch.note(Event::Dropped(copy.bytes()));
             return Ok(());
@@ -200,13 +252,33 @@ impl<'a> Copying<'a> {
         if copied > 0 {
             self.parent.begin_write_out(copy.block);
         }
+        self.note_copied(copied, cloned);
+        if gained {
+            self.watch.note(Event::Gained(BLOCK_BYTES));
+        }
+        Ok(())
+    }
+
+    fn note_copied(&self, copied: u64, cloned: u64) {
         for (bytes, cloned) in [(copied, false), (cloned, true)] {
             if bytes > 0 {
                 self.watch.note(Event::Copied { bytes, cloned });
             }
         }
-        if gained {
-            self.watch.note(Event::Gained(BLOCK_BYTES));
+    }
+
+    /// Shares what was put off for it.
+    fn share_batch(&mut self) -> Result<()> {
+        for (source, blocks) in std::mem::take(&mut self.shared) {
+            let Some(volume) = self.sources.volume(source) else {
+                continue;
+            };
+            let (cloned, copied) = self.parent.copy_whole(volume, &blocks).map_err(format)?;
+            self.shares = Some(cloned > copied);
+            self.unflushed.bytes += copied;
+            self.unflushed.blocks += u32::try_from(blocks.len()).unwrap_or(u32::MAX);
+            self.note_copied(copied, cloned);
+            self.watch.note(Event::Gained(blocks.len() as u64 * BLOCK_BYTES));
         }
         Ok(())
     }
@@ -269,6 +341,13 @@ pub(crate) fn leaf_slice(free_bytes: u64, gained_bytes: u64) -> (WindowLimits, u
     } else {
         (SLICE, gained_bytes.min(limits::SLICE_BYTES_MAX))
     }
+}
+
+/// What is looked at of a block before it is shared as a whole: offset and
+/// bytes of its bitmap, what lies before that, and the beginning of its data.
+fn looked_at(slot: Slot) -> (u64, u64) {
+    let data = slot.data_offset(0);
+    (data.saturating_sub(BITMAP_PAGE_BYTES), BITMAP_PAGE_BYTES + ZERO_LOOK_BYTES)
 }
 
 /// Whether every piece of a block reads as zeros. Ends at the first byte

@@ -9,6 +9,9 @@ pub const SOURCES_MAX: usize = 32;
 pub const WINDOW_BYTES_MAX: u64 = 64 << 20;
 /// Blocks looked at between two looks at the abort flag.
 pub const WINDOW_BLOCKS_MAX: u32 = 256;
+/// Bitmaps of a source that are read together, so that one need not wait for
+/// the other.
+pub const BITMAPS_AHEAD: usize = 128;
 /// Runs up to this long are copied many at a time; about the limit below which
 /// extents are not shared.
 pub const SHORT_RUN_BYTES_MAX: u64 = 60 << 10;

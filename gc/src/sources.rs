@@ -15,6 +15,8 @@ use vhd::rw::Presence;
 use vhd::storage::{Access, Volume, VolumeName};
 use vhd::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockNo, SECTOR_BYTES, Slot};
 
+use crate::limits;
+
 /// What offsets and lengths of direct reads are multiples of.
 const DIRECT_UNIT_MAX: u32 = 4096;
 
@@ -88,7 +90,8 @@ pub struct Sources {
     images: Vec<Source>,
     /// The parent and everything below it, as it was in the beginning.
     below: ChainMap,
-    /// Bitmaps of the window being made; dropped with it, so bounded by it.
+    /// Bitmaps of the window being made, and at most
+    /// [`limits::BITMAPS_AHEAD`] of each image behind it.
     bitmaps: RefCell<HashMap<(usize, BlockNo), SectorBitmap>>,
 }
 
@@ -108,20 +111,41 @@ impl Sources {
     /// # Errors
     /// A bitmap cannot be read.
     pub fn next(&self, merge: &mut Merge) -> sm::Result<Option<Window>> {
-        self.bitmaps.borrow_mut().clear();
+        self.bitmaps.borrow_mut().retain(|(_, block), _| *block >= merge.position());
         loop {
             match merge.next(self) {
                 Next::Done => return Ok(None),
                 Next::Window(window) => return Ok(Some(window)),
-                Next::NeedBitmap { source, block } => {
-                    let bitmap = match self.images.get(source) {
-                        Some(image) => image.read_bitmap(block)?,
-                        None => SectorBitmap::EMPTY,
-                    };
-                    self.bitmaps.borrow_mut().insert((source, block), bitmap);
-                }
+                Next::NeedBitmap { source, block } => self.read_bitmaps(source, block)?,
             }
         }
+    }
+
+    /// Reads the bitmap of a block, and those of blocks behind it that will be
+    /// asked for next.
+    fn read_bitmaps(&self, source: usize, block: BlockNo) -> sm::Result<()> {
+        let Some(image) = self.images.get(source) else {
+            self.bitmaps.borrow_mut().insert((source, block), SectorBitmap::EMPTY);
+            return Ok(());
+        };
+        // Of a block that a newer image has whole nothing else is asked.
+        let whole_above = |block| {
+            (0..source).any(|newer| matches!(Tables::presence(self, newer, block), Presence::Whole(_)))
+        };
+        let slot = |at| match image.presence(at) {
+            Presence::Partial(slot) if at == block || !whole_above(at) => Some((at, slot)),
+            Presence::Partial(_) | Presence::Whole(_) | Presence::Absent => None,
+        };
+        let coming: Vec<(BlockNo, Slot)> =
+            (block.0..self.blocks()).map(BlockNo).filter_map(slot).take(limits::BITMAPS_AHEAD).collect();
+        for (_, slot) in &coming {
+            // And the beginning of the data: next to it, and looked at soon.
+            image.volume.will_read(slot.bitmap_offset(), SECTOR_BYTES + 1);
+        }
+        for (block, _) in coming {
+            self.bitmaps.borrow_mut().insert((source, block), image.read_bitmap(block)?);
+        }
+        Ok(())
     }
 
     /// The volume of a source.
