@@ -90,7 +90,8 @@ fn by_collector(repo: &Repo, merge: &Merge) -> anyhow::Result<Duration> {
     Ok(clock.copying)
 }
 
-/// Adds up the time from the beginning of a window's copy until it is durable.
+/// Adds up the time from the beginning of a copy until it is durable; what is
+/// read to choose the first blocks counts, too.
 #[derive(Debug, Default)]
 struct CopyWatch(Mutex<Clock>);
 
@@ -124,11 +125,15 @@ impl Watch for CopyWatch {
     }
 
     fn note(&self, event: Event) {
-        if event == Event::Durable {
-            let mut clock = self.clock();
-            if let Some(since) = clock.since.take() {
-                clock.copying += since.elapsed();
+        let mut clock = self.clock();
+        match event {
+            Event::Total(_) => clock.since = Some(Instant::now()),
+            Event::Durable => {
+                if let Some(since) = clock.since.take() {
+                    clock.copying += since.elapsed();
+                }
             }
+            _ => {}
         }
     }
 
