@@ -126,6 +126,14 @@ pub enum Error {
         /// Which operation.
         reason: String,
     },
+    /// A disk whose decided snapshot cannot be finished: guests wait.
+    #[error("VDI {vdi} stands still in the middle of a snapshot: {reason}")]
+    Stuck {
+        /// The disk.
+        vdi: uuid::Uuid,
+        /// Which image cannot take which name, and why.
+        reason: String,
+    },
     /// A stream that no image can be made of.
     #[error("the stream is no usable image: {reason}")]
     BadStream {
@@ -176,6 +184,10 @@ pub enum Error {
     },
 }
 
+/// What to do about a disk that stands still.
+pub const STUCK_NEXT: &str = "make room on the SR, or mend its filesystem: the disk goes on by itself \
+    within some minutes, or at once when any operation on it is asked for; until then its guest waits";
+
 impl Error {
     /// The stable upper-case word of the API.
     #[must_use]
@@ -202,7 +214,7 @@ impl Error {
             Self::Unsupported { .. } => "UNSUPPORTED",
             Self::BadRequest { .. } => "BAD_REQUEST",
             Self::Journal { .. } => "BAD_JOURNAL",
-            Self::Catalog(_) | Self::Io { .. } => "IO_ERROR",
+            Self::Catalog(_) | Self::Io { .. } | Self::Stuck { .. } => "IO_ERROR",
         }
     }
 
@@ -211,6 +223,7 @@ impl Error {
     pub fn next(&self) -> Option<&'static str> {
         match self {
             Self::Held { next, .. } => Some(next),
+            Self::Stuck { .. } => Some(STUCK_NEXT),
             Self::BadStream { .. } => Some(
                 "nothing was imported: check the file and the form (`--format`), or make the export again",
             ),

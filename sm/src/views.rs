@@ -57,6 +57,10 @@ pub struct VdiView {
     /// Set while it is attached but has lost its tapdisk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub down: Option<Down>,
+    /// What is wrong with how it is served, and what to do; only where one
+    /// disk is asked about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
 }
 
 /// Where an attached VDI is served.
@@ -329,6 +333,7 @@ impl<'a> Look<'a> {
             broken: node.broken().map(ToString::to_string),
             served: lease.map(|lease| served(self.repo, lease, self.wanted.get(&lease.vdi))),
             down: wanted.map(|wanted| wanted.down.clone().unwrap_or_else(Down::just_now)),
+            trouble: None,
         }
     }
 }

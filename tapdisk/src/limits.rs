@@ -17,6 +17,17 @@ pub const OWNER_BYTES_MAX: usize = 32 << 20;
 /// What each block takes of it besides its runs: its place in the table and
 /// in the order of use, and what two allocations cost.
 pub const OWNER_BLOCK_BYTES: usize = 128;
+/// Attempts of a decided swap whose rename fails; after that there is one
+/// whenever somebody asks for it, and guests wait.
+pub const SWAP_ATTEMPTS_MAX: u32 = 16;
+/// After so many of them, which is some 750 ms, whoever resumed the disk is told
+/// that it stands still; attempts go on.
+pub const SWAP_ATTEMPTS_TOLD: u32 = 5;
+/// Wait after the first of them, in microseconds; each later one is twice as
+/// long as the last.
+pub const SWAP_WAIT_US_FIRST: u64 = 50_000;
+/// Longest wait between two, in microseconds.
+pub const SWAP_WAIT_US_MAX: u64 = 20_000_000;
 /// Blocks whose owners a refresh takes over from the generation before.
 pub const KNOWN_BLOCKS_MAX: usize = 8192;
 /// Time a refresh spends on reading those anew that changed; requests go on

@@ -7,6 +7,7 @@
 //!   answer.rs     results and errors as JSON
 //!   streams.rs    exports and imports
 //!   status.rs     how we do
+//!   figures.rs    what tapdisks count, and what is wrong with them
 //!   metrics/      Prometheus text, of attached disks too
 //! ```
 //!
@@ -15,6 +16,7 @@
 
 mod answer;
 mod disks;
+mod figures;
 mod jobs;
 mod metrics;
 pub mod openapi;
@@ -45,7 +47,7 @@ struct App {
     turns: Turns,
     jobs: Jobs,
     job_places: Arc<Semaphore>,
-    figures: metrics::Places,
+    figures: figures::Places,
     began: Instant,
 }
 
@@ -75,7 +77,7 @@ pub async fn serve(
         turns: Turns::default(),
         jobs: Jobs::default(),
         job_places: Arc::new(Semaphore::new(JOBS_AT_ONCE_MAX)),
-        figures: metrics::Places::default(),
+        figures: figures::Places::default(),
         began: Instant::now(),
     };
     // Jobs stop then, leaving nothing: neither a stream nor a thread keeps

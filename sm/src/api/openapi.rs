@@ -80,7 +80,7 @@ const ROUTES: &[Route] = &[
     ("get", "/jobs/{job}", "One of them; with ?wait_ms= as soon as it has ended or the time is up", &[]),
     ("post", "/jobs/{job}/proceed", "Tell a job that holds to go on", &[]),
     ("post", "/jobs/{job}/cancel", "Stop it, leaving nothing behind", &[]),
-    ("get", "/status", "This daemon, and disks whose tapdisk died", &[]),
+    ("get", "/status", "This daemon, and disks whose tapdisk died or is in trouble", &[]),
     ("get", "/openapi.json", "This document", &[]),
     ("get", "/metrics", "Prometheus text", &[]),
 ];

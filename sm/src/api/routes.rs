@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::answer::{Failure, Outcome, document};
+use super::figures::{self, Asked};
 use super::{App, disks, jobs, metrics, status, streams};
 use crate::error::{Error, Result};
 use crate::jobs::About;
@@ -134,9 +135,12 @@ pub(super) fn on_vdi<T>(
 ) -> Result<T> {
     let (repo, vdi) = manager.find_vdi(vdi)?;
     let _span = tracing::info_span!("operation", sr = %repo.uuid, %vdi, operation).entered();
-    let outcome = work(&repo, vdi);
+    let mut outcome = work(&repo, vdi);
     if outcome.as_ref().is_err_and(Error::is_busy) {
         manager.make_way(repo.uuid, Some(vdi));
+        if let Err(stuck @ Error::Stuck { .. }) = ops::unstick(&repo, vdi) {
+            outcome = Err(stuck);
+        }
     }
     match &outcome {
         Ok(_) => tracing::info!("done"),
@@ -304,9 +308,15 @@ async fn create_vdi(State(app): State<App>, body: Bytes) -> Outcome {
 async fn show_vdi(State(app): State<App>, Path(vdi): Path<String>) -> Outcome {
     let shown = run(&app, move |manager| {
         let (repo, vdi) = manager.find_vdi(&vdi)?;
-        Look::of(&repo, vdi)?.one(vdi)
+        let shown = Look::of(&repo, vdi)?.one(vdi)?;
+        let asked = shown.served.is_some().then(|| Asked::of(&repo, &shown));
+        Ok((shown, asked))
     });
-    document(shown.await?)
+    let (mut shown, asked) = shown.await?;
+    if let Some(asked) = asked {
+        shown.trouble = figures::trouble(&app.figures, asked).await;
+    }
+    document(shown)
 }
 
 async fn delete_vdi(State(app): State<App>, Path(vdi): Path<String>) -> Outcome {
@@ -364,9 +374,14 @@ fn siblings(
     let vdis = wanted.iter().map(|w| w.vdi.to_string()).collect::<Vec<_>>().join(",");
     let span = tracing::info_span!("operation", sr = %repo.uuid, vdi = vdis, ?kind);
     let made = span.in_scope(|| {
-        let outcome = ops::snapshot_watched(&repo, kind, &wanted, progress);
+        let mut outcome = ops::snapshot_watched(&repo, kind, &wanted, progress);
         if outcome.as_ref().is_err_and(Error::is_busy) {
-            wanted.iter().for_each(|one| manager.make_way(repo.uuid, Some(one.vdi)));
+            for one in &wanted {
+                manager.make_way(repo.uuid, Some(one.vdi));
+                if let Err(stuck @ Error::Stuck { .. }) = ops::unstick(&repo, one.vdi) {
+                    outcome = Err(stuck);
+                }
+            }
         }
         match &outcome {
             Ok(made) => tracing::info!(?made, "done"),

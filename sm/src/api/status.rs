@@ -5,7 +5,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::answer::{Outcome, document};
-use super::{App, routes};
+use super::{App, figures, routes};
 use crate::error::{IoContext, Result};
 use crate::limits::{CHAIN_WARN_LEFT, HEALTH_ROWS_MAX};
 use crate::manager::Manager;
@@ -26,6 +26,8 @@ pub(super) struct Status {
     pub(super) serving: usize,
     /// VDIs that lost theirs.
     pub(super) down: Vec<DownView>,
+    /// Served VDIs with which something is wrong.
+    pub(super) troubled: Vec<TroubledView>,
     /// One per attached SR.
     pub(super) health: Vec<Health>,
 }
@@ -124,6 +126,15 @@ pub(super) struct DownView {
     pub(super) down: Down,
 }
 
+#[derive(Debug, Serialize)]
+pub(super) struct TroubledView {
+    sr: Uuid,
+    vdi: Uuid,
+    name: String,
+    /// What is wrong, and what to do.
+    trouble: String,
+}
+
 /// What the run folders and the images of all attached SRs show.
 pub(super) fn look(manager: &Manager, uptime_s: u64) -> Result<Status> {
     let known = manager.known();
@@ -136,6 +147,7 @@ pub(super) fn look(manager: &Manager, uptime_s: u64) -> Result<Status> {
         detached_srs: known.len() - attached_srs,
         serving: 0,
         down: Vec::new(),
+        troubled: Vec::new(),
         health: Vec::new(),
     };
     for sr in known.iter().filter(|sr| sr.attached) {
@@ -160,5 +172,12 @@ pub(super) fn look(manager: &Manager, uptime_s: u64) -> Result<Status> {
 
 pub async fn status(State(app): State<App>) -> Outcome {
     let uptime_s = app.began.elapsed().as_secs();
-    document(routes::run(&app, move |manager| look(manager, uptime_s)).await?)
+    let looked = routes::run(&app, move |manager| Ok((look(manager, uptime_s)?, figures::disks(manager)?)));
+    let (mut status, attached) = looked.await?;
+    let asked = figures::ask(&app.figures, attached).await;
+    let troubled = asked.into_iter().filter_map(|(asked, figures)| {
+        Some(TroubledView { sr: asked.sr, vdi: asked.vdi, name: asked.name, trouble: figures.trouble()? })
+    });
+    status.troubled = troubled.collect();
+    document(status)
 }

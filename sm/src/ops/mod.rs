@@ -19,6 +19,7 @@ mod revert;
 mod snapshot;
 mod snapshot_steps;
 mod stat;
+mod unstick;
 
 pub(crate) use attach::relink;
 pub use attach::{Attached, How, adopt, attach, attach_as, detach, revive, settle_all};
@@ -38,6 +39,7 @@ pub(crate) use snapshot::Filled;
 pub use snapshot::{Wanted, snapshot, snapshot_watched};
 pub(crate) use snapshot_steps::{Decision, decide, finish, swap_begun, take_back};
 pub use stat::{Stat, stat};
+pub use unstick::unstick;
 
 use uuid::Uuid;
 

@@ -106,6 +106,8 @@ struct Live {
     tap: Box<dyn Tap>,
     /// Whether its leaf held nothing when asked. It may since.
     empty: bool,
+    /// Why it could not swap, if so.
+    stuck: Option<Error>,
 }
 
 /// Makes a sibling of each VDI, all at one instant, all or none. Returns the
@@ -198,7 +200,12 @@ fn attempt(repo: &Repo, how: How<'_>, wanted: &[Wanted]) -> Result<Attempt> {
             return Err(error);
         }
     }
-    steps::make_decision_durable(repo)?;
+    let durable = steps::make_decision_durable(repo);
+    // Not to be asked for again: it happens, once the disk can go on.
+    if let Some(stuck) = targets.iter_mut().find_map(|target| target.live.as_mut()?.stuck.take()) {
+        return Err(stuck);
+    }
+    durable?;
     for (member, target) in intent.members.iter().zip(&mut targets) {
         if let Some(live) = &mut target.live {
             steps::settle_base_live(repo, member, live.tap.as_mut())?;
@@ -222,7 +229,7 @@ fn target<'a>(repo: &Repo, wanted: &'a Wanted) -> Result<Target<'a>> {
     };
     let empty = stats.leaf_blocks == 0 && stats.record_entries == 0;
     // One that only reads changes nothing and need not be paused.
-    let live = (!stats.read_only).then_some(Live { tap, empty });
+    let live = (!stats.read_only).then_some(Live { tap, empty, stuck: None });
     Ok(Target { wanted, live })
 }
 
@@ -393,6 +400,7 @@ fn decide(
         // says, or it is dead; `finish` looks at what became of the leaf.
         if let Err(error) = live.tap.call(Request::Resume { intent: names.clone(), swap }) {
             tracing::warn!(sr = %repo.uuid, vdi = %target.wanted.vdi, %error, "resume");
+            live.stuck = super::unstick::why(target.wanted.vdi, &error);
         }
     }
     match (paused?, decision) {

@@ -74,6 +74,8 @@ pub enum Mood {
     HasClients,
     /// The pause runs out of time before anything is decided.
     TimesOut,
+    /// Told to swap its leaf, it cannot.
+    Stuck,
 }
 
 /// The host; clones are the same one.
@@ -89,6 +91,8 @@ pub struct Fake {
     pub leases: Mutex<Vec<Lease>>,
     held: Mutex<BTreeSet<Uuid>>,
     pub mood: Mutex<Mood>,
+    /// What a tapdisk could not swap in.
+    stuck: Mutex<Option<(ImageRef, String)>>,
     /// Requests the tapdisks got, by name.
     pub heard: Mutex<Vec<String>>,
 }
@@ -101,6 +105,7 @@ impl FakeHost {
             leases: Mutex::default(),
             held: Mutex::default(),
             mood: Mutex::default(),
+            stuck: Mutex::default(),
             heard: Mutex::default(),
         }))
     }
@@ -242,6 +247,17 @@ impl FakeTap {
                     self.end_lease();
                 }
                 Ok(Reply::Paused { leaf_is_empty })
+            }
+            Request::Resume { swap: true, .. } if mood == Mood::Stuck => {
+                self.host.stuck.lock().unwrap().get_or_insert_with(|| self.child.take().unwrap());
+                self.paused = None;
+                Err(Refusal::Failed { detail: "new.vhd cannot take the name: no space".into() })
+            }
+            // It is told again, and can.
+            Request::Resume { swap: true, .. } if self.host.stuck.lock().unwrap().is_some() => {
+                self.child = self.host.stuck.lock().unwrap().take();
+                self.resume(true);
+                Ok(Reply::Done)
             }
             Request::Resume { swap, .. } => {
                 if self.paused.take().is_none() {

@@ -99,6 +99,8 @@ pub enum Request {
     },
     /// Ends a pause. With `swap` the prepared child takes the leaf's name and
     /// place. Nothing is synced; the next guest FLUSH owes the durability.
+    /// Where that failed before, asking again, on any connection, tries it
+    /// again at once; refused with why it fails.
     Resume {
         /// The intent given to `Pause`.
         intent: IntentNames,

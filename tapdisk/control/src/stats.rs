@@ -56,7 +56,8 @@ pub struct Stats {
     pub last_pause_us: u64,
     /// The longest of these.
     pub longest_pause_us: u64,
-    /// `running`, `draining`, `paused` or `failed: …`.
+    /// `running`, `draining`, `paused`, `stuck: …` (a decided swap fails) or
+    /// `failed: …`.
     pub state: String,
 }
 

@@ -6,9 +6,8 @@ use vhd::placed::Placed;
 use vhd::rw::RwImage;
 use vhd::storage::VolumeName;
 
-use super::image::Purpose;
-use super::quiesce::{State, Swapping, Then};
-use super::{Barrier, CleanWaiter, Engine, FileId, Image, Lower, Op, Second, SettlePlan};
+use super::quiesce::Then;
+use super::{Barrier, CleanWaiter, Engine, FileId, Image, Lower, Second, SettlePlan};
 
 /// Names a command until it is answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -35,6 +34,8 @@ pub enum Command {
         /// The leaf to swap in.
         swap: Option<Box<NewLeaf>>,
     },
+    /// Tries a decided swap once more, now. Answered with how that ended.
+    SwapNow,
     /// Answered once nothing waits for write-back, in all images or just in
     /// the second one of the stack, with what settling takes.
     Clean {
@@ -189,6 +190,7 @@ impl Engine {
                     Some(leaf) => self.swap(token, *leaf)?,
                 }
             }
+            Command::SwapNow => self.swap_now(token)?,
             Command::Clean { second_only } => {
                 let file = if second_only { Some(self.frozen()?) } else { None };
                 self.clean.push(CleanWaiter { token, file, quiet: false, since_us: self.now_us });
@@ -246,46 +248,6 @@ impl Engine {
             (Some(image), Second::Frozen) => Ok(image.file),
             _ => Err(CommandError::Busy("no image waits to be settled")),
         }
-    }
-
-    /// Gives the prepared child the leaf's name: the only step inside the
-    /// pause, one rename or two; nothing is synced (the next FLUSH, and the
-    /// snapshot's own answer, owe that).
-    fn swap(&mut self, token: Token, leaf: NewLeaf) -> Result<(), CommandError> {
-        if self.stack.len() != 1 {
-            return Err(CommandError::Busy("no single leaf to swap"));
-        }
-        self.state = State::Swapping(Box::new(Swapping { token, leaf, failed: true }));
-        self.try_swap();
-        Ok(())
-    }
-
-    /// Starts a decided swap, or tries it again: nobody else may do it while
-    /// this process lives, and nothing can take it back.
-    pub(super) fn try_swap(&mut self) {
-        let Some(Swapping { token, leaf, failed: failed @ true }) = self.state.swapping() else { return };
-        *failed = false;
-        let op = Op::Swap {
-            new: leaf.image.name.clone(),
-            over: leaf.name.clone(),
-            aside: leaf.aside.clone(),
-            why: "swap: the new leaf takes the name",
-        };
-        let token = *token;
-        self.start(op, Purpose::Swap(token));
-    }
-
-    pub(super) fn swapped(&mut self, token: Token, result: Result<(), i32>) {
-        if let (Err(_), Some(swapping)) = (result, self.state.swapping()) {
-            swapping.failed = true;
-            return;
-        }
-        let Some(NewLeaf { image, name, .. }) = self.state.take_swap() else { return };
-        self.stack.insert(0, Image { name, ..image });
-        self.second = Second::Frozen;
-        self.names_owed = true;
-        self.release();
-        self.answer(token, Ok(CommandReply::Done));
     }
 
     fn fold(&mut self, token: Token, node: Node, file: FileId) -> Result<(), CommandError> {
@@ -352,7 +314,7 @@ impl Engine {
         }
         match self.stack.iter().find(|image| image.poisoned) {
             Some(image) => format!("failed: a flush of {} failed", image.name),
-            None => self.state.word().to_owned(),
+            None => self.state.word(),
         }
     }
 

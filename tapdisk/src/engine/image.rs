@@ -8,7 +8,7 @@ use vhd::units::{BlockNo, SectorRun, Slot};
 
 use super::piece::Part;
 use super::writeback::WriteBack;
-use super::{Engine, FileId, Op, Token, Wait};
+use super::{Engine, FileId, Op, Wait};
 use crate::engine::{Completion, RequestId};
 
 /// An image open for writing.
@@ -109,7 +109,7 @@ pub(crate) enum Purpose {
     /// A step of a merge's commit.
     Commit,
     /// The rename of a swap.
-    Swap(Token),
+    Swap,
     /// Names became durable.
     Names,
 }
@@ -135,7 +135,7 @@ impl Engine {
             }
             Purpose::Copy { block, slot, run } => self.copied(block, slot, run, &completion),
             Purpose::Commit => self.commit_step(result(&completion)),
-            Purpose::Swap(token) => self.swapped(token, result(&completion)),
+            Purpose::Swap => self.swapped(result(&completion)),
             Purpose::Names => self.names_synced(result(&completion)),
         }
     }

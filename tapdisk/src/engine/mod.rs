@@ -34,6 +34,7 @@ mod piece;
 mod quiesce;
 mod relief;
 mod status;
+mod swap;
 mod track;
 mod writeback;
 
@@ -214,7 +215,7 @@ impl Engine {
             }
         }
         self.retry_failed();
-        self.try_swap();
+        self.swap_when_due();
         self.progress();
     }
 

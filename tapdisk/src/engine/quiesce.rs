@@ -6,11 +6,10 @@
 //!  Running -------------> Draining ----------------------> Held --Resume--> Running
 //!                             |                             | Resume{swap}
 //!                             +-- merge start, stop --> Running   Swapping --> Running
-//!                                                                  |  ^ failed
-//!                                                                  +--+
 //! ```
 
-use super::command::{CommandError, CommandReply, NewLeaf, Token};
+use super::command::{CommandError, CommandReply, Token};
+use super::swap::Swapping;
 use super::{CleanWaiter, Engine, Image, Lower};
 
 /// How long requests were held at pauses and drains, in microseconds.
@@ -32,18 +31,8 @@ pub(super) enum State {
     Draining(Then),
     /// Nothing is in flight.
     Held,
-    /// As held; a swap was decided.
+    /// As held; a swap was decided: see [`super::swap`].
     Swapping(Box<Swapping>),
-}
-
-/// A leaf on its way in. What was decided is done, however often it fails.
-#[derive(Debug)]
-pub(super) struct Swapping {
-    pub(super) token: Token,
-    /// It still has its temporary name.
-    pub(super) leaf: NewLeaf,
-    /// Renaming it failed; the tick tries again.
-    pub(super) failed: bool,
 }
 
 /// What happens once nothing is in flight.
@@ -71,10 +60,10 @@ impl State {
         }
     }
 
-    /// The leaf being swapped in; the state is held again.
-    pub(super) fn take_swap(&mut self) -> Option<NewLeaf> {
+    /// What is being swapped in; the state is held again.
+    pub(super) fn take_swap(&mut self) -> Option<Swapping> {
         match std::mem::replace(self, Self::Held) {
-            Self::Swapping(swapping) => Some(swapping.leaf),
+            Self::Swapping(swapping) => Some(*swapping),
             other => {
                 *self = other;
                 None
@@ -82,12 +71,17 @@ impl State {
         }
     }
 
-    pub(super) fn word(&self) -> &'static str {
-        match self {
+    pub(super) fn word(&self) -> String {
+        let word = match self {
             Self::Running => "running",
             Self::Draining(_) => "draining",
-            Self::Held | Self::Swapping(_) => "paused",
-        }
+            Self::Held => "paused",
+            Self::Swapping(swapping) => match swapping.trouble() {
+                Some(trouble) => return format!("stuck: {trouble}"),
+                None => "paused",
+            },
+        };
+        word.to_owned()
     }
 }
 

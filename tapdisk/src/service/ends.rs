@@ -21,6 +21,11 @@ impl Service {
         let Some(Operation { doing, caller }) = self.operations.remove(&token) else { return Vec::new() };
         let reply = match reply {
             Ok(reply) => reply,
+            // It goes on being tried; only the caller need not wait for that.
+            Err(CommandError::Failed(detail)) if matches!(doing, Doing::Resuming { swapped: Some(_) }) => {
+                self.operations.insert(token, Operation { doing, caller: None });
+                return self.fail(caller, &detail);
+            }
             Err(error) => return self.command_failed(doing, caller, &error),
         };
         match (doing, reply) {

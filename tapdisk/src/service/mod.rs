@@ -97,6 +97,8 @@ enum Doing {
     Resuming {
         swapped: Option<Box<Meta>>,
     },
+    /// Another attempt at a swap that failed.
+    SwappingNow,
     CleaningBase {
         then: AfterFold,
     },
@@ -222,6 +224,10 @@ impl Service {
                 return Ok(self.aside(caller, Command::Tracked { id, from }));
             }
             Request::TrackEnd { list: id } => return Ok(self.aside(caller, Command::TrackEnd { id })),
+            // It was decided: whoever asks may have it tried again.
+            Request::Resume { swap: true, .. } if engine.is_swapping() => {
+                return Ok(self.command(caller, Doing::SwappingNow, Command::SwapNow));
+            }
             _ => {}
         }
         if !self.operations.is_empty() {

@@ -5,5 +5,6 @@
 mod hostile;
 mod interop;
 mod life;
+mod stuck;
 mod support;
 mod tls;

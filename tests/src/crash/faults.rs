@@ -1,6 +1,7 @@
 //! Operations that fail while something else is under way: whoever waits is
 //! answered all the same.
 
+use sm::Error;
 use sm::journal::SiblingKind;
 use sm::ops::{self, Wanted};
 use sm::recover::{Scope, recover};
@@ -15,6 +16,9 @@ use super::world::{Backend, locked};
 const CALLER: PeerId = PeerId(1 << 40);
 /// ENOSPC.
 const NO_SPACE: i32 = 28;
+/// Steps of a tapdisk that has nothing to do: each is a tick, so these are
+/// minutes.
+const IDLE_STEPS: usize = 10_000;
 
 /// Whether a commit is answered when the nth write from its start on fails,
 /// be it its own or one of the parent's write-back.
@@ -94,5 +98,44 @@ fn goes_on(backend: Backend, nth: u64) {
 fn a_disk_goes_on_whatever_change_of_names_fails() {
     for backend in Backend::ALL {
         (0..14).for_each(|nth| goes_on(backend, nth));
+    }
+}
+
+/// The same when all changes of names fail from the nth on, for longer than
+/// the tapdisk tries by itself. Returns whether the disk was left standing
+/// still, with its snapshot decided.
+fn goes_on_when_asked(backend: Backend, nth: u64) -> bool {
+    let mut play = Play::new(backend, nth, None);
+    play.attach();
+    play.traffic(10);
+    play.meanwhile(20);
+    let (disk, repo, vdi) = (play.world.disk.clone(), play.world.repo.clone(), play.vdi);
+    disk.inject(Fault { class: Some(OpClass::Name), after: nth, times: u64::MAX, errno: NO_SPACE });
+    let snapshot = || ops::snapshot(&repo, SiblingKind::Snapshot, &[Wanted { vdi, name: "snap".to_owned() }]);
+    let stuck = matches!(snapshot(), Err(Error::Stuck { .. }));
+    if stuck {
+        let idle = || locked(play.guest.as_ref().expect("attached")).idle(IDLE_STEPS);
+        idle();
+        assert!(matches!(ops::unstick(&repo, vdi), Err(Error::Stuck { .. })));
+        disk.clear_faults();
+        // It has given up: without a question nothing happens.
+        idle();
+        assert!(snapshot().is_err_and(|refused| refused.is_busy()));
+        ops::unstick(&repo, vdi).expect("it goes on");
+    }
+    disk.clear_faults();
+    recover(&repo, Scope::All).expect("recovery");
+    play.traffic(20);
+    play.snapshot();
+    play.detach();
+    assert!(play.failures.is_empty(), "{backend:?}, change {nth}: {:?}", play.failures);
+    stuck
+}
+
+#[test]
+fn a_disk_that_stands_still_goes_on_when_it_is_asked() {
+    for backend in Backend::ALL {
+        let stuck = (0..14).filter(|nth| goes_on_when_asked(backend, *nth)).count();
+        assert!(stuck > 0, "{backend:?}: no change was the swap");
     }
 }

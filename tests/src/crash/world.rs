@@ -317,7 +317,7 @@ impl Tap for Connection {
         while !answer.last {
             answer = self.next_answer(answer.id)?;
         }
-        if swapped {
+        if swapped && answer.outcome.is_ok() {
             // The caller is slow: a guest's flush comes before its own syncs.
             locked(&self.guest).busy_then_flush(20);
         }

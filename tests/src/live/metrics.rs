@@ -145,6 +145,12 @@ fn a_tapdisk_that_hangs_takes_no_figures_of_others_from_the_page() {
     let page = scraped(&host);
     stuck.assert_silent(&page);
     web.assert_told(&page, 12);
+    let shown = host.ok(&["vdi", "show", "stuck"]);
+    assert!(shown["trouble"].as_str().unwrap().contains("did not answer"), "{shown}");
+    assert_eq!(host.ok(&["vdi", "show", "web"])["trouble"], serde_json::Value::Null);
+    let status = host.ok(&["status"]);
+    let troubled = status["smd"]["status"]["troubled"].as_array().unwrap();
+    assert_eq!((troubled.len(), &troubled[0]["name"]), (1, &"stuck".into()), "{status}");
     // It has hung for so long that nobody can even ask any more.
     let control = stuck.at.socket.with_file_name("ctl.sock");
     let mut callers = Vec::new();

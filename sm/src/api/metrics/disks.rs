@@ -10,7 +10,7 @@ use uuid::Uuid;
 use vhd::units::BLOCK_BYTES;
 
 use super::page::{Kind, Page};
-use super::taps::{Disk, Figures};
+use crate::api::figures::{Asked, Figures};
 
 const MICROS: f64 = 1e6;
 /// Upper bounds of the buckets of latencies, as powers of two of a
@@ -19,13 +19,13 @@ const MICROS: f64 = 1e6;
 const BOUNDS_LOG2_US: [u32; 11] = [4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24];
 /// What a tapdisk can be, the first word of the state that it says; `silent`
 /// when it says nothing, `down` when there is none.
-const STATES: [&str; 6] = ["running", "draining", "paused", "failed", "silent", "down"];
+const STATES: [&str; 7] = ["running", "draining", "paused", "stuck", "failed", "silent", "down"];
 
 /// A disk as samples name it.
 struct Named {
     sr: String,
     vdi: String,
-    disk: Disk,
+    disk: Asked,
     figures: Figures,
 }
 
@@ -69,8 +69,8 @@ fn kinds(stats: &Stats) -> [(&'static str, &KindStats); 7] {
 }
 
 /// Writes all of it.
-pub(super) fn write(page: &mut Page, names: &dyn Fn(Uuid) -> String, asked: Vec<(Disk, Figures)>) {
-    let named = |(disk, figures): (Disk, Figures)| Named {
+pub(super) fn write(page: &mut Page, names: &dyn Fn(Uuid) -> String, asked: Vec<(Asked, Figures)>) {
+    let named = |(disk, figures): (Asked, Figures)| Named {
         sr: disk.sr.to_string(),
         vdi: disk.vdi.to_string(),
         disk,

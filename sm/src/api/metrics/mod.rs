@@ -3,13 +3,11 @@
 //! ```text
 //!   page.rs    the format
 //!   here       smd's own figures, and those of each SR
-//!   taps.rs    what the tapdisks of attached disks count, asked of them
-//!   disks.rs   these as samples
+//!   disks.rs   what the tapdisks of attached disks count
 //! ```
 
 mod disks;
 mod page;
-mod taps;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -18,10 +16,9 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
 use self::page::{Kind, Page};
-pub(super) use self::taps::Places;
 use super::answer::Failure;
 use super::status::{Health, Status, look};
-use super::{App, routes};
+use super::{App, figures, routes};
 
 pub async fn metrics(State(app): State<App>) -> Response {
     match text(&app).await {
@@ -35,9 +32,9 @@ pub async fn metrics(State(app): State<App>) -> Response {
 
 async fn text(app: &App) -> Result<String, Failure> {
     let uptime_s = app.began.elapsed().as_secs();
-    let looked = routes::run(app, move |manager| Ok((look(manager, uptime_s)?, taps::disks(manager)?)));
+    let looked = routes::run(app, move |manager| Ok((look(manager, uptime_s)?, figures::disks(manager)?)));
     let (status, attached) = looked.await?;
-    let asked = taps::ask(&app.figures, attached).await;
+    let asked = figures::ask(&app.figures, attached).await;
     let mut page = Page::default();
     daemon(&mut page, app, &status);
     repositories(&mut page, &status);

@@ -33,6 +33,7 @@ pub fn run(context: &Context) -> Outcome<()> {
         let mut text = format!("smd {}\ngcd {}\n\n", runs(smd.is_some()), runs(gcd.is_some()));
         text.push_str(&render::srs(&srs));
         text.push_str(&render::down(smd_status.as_ref()));
+        text.push_str(&render::troubled(smd_status.as_ref()));
         text.push_str(&render::health(smd_status.as_ref()));
         if let Some(gcd) = &gc_view {
             text.push_str(&format!("\n{}", render::gc_status(gcd)));

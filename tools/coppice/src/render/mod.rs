@@ -66,6 +66,17 @@ pub fn down(status: Option<&Value>) -> String {
     format!("\n{table}")
 }
 
+/// Served disks with which something is wrong, likewise.
+pub fn troubled(status: Option<&Value>) -> String {
+    let Some(Value::Array(troubled)) = status.and_then(|status| status.get("troubled")) else {
+        return String::new();
+    };
+    let field = |disk: &Value, name: &str| plain(disk.get(name).unwrap_or(&Value::Null));
+    let line =
+        |disk| format!("\n{} ({}): {}\n", field(disk, "name"), field(disk, "vdi"), field(disk, "trouble"));
+    troubled.iter().map(line).collect()
+}
+
 /// How the chains are: what needs somebody, from smd's status.
 pub fn health(status: Option<&Value>) -> String {
     let Some(Value::Array(srs)) = status.and_then(|status| status.get("health")) else {

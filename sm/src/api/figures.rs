@@ -15,13 +15,15 @@ use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 use uuid::Uuid;
 
-use crate::error::{IoContext, Result};
+use crate::error::{IoContext, Result, STUCK_NEXT};
 use crate::limits::{TAP_FIGURES_AT_ONCE_MAX, TAP_FIGURES_MS_MAX};
 use crate::manager::Manager;
+use crate::repo::Repo;
+use crate::views::VdiView;
 
-/// A disk that is to be served.
+/// A disk whose tapdisk is asked.
 #[derive(Debug, Clone)]
-pub(super) struct Disk {
+pub(super) struct Asked {
     pub(super) sr: Uuid,
     pub(super) vdi: Uuid,
     pub(super) name: String,
@@ -41,9 +43,44 @@ pub(super) enum Figures {
     Down,
 }
 
+impl Asked {
+    /// One that is served, as it was just shown.
+    pub(super) fn of(repo: &Repo, shown: &VdiView) -> Self {
+        let (vdi, name, read_only) = (shown.uuid, shown.name.clone(), shown.read_only);
+        Self { sr: repo.uuid, vdi, name, read_only, control: repo.host.control_socket(vdi) }
+    }
+}
+
+impl Figures {
+    /// What is wrong, and what to do: for a person.
+    pub(super) fn trouble(&self) -> Option<String> {
+        match self {
+            Self::Told(stats) => {
+                let (state, reason) = stats.state.split_once(": ")?;
+                Some(match state {
+                    "stuck" => format!("it stands still in the middle of a snapshot: {reason}; {STUCK_NEXT}"),
+                    _ => format!("{reason}: once its storage is mended, detach it and attach it again"),
+                })
+            }
+            Self::Silent => Some(format!(
+                "its tapdisk did not answer within {TAP_FIGURES_MS_MAX} ms: it hangs, or the host is very \
+                 busy; if that lasts, end its process with SIGKILL: another one takes its place, and no \
+                 acknowledged write is lost"
+            )),
+            // That is said in another place.
+            Self::Down => None,
+        }
+    }
+}
+
+/// What is wrong with one disk.
+pub(super) async fn trouble(places: &Places, asked: Asked) -> Option<String> {
+    ask(places, vec![asked]).await.pop()?.1.trouble()
+}
+
 /// The places for questions, of one daemon.
 #[derive(Debug, Clone)]
-pub(in crate::api) struct Places(Arc<Semaphore>);
+pub(super) struct Places(Arc<Semaphore>);
 
 impl Default for Places {
     fn default() -> Self {
@@ -52,7 +89,7 @@ impl Default for Places {
 }
 
 /// The disks of all attached SRs.
-pub(super) fn disks(manager: &Manager) -> Result<Vec<Disk>> {
+pub(super) fn disks(manager: &Manager) -> Result<Vec<Asked>> {
     let mut disks = Vec::new();
     for sr in manager.known().iter().filter(|sr| sr.attached) {
         // Detached this moment.
@@ -63,14 +100,14 @@ pub(super) fn disks(manager: &Manager) -> Result<Vec<Disk>> {
             let (sr, vdi, read_only) = (wanted.sr, wanted.vdi, wanted.read_only);
             let name = open.repo.labels.get(vdi)?.unwrap_or_default().name;
             let control = wanted.down.is_none().then(|| open.repo.host.control_socket(vdi)).flatten();
-            disks.push(Disk { sr, vdi, name, read_only, control });
+            disks.push(Asked { sr, vdi, name, read_only, control });
         }
     }
     Ok(disks)
 }
 
 /// Asks them all; in the same order.
-pub(super) async fn ask(places: &Places, disks: Vec<Disk>) -> Vec<(Disk, Figures)> {
+pub(super) async fn ask(places: &Places, disks: Vec<Asked>) -> Vec<(Asked, Figures)> {
     let asking: Vec<_> = disks
         .into_iter()
         .map(|disk| {
@@ -113,5 +150,25 @@ async fn stats(control: &Path) -> io::Result<Box<Stats>> {
         Ok(Reply::Stats(stats)) => Ok(stats),
         Ok(other) => Err(io::Error::other(format!("an answer to something else: {other:?}"))),
         Err(refusal) => Err(io::Error::other(refusal)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn trouble(state: &str) -> Option<String> {
+        Figures::Told(Box::new(Stats { state: state.into(), ..Stats::default() })).trouble()
+    }
+
+    #[test]
+    fn trouble_says_what_happened_to_which_image_and_what_to_do() {
+        assert_eq!((trouble("running"), trouble("paused")), (None, None));
+        let stuck = trouble("stuck: a.vhd cannot take the name b.vhd: no space").unwrap();
+        assert!(stuck.contains("a.vhd cannot take the name b.vhd: no space; make room"), "{stuck}");
+        let failed = trouble("failed: a flush of a.vhd failed").unwrap();
+        assert!(failed.starts_with("a flush of a.vhd failed: once"), "{failed}");
+        assert!(Figures::Silent.trouble().unwrap().contains("SIGKILL"));
+        assert_eq!(Figures::Down.trouble(), None);
     }
 }
