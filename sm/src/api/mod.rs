@@ -2,6 +2,9 @@
 //!
 //! ```text
 //!   routes.rs     which request calls what; `GET /openapi.json` lists them
+//!   srs.rs        repositories
+//!   vdis.rs       VDIs: made, named, served
+//!   snapshots.rs  snapshots and clones
 //!   disks.rs      resize, revert, copy, map, changed
 //!   jobs.rs       long operations: begun, looked at, stopped
 //!   answer.rs     results and errors as JSON
@@ -21,8 +24,11 @@ mod jobs;
 mod metrics;
 pub mod openapi;
 mod routes;
+mod snapshots;
+mod srs;
 mod status;
 mod streams;
+mod vdis;
 
 use std::path::Path;
 use std::sync::Arc;
