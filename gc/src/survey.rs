@@ -22,7 +22,9 @@ pub fn survey(repo: &Repo, readers: &[Reader]) -> sm::Result<Forest> {
     let found = scan::scan(repo)?;
     let mut forest = Forest::new(nodes(&found.tree));
     forest.claims = found.intents.iter().map(|stored| claim(&found.tree, stored)).collect();
-    forest.leases = readers.iter().map(|reader| lease(&forest, reader)).collect();
+    let footers: BTreeMap<Uuid, Uuid> =
+        forest.nodes().filter(|node| !node.footer.is_nil()).map(|node| (node.footer, node.uuid)).collect();
+    forest.leases = readers.iter().map(|reader| lease(&footers, reader)).collect();
     forest.free_bytes = repo.volumes.space().map_err(|e| sm::Error::io("free space", e))?.free;
     Ok(forest)
 }
@@ -151,12 +153,10 @@ fn node_of(tree: &VdiTree, image: &ImageRef) -> Option<Uuid> {
 }
 
 /// The uuid of its footer finds the image also while a snapshot renames it.
-fn lease(forest: &Forest, reader: &Reader) -> Lease {
-    let by_footer: BTreeMap<Uuid, Uuid> =
-        forest.nodes().filter(|node| !node.footer.is_nil()).map(|node| (node.footer, node.uuid)).collect();
+fn lease(footers: &BTreeMap<Uuid, Uuid>, reader: &Reader) -> Lease {
     let chain = reader.chain.iter().filter_map(|image| {
         let by_name = || VolumeName::new(&image.volume).and_then(|name| name.uuid());
-        by_footer.get(&image.footer).copied().or_else(by_name)
+        footers.get(&image.footer).copied().or_else(by_name)
     });
     Lease {
         vdi: reader.vdi,

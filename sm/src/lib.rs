@@ -16,9 +16,10 @@
 //! | [`heads`], [`verified`] | images known without reading them; what an unreadable one may stand on |
 //! | [`image`] | single images: where the format crate is called |
 //! | [`identity`] | what names the content of a VDI, for deltas |
-//! | [`catalog`] | labels and history |
+//! | [`catalog`], `relabel` | labels and history; labels for images that have none |
 //! | [`owner`], [`run_folder`], [`readers`], [`spawn`] | the real host: locks, leases, processes |
 //! | [`jobs`], [`turns`], [`progress`] | long operations, whose turn it is, how far they are |
+//! | [`remote`], [`offer`] | disks served over TCP: one as it was asked for, all on one address |
 //! | [`wanted`], [`caretaker`] | VDIs that are to be served, and bringing back a tapdisk that died |
 //! | [`access`], [`sd_notify`] | who may talk to a daemon; telling systemd how it is |
 //! | [`manager`], [`api`], [`views`] | smd: SRs, requests, what is shown |

@@ -19,8 +19,8 @@ use uuid::Uuid;
 
 use crate::host::Guard;
 use crate::lease::{Lease, Reader};
-use crate::limits::{LEAVE_MS_MAX, READERS_MAX, SMALL_FILE_BYTES_MAX};
-use crate::run_folder::make_folder;
+use crate::limits::{LEAVE_MS_MAX, READERS_MAX};
+use crate::run_folder::{make_folder, read_lease, remove};
 
 /// How often one looks whether they have left.
 const LEAVE_POLL: Duration = Duration::from_millis(2);
@@ -104,7 +104,9 @@ impl Readers {
         for entry in fs::read_dir(&self.folder)? {
             let Ok(file) = File::open(entry?.path()) else { continue };
             let held = matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock));
-            if held && read(&file).is_ok_and(|lease| lease.vdi == vdi && lease.reader == Reader::Yielding) {
+            if held
+                && read_lease(&file).is_ok_and(|lease| lease.vdi == vdi && lease.reader == Reader::Yielding)
+            {
                 return Ok(true);
             }
         }
@@ -126,28 +128,11 @@ impl Readers {
             };
             match file.try_lock_shared() {
                 Ok(()) => remove(&path)?,
-                Err(TryLockError::WouldBlock) => live.push(read(&file)?),
+                Err(TryLockError::WouldBlock) => live.push(read_lease(&file)?),
                 Err(TryLockError::Error(error)) => return Err(error),
             }
         }
         Ok(live)
-    }
-}
-
-fn read(file: &File) -> io::Result<Lease> {
-    let len = file.metadata()?.len();
-    if len > SMALL_FILE_BYTES_MAX {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "a lease too long"));
-    }
-    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
-    file.read_exact_at(&mut bytes, 0)?;
-    serde_json::from_slice(&bytes).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
-}
-
-fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
     }
 }
 

@@ -363,7 +363,8 @@ impl LeaseHold for Held {
     }
 }
 
-fn read_lease(file: &File) -> io::Result<Lease> {
+/// Reads a lease, live or not.
+pub(crate) fn read_lease(file: &File) -> io::Result<Lease> {
     let len = file.metadata()?.len();
     if len > SMALL_FILE_BYTES_MAX {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "a lease too long"));
@@ -392,7 +393,8 @@ fn try_lock(outcome: Result<(), TryLockError>) -> io::Result<bool> {
     }
 }
 
-fn remove(path: &Path) -> io::Result<()> {
+/// Removes a file; fine if it is gone.
+pub(crate) fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

@@ -4,28 +4,14 @@
 
 mod support;
 
-use std::sync::Arc;
-
+use sm::image;
 use sm::journal::SiblingKind;
 use sm::ops::{self, ChangedRange, MapExtent, Wanted};
-use sm::{Repo, image};
-use support::{FakeHost, fill, repo};
+use support::fill;
+use support::folder::{Sr, sr};
 use uuid::Uuid;
-use vhd::storage::{FileVolumes, PosixFs, VolumeName};
+use vhd::storage::VolumeName;
 use vhd::units::BLOCK_BYTES;
-
-struct Sr {
-    repo: Repo,
-    host: FakeHost,
-    _folder: tempfile::TempDir,
-}
-
-fn sr() -> Sr {
-    let folder = tempfile::tempdir().unwrap();
-    let open = || Arc::new(FileVolumes::new(Arc::new(PosixFs::new(folder.path().to_owned()))));
-    let host = FakeHost::new(open());
-    Sr { repo: repo(open(), &host, 1), host, _folder: folder }
-}
 
 fn disk(sr: &Sr, blocks: u64) -> Uuid {
     ops::create(&sr.repo, "disk", blocks * BLOCK_BYTES).unwrap()

@@ -5,8 +5,6 @@
 
 mod support;
 
-use std::sync::Arc;
-
 use sm::journal::{
     self, ImageRef, InnerIntent, Intent, JobState, LeafMergeIntent, LeafMergeState, SiblingKind,
 };
@@ -15,23 +13,11 @@ use sm::reading::Reading;
 use sm::recover::{self, Scope};
 use sm::tree::NodeState;
 use sm::{Repo, image, scan};
-use support::{FakeHost, Mood, assert_clean, byte, fill, repo, volumes};
+use support::folder::{Sr, sr};
+use support::{Mood, assert_clean, byte, fill, volumes};
 use uuid::Uuid;
-use vhd::storage::{FileVolumes, PosixFs, VolumeName};
+use vhd::storage::VolumeName;
 use vhd::units::BLOCK_BYTES;
-
-struct Sr {
-    repo: Repo,
-    host: FakeHost,
-    _folder: tempfile::TempDir,
-}
-
-fn sr() -> Sr {
-    let folder = tempfile::tempdir().unwrap();
-    let open = || Arc::new(FileVolumes::new(Arc::new(PosixFs::new(folder.path().to_owned()))));
-    let host = FakeHost::new(open());
-    Sr { repo: repo(open(), &host, 1), host, _folder: folder }
-}
 
 fn disk(sr: &Sr) -> Uuid {
     ops::create(&sr.repo, "disk", 4 * BLOCK_BYTES).unwrap()

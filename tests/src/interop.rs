@@ -21,6 +21,7 @@ use vhd::storage::{FileVolumes, PosixFs, VolumeName, Volumes};
 use vhd::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockNo, SectorRun};
 use vhd::writer::Writer;
 
+use crate::support::libvhdi::hashes;
 use crate::support::programs::{have, have_python, run};
 
 /// Images and chains read by others.
@@ -34,27 +35,6 @@ const BLOCKS_MAX: u32 = 4;
 const SECTOR: usize = 512;
 /// See [`random_run`].
 const LIBVHDI_GRAIN: u32 = 8;
-
-/// Hashes the content of each chain: one line of paths in, one hash out.
-/// The first path is the top, each next one its parent.
-const LIBVHDI: &str = r#"
-import hashlib, sys, pyvhdi
-for line in sys.stdin:
-    images = []
-    for path in line.rstrip("\n").split("\t"):
-        image = pyvhdi.file()
-        image.open(path)
-        if images:
-            images[-1].set_parent(image)
-        images.append(image)
-    hash, top = hashlib.sha256(), images[0]
-    left = top.get_media_size()
-    while left:
-        data = top.read(min(left, 1 << 20))
-        hash.update(data)
-        left -= len(data)
-    print(hash.hexdigest())
-"#;
 
 /// A folder with a repository in it.
 struct Repository {
@@ -185,23 +165,14 @@ fn others_read_what_we_write() {
 
 /// Every level of every chain, in one run of Python.
 fn check_with_libvhdi(chains: &[Grown]) {
-    let mut input = String::new();
-    let mut expected = Vec::new();
+    let (mut read, mut expected) = (Vec::new(), Vec::new());
     for chain in chains {
         for top in 0..chain.levels.len() {
-            let paths: Vec<&str> =
-                chain.levels[..=top].iter().rev().map(|(path, _)| path.to_str().unwrap()).collect();
-            input.push_str(&paths.join("\t"));
-            input.push('\n');
+            read.push(chain.levels[..=top].iter().rev().map(|(path, _)| path).collect());
             expected.push((chain.seed, top, hash(&chain.levels[top].1)));
         }
     }
-    let list = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(list.path(), input).unwrap();
-    let mut python = Command::new("/usr/bin/python3");
-    let found = run(python.args(["-c", LIBVHDI]).stdin(list.reopen().unwrap()));
-    let found: Vec<&str> = found.lines().collect();
-    assert_eq!(found.len(), expected.len());
+    let found = hashes(&read);
     for (found, (seed, level, hash)) in found.iter().zip(expected) {
         assert_eq!(*found, hash, "libvhdi reads another level {level}, seed {seed}");
     }

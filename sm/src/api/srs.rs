@@ -67,7 +67,11 @@ pub(super) struct Rows {
     rows: Option<u32>,
 }
 
-pub(super) async fn history(State(app): State<App>, Path(sr): Path<String>, Query(rows): Query<Rows>) -> Outcome {
+pub(super) async fn history(
+    State(app): State<App>,
+    Path(sr): Path<String>,
+    Query(rows): Query<Rows>,
+) -> Outcome {
     let rows_max = rows.rows.unwrap_or(HISTORY_ROWS);
     let lines = run(&app, move |manager| manager.open_sr(manager.sr_uuid(&sr)?)?.labels.history(rows_max));
     let lines = lines.await?.into_iter().map(|(at, operation, vdi, detail)| {
@@ -76,7 +80,11 @@ pub(super) async fn history(State(app): State<App>, Path(sr): Path<String>, Quer
     document(json!({ "history": lines.collect::<Vec<_>>() }))
 }
 
-pub(super) async fn sr_verb(State(app): State<App>, Path((sr, verb)): Path<(String, String)>, _body: Bytes) -> Outcome {
+pub(super) async fn sr_verb(
+    State(app): State<App>,
+    Path((sr, verb)): Path<(String, String)>,
+    _body: Bytes,
+) -> Outcome {
     let done = run(&app, move |manager| {
         let uuid = manager.sr_uuid(&sr)?;
         let before = manager.view_sr(uuid)?;

@@ -89,6 +89,22 @@ fn listening(place: &Place, more: &[&str]) -> (Tapdisk, SocketAddr) {
     (tapdisk, said["listen"].as_str().unwrap().parse().unwrap())
 }
 
+/// A tapdisk that lets in who has one of the keys.
+fn with_keys() -> (Place, Tapdisk, SocketAddr) {
+    let place = Place::new();
+    folders(&place);
+    let keys = place.path("keys.psk");
+    let (tapdisk, address) = listening(&place, &["--tls-psk", keys.to_str().unwrap()]);
+    (place, tapdisk, address)
+}
+
+/// qemu gets in with these credentials.
+fn qemu_sees_it(credentials: &str, image: &str) {
+    if let Some(said) = client("qemu-img", &["info", "--object", credentials, "--image-opts", image]) {
+        assert!(said.contains("64 MiB"), "{said}");
+    }
+}
+
 /// The whole disk through `uri`, there and back.
 fn copies(place: &Place, uri: &str) {
     let source: Vec<u8> = (0..DISK_BYTES / 8).flat_map(|n| (n * n).to_le_bytes()).collect();
@@ -126,17 +142,12 @@ fn clients_with_certificates_get_in_and_others_do_not() {
         "driver=nbd,host=127.0.0.1,port={},export=disk,tls-creds=tls,tls-hostname=localhost",
         address.port()
     );
-    if let Some(said) = client("qemu-img", &["info", "--object", &credentials, "--image-opts", &image]) {
-        assert!(said.contains("64 MiB"), "{said}");
-    }
+    qemu_sees_it(&credentials, &image);
 }
 
 #[test]
 fn clients_with_a_shared_key_get_in_and_others_do_not() {
-    let place = Place::new();
-    folders(&place);
-    let keys = place.path("keys.psk");
-    let (_tapdisk, address) = listening(&place, &["--tls-psk", keys.to_str().unwrap()]);
+    let (place, _tapdisk, address) = with_keys();
     let uri = |user: &str, file: &str| {
         format!("nbds://{user}@{address}/disk?tls-psk-file={}", place.path(file).display())
     };
@@ -152,17 +163,13 @@ fn clients_with_a_shared_key_get_in_and_others_do_not() {
     let credentials =
         format!("tls-creds-psk,id=tls,endpoint=client,username=alice,dir={}", place.path("psk").display());
     let image = format!("driver=nbd,host=127.0.0.1,port={},export=disk,tls-creds=tls", address.port());
-    if let Some(said) = client("qemu-img", &["info", "--object", &credentials, "--image-opts", &image]) {
-        assert!(said.contains("64 MiB"), "{said}");
-    }
+    qemu_sees_it(&credentials, &image);
 }
 
 #[test]
 fn clients_of_this_host_may_use_tls_and_need_not() {
-    let place = Place::new();
-    folders(&place);
+    let (place, _tapdisk, _) = with_keys();
     let keys = place.path("keys.psk");
-    let (_tapdisk, _) = listening(&place, &["--tls-psk", keys.to_str().unwrap()]);
     let socket = place.path("run/nbd.sock");
     let secured =
         format!("nbds+unix://alice@/disk?socket={}&tls-psk-file={}", socket.display(), keys.display());
@@ -235,13 +242,10 @@ fn a_flood_over_tls_that_nobody_reads_the_answers_of_costs_no_time() {
 
 #[test]
 fn peers_that_stall_or_babble_in_tls_disturb_nobody() {
-    let place = Place::new();
-    folders(&place);
-    let keys = place.path("keys.psk");
-    let (_tapdisk, address) = listening(&place, &["--tls-psk", keys.to_str().unwrap()]);
+    let (place, _tapdisk, address) = with_keys();
     // A client of this host, before, while and after.
     let mut local = place.nbd();
-    let uri = format!("nbds://alice@{address}/disk?tls-psk-file={}", keys.display());
+    let uri = format!("nbds://alice@{address}/disk?tls-psk-file={}", place.path("keys.psk").display());
     let mut silent = Vec::new();
     let mut rng = 1u32;
     for n in 0..100u8 {
@@ -275,10 +279,7 @@ fn peers_that_stall_or_babble_in_tls_disturb_nobody() {
 
 #[test]
 fn a_client_that_babbles_on_reads_why_it_is_turned_away() {
-    let place = Place::new();
-    folders(&place);
-    let keys = place.path("keys.psk");
-    let (_tapdisk, address) = listening(&place, &["--tls-psk", keys.to_str().unwrap()]);
+    let (_place, _tapdisk, address) = with_keys();
     for _ in 0..20 {
         let mut socket = starttls(address);
         // A record that begins no handshake, and more than is ever looked at.

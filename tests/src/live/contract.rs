@@ -12,7 +12,7 @@ use crate::support::forge::Forged;
 use crate::support::host::{Daemon, Host};
 use crate::support::programs::{am_root, coppice, output, run};
 
-const VDI: &[&str] = &[
+pub(super) const VDI: &[&str] = &[
     "uuid",
     "name",
     "description",
@@ -28,8 +28,9 @@ const VDI: &[&str] = &[
     "attached",
     "created",
 ];
-const SR: &[&str] = &["uuid", "name", "type", "location", "attached", "size", "used", "free", "vdis"];
-const RUN: &[&str] = &[
+pub(super) const SR: &[&str] =
+    &["uuid", "name", "type", "location", "attached", "size", "used", "free", "vdis"];
+pub(super) const RUN: &[&str] = &[
     "coalesced",
     "leaf_coalesced",
     "deleted",
@@ -41,7 +42,8 @@ const RUN: &[&str] = &[
     "failed",
 ];
 
-fn has(document: &Value, fields: &[&str]) {
+/// Whether all these are there.
+pub(super) fn has(document: &Value, fields: &[&str]) {
     for field in fields {
         assert!(document.get(field).is_some(), "{field} is missing in {document}");
     }

@@ -31,15 +31,21 @@ fn tools() -> bool {
     have("qemu-io") && have("nbdinfo")
 }
 
-#[test]
-fn a_disk_grows_while_a_guest_writes_it() {
+/// A disk called `web` that is in use, where the clients are there.
+fn web(size: &str) -> Option<(Host, String, Attached)> {
     if !tools() {
-        return;
+        return None;
     }
     let host = Host::new();
     host.sr("store");
-    let vdi = host.disk("store", "web", "16MiB");
+    let vdi = host.disk("store", "web", size);
     let at = host.attach(&vdi);
+    Some((host, vdi, at))
+}
+
+#[test]
+fn a_disk_grows_while_a_guest_writes_it() {
+    let Some((host, vdi, at)) = web("16MiB") else { return };
     let mut guest = Guest::new(16 * MIB, 7);
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -78,13 +84,7 @@ fn a_disk_grows_while_a_guest_writes_it() {
 
 #[test]
 fn a_disk_goes_back_and_its_former_image_is_collected() {
-    if !tools() {
-        return;
-    }
-    let host = Host::new();
-    host.sr("store");
-    let vdi = host.disk("store", "web", "16MiB");
-    let at = host.attach(&vdi);
+    let Some((host, vdi, at)) = web("16MiB") else { return };
     qemu(&at, &["write -P 0x11 0 2M"]);
     host.ok(&["vdi", "snapshot", "web", "--name", "web@1"]);
     qemu(&at, &["write -P 0x22 0 4M"]);
@@ -113,14 +113,8 @@ fn a_disk_goes_back_and_its_former_image_is_collected() {
 
 #[test]
 fn copies_hold_the_same_without_a_parent() {
-    if !tools() {
-        return;
-    }
-    let host = Host::new();
-    host.sr("store");
+    let Some((host, _, at)) = web("64MiB") else { return };
     let there = host.sr("there");
-    let vdi = host.disk("store", "web", "64MiB");
-    let at = host.attach(&vdi);
     qemu(&at, &["write -P 0x11 0 6M", "write -P 0 20M 4M"]);
     host.ok(&["vdi", "snapshot", "web", "--name", "web@1"]);
     qemu(&at, &["write -P 0x22 1M 64k"]);
@@ -145,13 +139,7 @@ fn copies_hold_the_same_without_a_parent() {
 
 #[test]
 fn changes_and_places_are_told_of_an_attached_disk() {
-    if !tools() {
-        return;
-    }
-    let host = Host::new();
-    host.sr("store");
-    let vdi = host.disk("store", "web", "64MiB");
-    let at = host.attach(&vdi);
+    let Some((host, vdi, at)) = web("64MiB") else { return };
     qemu(&at, &["write -P 0x11 0 6M"]);
     host.ok(&["vdi", "snapshot", "web", "--name", "web@1"]);
     let clone = host.ok(&["vdi", "clone", "web@1", "--name", "fork"]);

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::support::host::{Host, wait_until};
+use crate::support::host::{Attached, Host, wait_until};
 use crate::support::programs::{have, output, run};
 use crate::support::small_fs::Mounted;
 
@@ -50,16 +50,21 @@ fn a_full_folder_says_so_and_heals() {
     host.disk("store", "e", "64MiB");
 }
 
-#[test]
-fn a_disk_on_a_full_folder_reports_errors_and_goes_on() {
+/// A disk in use that is larger than the filesystem it lies on.
+fn on_small() -> Option<(Host, Mounted, Attached)> {
     if !have("qemu-io") {
-        return;
+        return None;
     }
     let host = Host::new();
-    let Some(small) = Mounted::ext4(&host, 32) else { return };
+    let small = Mounted::ext4(&host, 32)?;
     host.ok(&create(&small.folder));
-    let vdi = host.disk("store", "d", "64MiB");
-    let at = host.attach(&vdi);
+    let at = host.attach(&host.disk("store", "d", "64MiB"));
+    Some((host, small, at))
+}
+
+#[test]
+fn a_disk_on_a_full_folder_reports_errors_and_goes_on() {
+    let Some((host, small, at)) = on_small() else { return };
     let io = |what: &str| {
         let mut command = Command::new("qemu-io");
         output(command.args(["-f", "raw", "-t", "none", "-c", what]).arg(&at.uri))
@@ -74,19 +79,12 @@ fn a_disk_on_a_full_folder_reports_errors_and_goes_on() {
     let healed = io("write -P 3 40M 8M");
     assert!(healed.status.success(), "{healed:?}");
     assert!(io("read -P 3 40M 8M").status.success());
-    host.ok(&["vdi", "detach", &vdi]);
+    host.ok(&["vdi", "detach", "d"]);
 }
 
 #[test]
 fn a_trim_makes_room_on_a_full_folder_though_nothing_else_does() {
-    if !have("qemu-io") {
-        return;
-    }
-    let host = Host::new();
-    let Some(small) = Mounted::ext4(&host, 32) else { return };
-    host.ok(&create(&small.folder));
-    let vdi = host.disk("store", "d", "64MiB");
-    let at = host.attach(&vdi);
+    let Some((host, small, at)) = on_small() else { return };
     let io = |what: &[&str]| {
         let mut command = Command::new("qemu-io");
         command.args(["-f", "raw", "-t", "none", "-d", "unmap"]);
@@ -110,7 +108,7 @@ fn a_trim_makes_room_on_a_full_folder_though_nothing_else_does() {
     let again = io(&["write -P 3 32M 2M", "flush", "read -P 3 32M 2M", "read -P 1 0 2M", "read -P 0 2M 6M"]);
     let said = String::from_utf8_lossy(&again.stdout).into_owned();
     assert!(again.status.success() && !said.contains("failed"), "{said}");
-    host.ok(&["vdi", "detach", &vdi]);
+    host.ok(&["vdi", "detach", "d"]);
 }
 
 /// Fills the file system to the last byte.

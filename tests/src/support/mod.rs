@@ -4,6 +4,7 @@ pub mod callers;
 pub mod forge;
 pub mod guest;
 pub mod host;
+pub mod libvhdi;
 pub mod machine;
 pub mod pace;
 pub mod programs;
