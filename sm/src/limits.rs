@@ -39,6 +39,9 @@ pub const TAP_STOP_MS_MAX: u64 = 10_000;
 /// How long the API retries an operation that found another one under way,
 /// in milliseconds.
 pub const BUSY_RETRY_MS_MAX: u64 = 5_000;
+/// How often a disk's figures are begun anew because an image of its chain was
+/// merged away meanwhile.
+pub const STAT_LOOKS_MAX: u32 = 8;
 /// Ports tried for a disk where all are offered on one address.
 pub const OFFER_PORTS_MAX: usize = 1024;
 /// Attempts to bring back a tapdisk that died, in one row; then an operator

@@ -4,13 +4,18 @@
 
 mod support;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use sm::image;
 use sm::journal::SiblingKind;
 use sm::ops::{self, ChangedRange, MapExtent, Wanted};
-use support::fill;
 use support::folder::{Sr, sr};
+use support::{FakeHost, fill, repo};
 use uuid::Uuid;
-use vhd::storage::VolumeName;
+use vhd::storage::sim::SimDisk;
+use vhd::storage::via::{Delegate, Via};
+use vhd::storage::{VolumeName, Volumes};
 use vhd::units::BLOCK_BYTES;
 
 fn disk(sr: &Sr, blocks: u64) -> Uuid {
@@ -166,4 +171,55 @@ fn a_stat_tells_what_is_shared_and_what_would_come_free() {
         assert_eq!(stat.chain.iter().map(|node| node.children).collect::<Vec<_>>(), [0, 1]);
         assert_eq!(ops::stat(&sr.repo, Uuid::from_u128(77)).unwrap_err().code(), "NOT_FOUND");
     }
+}
+
+/// Takes an image away as it is being opened.
+#[derive(Debug)]
+struct MergedAway {
+    inner: Arc<dyn Volumes>,
+    name: VolumeName,
+    /// How often it was opened.
+    opened: Arc<AtomicU32>,
+    /// At which opening it goes.
+    at: Arc<AtomicU32>,
+}
+
+impl Delegate for MergedAway {
+    fn inner(&self) -> &dyn Volumes {
+        self.inner.as_ref()
+    }
+    fn opening(&self, name: &VolumeName) {
+        if *name == self.name
+            && self.opened.fetch_add(1, Ordering::Relaxed) + 1 == self.at.load(Ordering::Relaxed)
+        {
+            self.inner.delete(name).unwrap();
+        }
+    }
+}
+
+#[test]
+fn an_image_merged_away_meanwhile_only_begins_the_figures_anew() {
+    let simulated = SimDisk::new();
+    let host = FakeHost::new(simulated.new_process().volumes());
+    let inner = simulated.new_process().volumes();
+    let plain = repo(Arc::clone(&inner), &host, 1);
+    let vdi = ops::create(&plain, "disk", 4 * BLOCK_BYTES).unwrap();
+    fill(&plain, vdi, 0, 1);
+    let wanted = [Wanted { vdi, name: "sibling".into() }];
+    let sibling = ops::snapshot(&plain, SiblingKind::Snapshot, &wanted).unwrap()[0];
+    let (opened, at) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(u32::MAX)));
+    let away = MergedAway {
+        inner,
+        name: VolumeName::vhd(sibling),
+        opened: Arc::clone(&opened),
+        at: Arc::clone(&at),
+    };
+    let over = repo(Arc::new(Via(away)), &host, 2);
+    let with_sibling = ops::stat(&over, vdi).unwrap();
+    // The last opening is that of the figures, after the scan's.
+    let openings = opened.swap(0, Ordering::Relaxed);
+    assert!(openings >= 2, "{openings}");
+    at.store(openings, Ordering::Relaxed);
+    let without = ops::stat(&over, vdi).unwrap();
+    assert_eq!((with_sibling.chain[1].children, without.chain[1].children), (2, 1));
 }

@@ -9,6 +9,7 @@ use vhd::units::BLOCK_BYTES;
 
 use crate::error::{Error, IoContext, Result};
 use crate::image;
+use crate::limits::STAT_LOOKS_MAX;
 use crate::places;
 use crate::repo::Repo;
 use crate::scan;
@@ -61,12 +62,25 @@ struct Level<'a> {
 ///
 /// # Errors
 /// [`Error::NotFound`], or the first image of the chain that cannot be read;
-/// [`Error::NotRunning`] when the tapdisk gives no answer.
+/// [`Error::NotRunning`] when the tapdisk gives no answer; [`Error::Busy`]
+/// when images of its chain were merged away each time it was looked at.
 pub fn stat(repo: &Repo, vdi: Uuid) -> Result<Stat> {
-    let tree = scan::scan(repo)?.tree;
-    let leaf = tree
-        .by_uuid(vdi)
-        .ok_or_else(|| Error::NotFound { what: format!("VDI {vdi} in SR {}", repo.name) })?;
+    // Without a lease an image may be merged away between the scan that found
+    // it and its reading. Then a new scan shows a chain without it.
+    for _ in 0..STAT_LOOKS_MAX {
+        let tree = scan::scan(repo)?.tree;
+        let leaf = tree
+            .by_uuid(vdi)
+            .ok_or_else(|| Error::NotFound { what: format!("VDI {vdi} in SR {}", repo.name) })?;
+        match add_up(repo, &tree, leaf) {
+            Err(Error::NotFound { .. }) => {}
+            found => return found,
+        }
+    }
+    Err(Error::Busy { reason: format!("the chain of VDI {vdi} is being merged") })
+}
+
+fn add_up(repo: &Repo, tree: &VdiTree, leaf: NodeIx) -> Result<Stat> {
     let mut levels = Vec::new();
     for node in tree.chain(leaf) {
         levels.push(Level { node, blocks: blocks(repo, node)? });
@@ -85,7 +99,7 @@ pub fn stat(repo: &Repo, vdi: Uuid) -> Result<Stat> {
         shared_bytes: levels.iter().skip(alone.max(1)).map(bytes).sum(),
         reclaimable_bytes: reclaimable(&levels),
         freed_if_deleted_bytes: levels.iter().take(alone).map(bytes).sum(),
-        freed_by_merge_then_bytes: merged_then(repo, &tree, &levels, alone)?,
+        freed_by_merge_then_bytes: merged_then(repo, tree, &levels, alone)?,
         chain_bytes: levels.iter().map(bytes).sum(),
         chain: levels
             .iter()
