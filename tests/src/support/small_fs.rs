@@ -6,6 +6,9 @@ use std::process::Command;
 use super::host::Host;
 use super::programs::{am_root, have, output, run, skipped};
 
+/// Smallest XFS and btrfs that their makers make, with room to spare, in MiB.
+const MIB_MIN: u64 = 512;
+
 /// A small file system of its own, unmounted with it.
 pub struct Mounted {
     /// Where it is mounted.
@@ -15,17 +18,31 @@ pub struct Mounted {
 impl Mounted {
     /// An ext4 of `mib` MiB on a loop device, or `None` where there is none.
     pub fn ext4(host: &Host, mib: u64) -> Option<Self> {
-        if !am_root() || !have("mkfs.ext4") {
+        Self::made(host, "mkfs.ext4", &["-q", "-m", "0", "-O", "^has_journal"], mib)
+    }
+
+    /// An XFS that shares extents, likewise.
+    pub fn xfs(host: &Host) -> Option<Self> {
+        Self::made(host, "mkfs.xfs", &["-q", "-m", "reflink=1"], MIB_MIN)
+    }
+
+    /// A btrfs, likewise.
+    pub fn btrfs(host: &Host) -> Option<Self> {
+        Self::made(host, "mkfs.btrfs", &["-q"], MIB_MIN)
+    }
+
+    fn made(host: &Host, maker: &str, options: &[&str], mib: u64) -> Option<Self> {
+        if !am_root() || !have(maker) {
             return None;
         }
         let image = host.data().join("small.img");
         std::fs::File::create(&image).unwrap().set_len(mib << 20).unwrap();
-        run(Command::new("mkfs.ext4").args(["-q", "-m", "0", "-O", "^has_journal"]).arg(&image));
+        run(Command::new(maker).args(options).arg(&image));
         let folder = host.data().join("small");
         std::fs::create_dir(&folder).unwrap();
         let mounted = output(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&folder));
         if !mounted.status.success() {
-            skipped("a loop device");
+            skipped(&format!("a loop device, and a kernel that knows what {maker} makes"));
             return None;
         }
         Some(Self { folder })
