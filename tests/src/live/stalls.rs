@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use coppice::nbd_client::Client;
+use tapdisk_control::{Reply, Request};
 
 use crate::support::host::{Attached, Host, wait_until};
 use crate::support::pace::Writer;
@@ -40,6 +41,12 @@ fn fill(at: &Attached) {
 /// generously more than the two write-backs it waits for.
 const SETTLE_MAX: Duration = Duration::from_secs(20);
 
+/// Writes the tapdisk has answered.
+fn writes(control: &mut tapdisk_control::Client) -> u64 {
+    let Ok(Reply::Stats(stats)) = control.call(Request::Stats) else { panic!("no stats") };
+    stats.write.count
+}
+
 #[test]
 fn settling_does_not_wait_for_a_guest_that_never_stops() {
     let host = Host::new();
@@ -49,13 +56,17 @@ fn settling_does_not_wait_for_a_guest_that_never_stops() {
     fill(&at);
     host.ok(&["gc", "pause", "store"]);
     host.ok(&["vdi", "snapshot", "busy", "--name", "snap"]);
+    // A whole leaf to merge, whatever the guest gets to write.
+    fill(&at);
     host.ok(&["vdi", "delete", "snap"]);
     let writer = Writer::start(&at, 2);
     let socket = host.run_dir().join("tap").join(&vdi).join("ctl.sock");
     let mut control = tapdisk_control::Client::connect(&socket, Duration::from_secs(60)).unwrap();
+    let filled = writes(&mut control);
+    wait_until("the guest to write", || writes(&mut control) > filled);
     let mut settle = |when: &str| {
         let began = Instant::now();
-        control.call(tapdisk_control::Request::Settle).unwrap();
+        control.call(Request::Settle).unwrap();
         println!("settled {when} in {:.1?}", began.elapsed());
         assert!(began.elapsed() < SETTLE_MAX, "{when}");
     };
