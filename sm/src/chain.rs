@@ -38,15 +38,14 @@ impl Link {
 /// the catalog (invariant 8).
 ///
 /// # Errors
-/// [`Error::NotFound`] if the VDI has no volume; else the error of the first
-/// image that cannot be used, naming it.
+/// [`Error::NotFound`] if the VDI has no volume; [`Error::Busy`] when a merge
+/// gave the chain another shape meanwhile; else the error of the first image
+/// that cannot be used, naming it.
 pub fn read(repo: &Repo, vdi: Uuid) -> Result<Vec<Link>> {
     let leaf = leaf_volume(repo, vdi)?;
     let mut chain = vec![link(repo, &leaf)?];
-    while let Some((volume, parent)) =
-        chain.last().and_then(|l| Some((l.volume.clone(), l.head.parent.clone()?)))
-    {
-        let next = parent_of(repo, &volume, &parent)?;
+    while let Some((child, parent)) = chain.last().and_then(|l| Some((l, l.head.parent.as_ref()?))) {
+        let next = parent_of(repo, &child.volume, parent).map_err(|error| moved_on(repo, child, error))?;
         let again = chain.iter().any(|link| link.volume == next.volume);
         if again || chain.len() >= LINKS_MAX {
             let reason = "its chain leads back to itself".into();
@@ -95,6 +94,17 @@ fn link(repo: &Repo, volume: &VolumeName) -> Result<Link> {
         image::look(repo, volume).ok_or_else(|| Error::NotFound { what: format!("volume {volume}") })?;
     let head = seen.head.map_err(|reason| Error::BadImage { volume: volume.clone(), reason })?;
     Ok(Link { volume: seen.volume, head })
+}
+
+/// A merge of a detached leaf ends with one rename of the parent over it: who
+/// has read the leaf before looks for a parent that is not there any more. The
+/// child tells, read once more.
+fn moved_on(repo: &Repo, child: &Link, error: Error) -> Error {
+    let missing = matches!(error, Error::MissingParent { .. });
+    if missing && link(repo, &child.volume).is_ok_and(|now| now.head != child.head) {
+        return Error::Busy { reason: format!("a merge gives {} another parent", child.volume) };
+    }
+    error
 }
 
 /// The first candidate with the right uuid; see [`crate::tree`].

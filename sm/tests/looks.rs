@@ -223,3 +223,41 @@ fn an_image_merged_away_meanwhile_only_begins_the_figures_anew() {
     let without = ops::stat(&over, vdi).unwrap();
     assert_eq!((with_sibling.chain[1].children, without.chain[1].children), (2, 1));
 }
+
+/// Gives the parent the leaf's name as soon as somebody looks for the parent.
+#[derive(Debug)]
+struct Committed {
+    inner: Arc<dyn Volumes>,
+    parent: VolumeName,
+    leaf: VolumeName,
+}
+
+impl Delegate for Committed {
+    fn inner(&self) -> &dyn Volumes {
+        self.inner.as_ref()
+    }
+    fn opening(&self, name: &VolumeName) {
+        let there = || self.inner.list().unwrap().contains(&self.parent);
+        if *name == self.parent && there() {
+            self.inner.rename(&self.parent, &self.leaf).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_leaf_merged_while_its_chain_is_read_is_busy_not_broken() {
+    let simulated = SimDisk::new();
+    let host = FakeHost::new(simulated.new_process().volumes());
+    let inner = simulated.new_process().volumes();
+    let plain = repo(Arc::clone(&inner), &host, 1);
+    let vdi = ops::create(&plain, "disk", 4 * BLOCK_BYTES).unwrap();
+    fill(&plain, vdi, 0, 1);
+    let wanted = [Wanted { vdi, name: "sibling".into() }];
+    ops::snapshot(&plain, SiblingKind::Snapshot, &wanted).unwrap();
+    let parent = sm::chain::read(&plain, vdi).unwrap()[1].volume.clone();
+    let leaf = VolumeName::vhd(vdi);
+    let over = repo(Arc::new(Via(Committed { inner, parent: parent.clone(), leaf })), &host, 2);
+    let busy = sm::chain::read(&over, vdi).unwrap_err();
+    assert!(busy.is_busy(), "{busy}");
+    assert_eq!(sm::chain::read(&over, vdi).unwrap().len(), 1, "read again it is the parent");
+}
