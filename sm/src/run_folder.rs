@@ -363,8 +363,28 @@ impl LeaseHold for Held {
     }
 }
 
-/// Reads a lease, live or not.
+/// Times a lease is read anew that its holder was just writing.
+const LEASE_READS_MAX: u32 = 16;
+
+/// Reads a lease, live or not. Its holder writes it in place, and a reader
+/// without the SR lock may see half of that: it looks again.
 pub(crate) fn read_lease(file: &File) -> io::Result<Lease> {
+    let mut read = read_lease_once(file);
+    for _ in 1..LEASE_READS_MAX {
+        match &read {
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) =>
+            {
+                std::thread::sleep(Duration::from_millis(1));
+                read = read_lease_once(file);
+            }
+            _ => break,
+        }
+    }
+    read
+}
+
+fn read_lease_once(file: &File) -> io::Result<Lease> {
     let len = file.metadata()?.len();
     if len > SMALL_FILE_BYTES_MAX {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "a lease too long"));

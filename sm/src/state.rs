@@ -7,7 +7,7 @@
 //! ```
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -120,15 +120,17 @@ fn host_id(path: &Path) -> io::Result<Uuid> {
 /// # Errors
 /// I/O errors, and what is no such JSON.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
-    let len = match fs::metadata(path) {
-        Ok(metadata) => metadata.len(),
+    // Opened once: another's removal after that does not matter.
+    let file = match File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
+        file => file?,
     };
-    if len > SMALL_FILE_BYTES_MAX {
+    if file.metadata()?.len() > SMALL_FILE_BYTES_MAX {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "file too large"));
     }
-    let value = serde_json::from_slice(&fs::read(path)?);
+    let mut bytes = Vec::new();
+    file.take(SMALL_FILE_BYTES_MAX).read_to_end(&mut bytes)?;
+    let value = serde_json::from_slice(&bytes);
     value.map(Some).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 
