@@ -7,9 +7,9 @@ mod support;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use sm::image;
 use sm::journal::SiblingKind;
 use sm::ops::{self, ChangedRange, MapExtent, Wanted};
+use sm::{Repo, image};
 use support::folder::{Sr, sr};
 use support::{FakeHost, fill, repo};
 use uuid::Uuid;
@@ -173,6 +173,29 @@ fn a_stat_tells_what_is_shared_and_what_would_come_free() {
     }
 }
 
+/// A disk with a snapshot, on volumes a test can stand in front of.
+struct Simulated {
+    host: FakeHost,
+    inner: Arc<dyn Volumes>,
+    plain: Repo,
+    vdi: Uuid,
+    sibling: Uuid,
+}
+
+impl Simulated {
+    fn new() -> Self {
+        let disk = SimDisk::new();
+        let host = FakeHost::new(disk.new_process().volumes());
+        let inner = disk.new_process().volumes();
+        let plain = repo(Arc::clone(&inner), &host, 1);
+        let vdi = ops::create(&plain, "disk", 4 * BLOCK_BYTES).unwrap();
+        fill(&plain, vdi, 0, 1);
+        let wanted = [Wanted { vdi, name: "sibling".into() }];
+        let sibling = ops::snapshot(&plain, SiblingKind::Snapshot, &wanted).unwrap()[0];
+        Self { host, inner, plain, vdi, sibling }
+    }
+}
+
 /// Takes an image away as it is being opened.
 #[derive(Debug)]
 struct MergedAway {
@@ -199,14 +222,7 @@ impl Delegate for MergedAway {
 
 #[test]
 fn an_image_merged_away_meanwhile_only_begins_the_figures_anew() {
-    let simulated = SimDisk::new();
-    let host = FakeHost::new(simulated.new_process().volumes());
-    let inner = simulated.new_process().volumes();
-    let plain = repo(Arc::clone(&inner), &host, 1);
-    let vdi = ops::create(&plain, "disk", 4 * BLOCK_BYTES).unwrap();
-    fill(&plain, vdi, 0, 1);
-    let wanted = [Wanted { vdi, name: "sibling".into() }];
-    let sibling = ops::snapshot(&plain, SiblingKind::Snapshot, &wanted).unwrap()[0];
+    let Simulated { host, inner, plain: _, vdi, sibling } = Simulated::new();
     let (opened, at) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(u32::MAX)));
     let away = MergedAway {
         inner,
@@ -246,14 +262,7 @@ impl Delegate for Committed {
 
 #[test]
 fn a_leaf_merged_while_its_chain_is_read_is_busy_not_broken() {
-    let simulated = SimDisk::new();
-    let host = FakeHost::new(simulated.new_process().volumes());
-    let inner = simulated.new_process().volumes();
-    let plain = repo(Arc::clone(&inner), &host, 1);
-    let vdi = ops::create(&plain, "disk", 4 * BLOCK_BYTES).unwrap();
-    fill(&plain, vdi, 0, 1);
-    let wanted = [Wanted { vdi, name: "sibling".into() }];
-    ops::snapshot(&plain, SiblingKind::Snapshot, &wanted).unwrap();
+    let Simulated { host, inner, plain, vdi, sibling: _ } = Simulated::new();
     let parent = sm::chain::read(&plain, vdi).unwrap()[1].volume.clone();
     let leaf = VolumeName::vhd(vdi);
     let over = repo(Arc::new(Via(Committed { inner, parent: parent.clone(), leaf })), &host, 2);
