@@ -39,6 +39,10 @@ pub const TAP_STOP_MS_MAX: u64 = 10_000;
 /// How long the API retries an operation that found another one under way,
 /// in milliseconds.
 pub const BUSY_RETRY_MS_MAX: u64 = 5_000;
+/// Times a lease is read that somebody was just writing.
+pub const LEASE_READS_MAX: u32 = 16;
+/// And how long between.
+pub const LEASE_REREAD: std::time::Duration = std::time::Duration::from_millis(1);
 /// How often a disk's figures are begun anew because an image of its chain was
 /// merged away meanwhile.
 pub const STAT_LOOKS_MAX: u32 = 8;

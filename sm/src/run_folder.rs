@@ -28,7 +28,10 @@ use vhd::record::{RecordStore, TmpfsRecords};
 
 use crate::host::{Endpoint, Guard, Host, LeaseHold, Tap};
 use crate::lease::Lease;
-use crate::limits::{SMALL_FILE_BYTES_MAX, SR_LOCK_WAIT_MS_MAX, TAP_ANSWER_MS_MAX, TAP_STOP_MS_MAX};
+use crate::limits::{
+    LEASE_READS_MAX, LEASE_REREAD, SMALL_FILE_BYTES_MAX, SR_LOCK_WAIT_MS_MAX, TAP_ANSWER_MS_MAX,
+    TAP_STOP_MS_MAX,
+};
 use crate::owner::{HostId, Owner};
 use crate::readers::Readers;
 use crate::spawn::{self, TapOrder, TapProgram};
@@ -363,11 +366,9 @@ impl LeaseHold for Held {
     }
 }
 
-/// Times a lease is read anew that its holder was just writing.
-const LEASE_READS_MAX: u32 = 16;
-
-/// Reads a lease, live or not. Its holder writes it in place, and a reader
-/// without the SR lock may see half of that: it looks again.
+/// Reads a lease, live or not. It is written in place, under the lock of its
+/// own SR. All SRs keep theirs in one folder, so whoever holds the lock of
+/// another SR may see half of that: it looks again.
 pub(crate) fn read_lease(file: &File) -> io::Result<Lease> {
     let mut read = read_lease_once(file);
     for _ in 1..LEASE_READS_MAX {
@@ -375,7 +376,7 @@ pub(crate) fn read_lease(file: &File) -> io::Result<Lease> {
             Err(error)
                 if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) =>
             {
-                std::thread::sleep(Duration::from_millis(1));
+                std::thread::sleep(LEASE_REREAD);
                 read = read_lease_once(file);
             }
             _ => break,
@@ -418,5 +419,46 @@ pub(crate) fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::lease::Reader;
+
+    #[test]
+    fn a_lease_that_is_being_written_is_read_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = lock_file(&folder.path().join("lease")).unwrap();
+        let image = |n: u128| ImageRef { volume: Uuid::from_u128(n).to_string(), footer: Uuid::from_u128(n) };
+        let lease = |images: u128| Lease {
+            vdi: Uuid::from_u128(1),
+            sr: Uuid::from_u128(2),
+            pid: 3,
+            read_only: false,
+            reader: Reader::Tapdisk,
+            chain: (0..images).map(image).collect(),
+        };
+        write_lease(&file, &lease(1)).unwrap();
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..1_000 {
+                    write_lease(&file, &lease(30)).unwrap();
+                    write_lease(&file, &lease(1)).unwrap();
+                    // Far more often than any holder, but not always.
+                    std::thread::sleep(LEASE_REREAD / 10);
+                }
+                over.store(true, Ordering::Relaxed);
+            });
+            let mut torn = 0;
+            while !over.load(Ordering::Relaxed) {
+                torn += u32::from(read_lease(&file).is_err());
+            }
+            assert_eq!(torn, 0);
+        });
     }
 }

@@ -161,6 +161,30 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_file_that_is_removed_while_it_is_read_is_there_or_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("wanted");
+        let over = std::sync::atomic::AtomicBool::new(false);
+        let relaxed = std::sync::atomic::Ordering::Relaxed;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let beside = folder.path().join("new");
+                for _ in 0..5_000 {
+                    fs::write(&beside, "7").unwrap();
+                    fs::rename(&beside, &path).unwrap();
+                    fs::remove_file(&path).unwrap();
+                }
+                over.store(true, relaxed);
+            });
+            let mut wrong = 0;
+            while !over.load(relaxed) {
+                wrong += u32::from(!matches!(read_json::<u32>(&path), Ok(None | Some(7))));
+            }
+            assert_eq!(wrong, 0);
+        });
+    }
+
+    #[test]
     fn one_smd_per_folder_and_what_it_knows_survives() {
         let folder = tempfile::tempdir().unwrap();
         let state = State::open(folder.path()).unwrap();
