@@ -125,7 +125,8 @@ pub enum Request {
     },
     /// Makes durable what was acknowledged before, in the images open for
     /// writing: their tables on disk are then as new as this request. Bounded
-    /// by two write-backs of each, whatever guests write meanwhile.
+    /// by two write-backs of each, whatever guests write meanwhile. Stands in
+    /// no other request's way; refused while the disk is paused or ends.
     Settle,
     /// Makes the disk larger while it is served. Guest requests wait while
     /// the leaf's tables change: until those in flight are done, what waits

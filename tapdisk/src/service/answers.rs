@@ -4,7 +4,7 @@ use tapdisk_control::{Answer, ImageRef, MergeStatus, Refusal, Reply, Stats};
 use vhd::storage::VolumeName;
 
 use super::{Connection, Step};
-use crate::engine::Engine;
+use crate::engine::{CommandError, Engine};
 
 pub(super) fn answer((connection, id): (Connection, u64), outcome: Result<Reply, Refusal>) -> Step {
     Step::Answer(connection, Answer { id, last: true, outcome })
@@ -24,6 +24,19 @@ pub(super) fn busy(detail: &str) -> Refusal {
 
 pub(super) fn stale(detail: &str) -> Refusal {
     Refusal::Stale { detail: detail.to_owned() }
+}
+
+/// Why the engine did not do as it was told.
+pub(super) fn refusal(error: &CommandError) -> Refusal {
+    match error {
+        CommandError::Busy(detail) => busy(detail),
+        CommandError::Unknown => stale(&error.to_string()),
+        CommandError::Failed(detail) => Refusal::Failed { detail: detail.clone() },
+        CommandError::Unsettled(detail) => {
+            let detail = format!("{detail}; it is still attached: make room, then detach again");
+            Refusal::Failed { detail }
+        }
+    }
 }
 
 pub(super) fn volume_name(name: &str) -> Result<VolumeName, Refusal> {

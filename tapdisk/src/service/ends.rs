@@ -1,9 +1,9 @@
 //! What an operation does next when its command or its job has ended.
 
-use tapdisk_control::{Refusal, Reply};
+use tapdisk_control::Reply;
 use vhd::meta::Meta;
 
-use super::answers::{answer, busy, more, said};
+use super::answers::{answer, more, refusal, said};
 use super::{AfterFold, Connection, Doing, JobResult, Lease, Operation, Service, Step, places};
 use crate::engine::{Command, CommandError, CommandReply, SettlePlan, Token};
 
@@ -75,16 +75,8 @@ impl Service {
         if let Doing::Growing(step, _) = &doing {
             return self.growth_failed(caller, step, error);
         }
-        let refusal = match error {
-            CommandError::Busy(detail) => busy(detail),
-            CommandError::Unknown => super::answers::stale(&error.to_string()),
-            CommandError::Failed(detail) => Refusal::Failed { detail: detail.clone() },
-            CommandError::Unsettled(detail) => {
-                let detail = format!("{detail}; it is still attached: make room, then detach again");
-                Refusal::Failed { detail }
-            }
-        };
-        let mut steps = caller.map(|caller| answer(caller, Err(refusal))).into_iter().collect::<Vec<_>>();
+        let refused = |caller| answer(caller, Err(refusal(error)));
+        let mut steps = caller.map(refused).into_iter().collect::<Vec<_>>();
         // A disk whose flush failed must still be able to end; its record stays
         // for whoever opens it next.
         if matches!((doing, error), (Doing::Closing, CommandError::Failed(_))) {

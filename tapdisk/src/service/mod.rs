@@ -107,12 +107,10 @@ enum Doing {
     Reparenting,
     Rereading,
     Refreshing,
-    Cleaning,
     OpeningParent {
         rate_bytes_per_s: u64,
     },
     StartingMerge(Box<Meta>),
-    Pacing,
     StoppingMerge,
     Committing,
     Closing,
@@ -224,6 +222,10 @@ impl Service {
                 return Ok(self.aside(caller, Command::Tracked { id, from }));
             }
             Request::TrackEnd { list: id } => return Ok(self.aside(caller, Command::TrackEnd { id })),
+            Request::MergeRate { rate_bytes_per_s } => {
+                return Ok(self.aside(caller, Command::MergeRate { rate_bytes_per_s }));
+            }
+            Request::Settle if !self.is_still() => return Ok(self.aside(caller, Command::WriteBack)),
             // It was decided: whoever asks may have it tried again.
             Request::Resume { swap: true, .. } if engine.is_swapping() => {
                 return Ok(self.command(caller, Doing::SwappingNow, Command::SwapNow));
@@ -243,7 +245,9 @@ impl Service {
             | Request::LeafBlocks { .. }
             | Request::Track { .. }
             | Request::Tracked { .. }
-            | Request::TrackEnd { .. } => Ok(Vec::new()),
+            | Request::TrackEnd { .. }
+            | Request::MergeRate { .. }
+            | Request::Settle => Ok(Vec::new()),
             Request::Grow { leaf, virtual_bytes } => self.grow(engine, caller, &leaf, virtual_bytes),
             Request::Prepare { intent, leaf, child, base } => {
                 self.prepare(caller, intent, &leaf, child, base.as_deref())
@@ -258,12 +262,8 @@ impl Service {
             Request::Resume { intent, swap } => self.resume(caller, &intent, swap),
             Request::SettleBase { base } => self.settle_base(engine, caller, &base),
             Request::Refresh { leaf, parent } => self.refresh(engine, caller, &leaf, parent),
-            Request::Settle => Ok(self.command(caller, Doing::Cleaning, Command::WriteBack)),
             Request::MergeStart { leaf, parent, rate_bytes_per_s } => {
                 self.merge_start(caller, &leaf, &parent, rate_bytes_per_s)
-            }
-            Request::MergeRate { rate_bytes_per_s } => {
-                Ok(self.command(caller, Doing::Pacing, Command::MergeRate { rate_bytes_per_s }))
             }
             Request::MergeStop if engine.merge_status().0 == tapdisk_control::MergePhase::None => {
                 Ok(vec![answer(caller, Ok(Reply::Done))])
@@ -274,6 +274,14 @@ impl Service {
             }
             Request::Stop { .. } => Ok(self.command(caller, Doing::Closing, Command::Close)),
         }
+    }
+
+    /// Whether the engine must stand still: a write-back begun now would write
+    /// beside whoever settles or changes the images.
+    fn is_still(&self) -> bool {
+        let stills =
+            |doing: &Doing| matches!(doing, Doing::Closing | Doing::SettlingAll | Doing::Growing(..));
+        self.lease.is_some() || self.operations.values().any(|operation| stills(&operation.doing))
     }
 
     fn leaf_checked(&self, leaf: &ImageRef) -> Result<&(VolumeName, Meta), Refusal> {

@@ -4,7 +4,7 @@
 use tapdisk_control::{Extent, Refusal, Reply};
 use vhd::units::SECTOR_BYTES;
 
-use super::answers::{answer, stale};
+use super::answers::{answer, refusal};
 use super::{Connection, Service, Step};
 use crate::engine::{Command, CommandError, CommandReply, Engine};
 use crate::limits::{CONTROL_EXTENTS_MAX, CONTROL_RUNS_MAX, LOOKUP_BYTES_MAX};
@@ -48,9 +48,8 @@ pub(super) fn found(caller: (Connection, u64), reply: Result<CommandReply, Comma
         }
         Ok(CommandReply::Done) => Ok(Reply::Done),
         Ok(CommandReply::Blocks { runs, next }) => Ok(Reply::Blocks { runs, next }),
-        Err(error @ CommandError::Unknown) => Err(stale(&error.to_string())),
         Ok(other) => Err(Refusal::Failed { detail: format!("the engine said {other:?}") }),
-        Err(error) => Err(Refusal::Failed { detail: error.to_string() }),
+        Err(error) => Err(refusal(&error)),
     };
     answer(caller, outcome)
 }

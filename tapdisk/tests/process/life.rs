@@ -1,13 +1,13 @@
 //! Started, asked, told to end, killed, started again.
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getsid};
-use tapdisk_control::{Call, ClientError, IntentNames, Refusal, Reply, Request};
+use tapdisk_control::{Answer, Call, ClientError, IntentNames, Refusal, Reply, Request};
 
 use super::support::*;
 
@@ -259,4 +259,32 @@ fn a_flush_of_one_connection_makes_what_another_wrote_durable() {
         power_cut(false) == 0 || began.elapsed() > Duration::from_millis(900)
     });
     assert!(quick, "they are there without a flush");
+}
+
+/// Orders on several connections: each is given before the one before it has
+/// its answer.
+#[test]
+fn settling_is_refused_to_nobody_and_stands_in_nobodys_way() {
+    let place = Place::new();
+    let _tapdisk = place.ready();
+    let mut socket = place.nbd();
+    let orders = [Request::Settle, Request::Settle, Request::MergeStop, Request::Settle];
+    let mut callers = orders.map(|request| {
+        let line = serde_json::to_string(&Call { id: 1, request }).unwrap() + "\n";
+        let control = UnixStream::connect(place.path("run/ctl.sock")).unwrap();
+        control.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        (BufReader::new(control), line)
+    });
+    for round in 0..32u64 {
+        assert_eq!(write(&mut socket, round << 21, &[5; 8192]), 0);
+        for (control, order) in &mut callers {
+            control.get_mut().write_all(order.as_bytes()).unwrap();
+        }
+        for (control, order) in &mut callers {
+            let mut line = String::new();
+            control.read_line(&mut line).unwrap();
+            let answer: Answer = serde_json::from_str(&line).unwrap();
+            assert_eq!(answer.outcome, Ok(Reply::Done), "round {round}: {order}");
+        }
+    }
 }
