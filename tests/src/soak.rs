@@ -11,7 +11,8 @@
 //! ```
 //!
 //! `COPPICE_SOAK_SECONDS` says how long (a minute where nothing is said),
-//! `COPPICE_SEED` repeats a run's choices, though not its timing.
+//! `COPPICE_SEED` repeats a run's choices, though not its timing,
+//! `COPPICE_SOAK_RECEIPTS` how often merges are watched by content receipts.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -29,6 +30,7 @@ use serde_json::Value;
 
 use crate::support::guest::Guest;
 use crate::support::host::{Attached, Daemon, Host, wait_until};
+use crate::support::receipts::Receipts;
 
 /// How long where nothing is said.
 const SECONDS: u64 = 60;
@@ -60,6 +62,7 @@ struct Soak {
     disks: Vec<Disk>,
     /// What happened how often, for the report.
     seen: BTreeMap<String, u64>,
+    receipts: Receipts,
     exports: Vec<(usize, String, PathBuf, Child)>,
 }
 
@@ -75,11 +78,14 @@ fn nothing_is_lost_while_everything_is_killed() {
     let mut soak = Soak::new(seed);
     let until = Instant::now() + Duration::from_secs(seconds);
     while Instant::now() < until {
+        soak.receipts.turn(&soak.host);
         soak.busy();
         soak.quiet();
+        soak.receipts.check(&soak.host);
     }
     soak.finish();
-    eprintln!("{:?}", soak.seen);
+    soak.receipts.check(&soak.host);
+    eprintln!("{:?}; {:?}", soak.seen, soak.receipts.report());
 }
 
 impl Soak {
@@ -93,7 +99,14 @@ impl Soak {
             Disk { uuid, at, guest: Some(Guest::new(DISK.1, rng.random())), kept: Vec::new() }
         });
         let disks = disks.collect();
-        Self { host, rng, disks, seen: BTreeMap::new(), exports: Vec::new() }
+        Self {
+            host,
+            rng,
+            disks,
+            seen: BTreeMap::new(),
+            receipts: Receipts::new("store"),
+            exports: Vec::new(),
+        }
     }
 
     fn saw(&mut self, what: &str) {
@@ -331,6 +344,16 @@ impl Soak {
         self.tried("delete", &["vdi", "delete", &clone]);
     }
 
+    /// However far the collector got before: the end has a merge in it.
+    fn leave_something_to_merge(&mut self) {
+        let write = |disk: &mut Disk| disk.guest.as_mut().unwrap().write(&disk.at, |acked| acked == 100);
+        write(&mut self.disks[0]);
+        let uuid = self.disks[0].uuid.clone();
+        // Refused where the chain is too long already.
+        self.tried("snapshot", &["vdi", "snapshot", &uuid, "--name", "passing"]);
+        write(&mut self.disks[0]);
+    }
+
     /// The minimal tree: one image per disk, with its content.
     fn finish(&mut self) {
         for n in 0..DISKS {
@@ -339,6 +362,8 @@ impl Soak {
             }
             self.disks[n].kept.clear();
         }
+        self.receipts.of_the_end(&self.host);
+        self.leave_something_to_merge();
         wait_until("one image per disk", || {
             self.delete_passing();
             self.host.ok(&["gc", "run", "store", "--wait"]);

@@ -4,7 +4,8 @@
 //! killed (invariants 1 and 3).
 //!
 //! `COPPICE_SOAK_SECONDS` says how long (a minute where nothing is said),
-//! `COPPICE_SEED` repeats a run's choices, though not its timing.
+//! `COPPICE_SEED` repeats a run's choices, though not its timing,
+//! `COPPICE_SOAK_RECEIPTS` how often merges are watched by content receipts.
 
 use std::process::Command;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -16,6 +17,7 @@ use rand::{Rng, SeedableRng};
 use super::kills::number;
 use crate::support::host::{Attached, Host, LIMIT};
 use crate::support::programs::{have, output};
+use crate::support::receipts::Receipts;
 use crate::support::sectors::Sectors;
 use crate::support::verifier::{Tally, Verifier, check_all};
 
@@ -27,6 +29,9 @@ const DISK: (&str, u64) = ("32MiB", 32 << 20);
 const SNAPSHOTS_MAX: usize = 6;
 /// Longest pause between two kills.
 const BETWEEN_KILLS_MS_MAX: u64 = 1500;
+
+/// How long receipts are asked for, or not.
+const RECEIPTS_TURN: Duration = Duration::from_secs(10);
 
 /// What a command may be refused with while a tapdisk dies or a merge runs.
 const IN_THE_WAY: [&str; 3] = ["BUSY", "IN_USE", "NOT_RUNNING"];
@@ -67,6 +72,7 @@ fn nothing_is_lost_or_changed_while_everything_happens() {
     let (marks, heard) = channel();
     let (mut seen, mut guest) = (Seen::default(), Verifier::new(DISK.1, seeds().random()));
     let (snapshots, kills, fios) = (seeds(), seeds(), seeds());
+    let mut receipts = Receipts::new("store");
     std::thread::scope(|scope| {
         // Dropped with this scope, also by a panic: it ends the guest.
         let marks = marks;
@@ -75,19 +81,24 @@ fn nothing_is_lost_or_changed_while_everything_happens() {
         let killer = scope.spawn(|| kill(&host, &vdi, kills, end));
         let fio = scope.spawn(|| fio_runs(&fio_at, end));
         let second = scope.spawn(|| churn(&host, fios, end));
+        let watcher = scope.spawn(|| watch_merges(&host, &mut receipts, end));
         shoot_pictures(&host, snapshots, &marks, &mut seen, end);
         drop(marks);
         seen.kills = killer.join().unwrap();
         seen.fio_runs = fio.join().unwrap();
         second.join().unwrap();
+        watcher.join().unwrap();
         guest.join().unwrap();
     });
+    receipts.of_the_end(&host);
     merge_down(&host, &vdi);
+    receipts.check(&host);
     until_served(|| guest.check(&at));
     persist(&host, &["vdi", "detach", &vdi]);
     assert!(guest.check(&host.attach_read_only(&vdi)));
     let Tally { reads, writes, zeroes, trims, flushes } = guest.tally;
     eprintln!("{seen:?}; {reads} reads, {writes} writes, {zeroes} zeroes, {trims} trims, {flushes} flushes");
+    eprintln!("{:?}", receipts.report());
     assert!(seen.snapshots > 0 && seen.checks > 0 && seen.kills > 0 && guest.tally.all() > 1000, "{seen:?}");
 }
 
@@ -274,6 +285,15 @@ fn fio_runs(at: &Attached, end: Instant) -> u64 {
         runs += 1;
     }
     runs
+}
+
+/// Looks whether a merge changed what a disk reads; now and then nobody asks.
+fn watch_merges(host: &Host, receipts: &mut Receipts, end: Instant) {
+    while Instant::now() < end {
+        receipts.turn(host);
+        std::thread::sleep(RECEIPTS_TURN.min(end.saturating_duration_since(Instant::now())));
+        receipts.check(host);
+    }
 }
 
 /// Deletes all snapshots and merges until the disk is one image.

@@ -209,12 +209,18 @@ impl Host {
 
     /// What a daemon says to Prometheus.
     pub fn metrics(&self, daemon: Daemon) -> String {
+        self.get(daemon, "/metrics")
+    }
+
+    /// What a daemon answers to a request that must succeed.
+    pub fn get(&self, daemon: Daemon, path: &str) -> String {
         let mut socket = UnixStream::connect(self.run_dir().join(format!("{}.sock", name(daemon)))).unwrap();
-        socket.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+        write!(socket, "GET {path} HTTP/1.0\r\n\r\n").unwrap();
         let mut text = String::new();
         socket.read_to_string(&mut text).unwrap();
-        assert!(text.starts_with("HTTP/1.0 200") || text.starts_with("HTTP/1.1 200"), "{text}");
-        text
+        assert!(text.starts_with("HTTP/1.0 200") || text.starts_with("HTTP/1.1 200"), "{path}: {text}");
+        let (_, body) = text.split_once("\r\n\r\n").unwrap();
+        body.to_owned()
     }
 
     /// The process of a daemon.

@@ -8,6 +8,7 @@ pub mod libvhdi;
 pub mod machine;
 pub mod pace;
 pub mod programs;
+pub mod receipts;
 pub mod sectors;
 pub mod small_fs;
 pub mod tap;
