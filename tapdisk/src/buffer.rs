@@ -10,19 +10,22 @@
 //! whichever thread that happens.
 //!
 //! Small buffers come from one [`Arena`], which a driver may register with the
-//! kernel once instead of having every page looked up for every transfer.
+//! kernel once instead of having every page looked up for every transfer. Large
+//! ones lie in memory that is contiguous for the disk, too ([`memory`]).
 //!
 //! Absent on purpose: knowledge of requests, waiting (a pool that has run out
 //! says so), zeroing of reused memory (whoever lends it to a reader filled it).
 
-use std::alloc::Layout;
+mod memory;
+
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use crate::limits::{
-    ARENA_BUFFER_BYTES_MAX, ARENA_BYTES, BUFFER_BYTES_MAX, POOL_BYTES_MAX, POOL_IDLE_BYTES_MAX,
-};
+pub use memory::Arena;
+
+use crate::limits::{BUFFER_BYTES_MAX, POOL_BYTES_MAX, POOL_IDLE_BYTES_MAX, SHEETS_MAX};
+use memory::{Kind, Memory, Sheet};
 
 /// Alignment of every buffer and smallest size, in bytes: direct I/O needs it.
 pub const BUFFER_ALIGN: usize = 4096;
@@ -42,6 +45,8 @@ struct Shelves {
     /// Bytes of the arena cut off so far; what was cut never goes back, only
     /// to `idle`.
     arena_cut_bytes: usize,
+    /// Sheets of which a piece is in use or idle, and some that are gone.
+    sheets: Vec<Weak<Sheet>>,
     /// Memory nobody uses, by size class.
     idle: [Vec<Memory>; CLASSES],
     /// Bytes in `idle`.
@@ -79,7 +84,7 @@ impl Pool {
             }
             memory.or_else(|| shelves.cut(class))
         };
-        let Some(memory) = memory.or_else(|| Memory::new(class)) else {
+        let Some(memory) = memory.or_else(|| Memory::alone(class)) else {
             lock(&self.0).used_bytes -= bytes;
             return None;
         };
@@ -99,7 +104,7 @@ impl Pool {
         let mut shelves = lock(&self.0);
         shelves.used_bytes -= bytes;
         // A cut of the arena has no other place to go to; its sum is limited.
-        let keep = memory.arena.is_some() || shelves.idle_bytes + bytes <= POOL_IDLE_BYTES_MAX;
+        let keep = memory.is_of_arena() || shelves.idle_bytes + bytes <= POOL_IDLE_BYTES_MAX;
         if keep && let Some(shelf) = shelves.idle.get_mut(memory.class) {
             shelf.push(memory);
             shelves.idle_bytes += bytes;
@@ -108,17 +113,48 @@ impl Pool {
 }
 
 impl Shelves {
-    /// Memory of the arena for one more buffer of a class.
+    /// Memory of the arena or of a sheet for one more buffer of a class.
     fn cut(&mut self, class: usize) -> Option<Memory> {
-        let bytes = class_bytes(class);
-        let arena = self.arena.as_ref()?;
-        if bytes > ARENA_BUFFER_BYTES_MAX || self.arena_cut_bytes + bytes > ARENA_BYTES {
+        match Kind::of(class) {
+            Kind::Small => {
+                let memory = self.arena.as_ref()?.cut(self.arena_cut_bytes, class)?;
+                self.arena_cut_bytes += class_bytes(class);
+                Some(memory)
+            }
+            Kind::Piece => self.cut_sheet(class),
+            Kind::Large => None,
+        }
+    }
+
+    /// The first piece of a new sheet; the others are idle.
+    fn cut_sheet(&mut self, class: usize) -> Option<Memory> {
+        self.sheets.retain(|sheet| sheet.strong_count() > 0);
+        if self.sheets.len() >= SHEETS_MAX {
+            // Pieces of other sizes, which perhaps nobody wants any more, may
+            // be all that keeps some.
+            self.forget_idle_pieces();
+            self.sheets.retain(|sheet| sheet.strong_count() > 0);
+        }
+        if self.sheets.len() >= SHEETS_MAX {
             return None;
         }
-        // SAFETY: the offset is below the size of the arena, as just checked.
-        let start = unsafe { arena.start.add(self.arena_cut_bytes) };
-        self.arena_cut_bytes += bytes;
-        Some(Memory { start, class, arena: Some(Arc::clone(arena)) })
+        let sheet = Sheet::new()?;
+        self.sheets.push(Arc::downgrade(&sheet));
+        let mut pieces = sheet.pieces(class);
+        let first = pieces.pop();
+        if let Some(shelf) = self.idle.get_mut(class) {
+            self.idle_bytes += pieces.len() * class_bytes(class);
+            shelf.extend(pieces);
+        }
+        first
+    }
+
+    fn forget_idle_pieces(&mut self) {
+        let shelves = self.idle.iter_mut().enumerate();
+        for (class, shelf) in shelves.filter(|(class, _)| Kind::of(*class) == Kind::Piece) {
+            self.idle_bytes -= shelf.len() * class_bytes(class);
+            shelf.clear();
+        }
     }
 }
 
@@ -189,7 +225,7 @@ impl Buffer {
         if end > self.0.len_bytes {
             return None;
         }
-        let start = self.0.memory.as_ref()?.start;
+        let start = self.0.memory.as_ref()?.start();
         let mut loans = lock(&self.0.loans);
         let clash = loans.iter().any(|other| {
             span.at < other.at + other.len && other.at < end && (span.exclusive || other.exclusive)
@@ -273,95 +309,10 @@ impl DerefMut for Exclusive {
     }
 }
 
-/// Memory that a driver may register with the kernel, whole.
-#[derive(Debug)]
-pub struct Arena {
-    start: NonNull<u8>,
-}
-
-// SAFETY: plain bytes; who may touch which is governed by loans.
-unsafe impl Send for Arena {}
-// SAFETY: a shared reference gives no access to the bytes.
-unsafe impl Sync for Arena {}
-
-impl Arena {
-    fn layout() -> Option<Layout> {
-        Layout::from_size_align(ARENA_BYTES, BUFFER_ALIGN).ok()
-    }
-
-    fn new() -> Option<Self> {
-        // SAFETY: the layout has a size.
-        let start = NonNull::new(unsafe { std::alloc::alloc_zeroed(Self::layout()?) })?;
-        Some(Self { start })
-    }
-
-    /// Its first byte and its length in bytes.
-    #[must_use]
-    pub fn span(&self) -> (*mut u8, usize) {
-        (self.start.as_ptr(), ARENA_BYTES)
-    }
-
-    /// Whether `len` bytes at `at` all lie in it.
-    #[must_use]
-    pub fn contains(&self, at: *const u8, len: usize) -> bool {
-        let start = self.start.as_ptr() as usize;
-        (at as usize).checked_sub(start).is_some_and(|offset| offset + len <= ARENA_BYTES)
-    }
-}
-
-impl Drop for Arena {
-    fn drop(&mut self) {
-        if let Some(layout) = Self::layout() {
-            // SAFETY: allocated in `new` with this very layout, freed once.
-            unsafe { std::alloc::dealloc(self.start.as_ptr(), layout) };
-        }
-    }
-}
-
-/// One allocation of a size class, or a cut of an arena.
-#[derive(Debug)]
-struct Memory {
-    start: NonNull<u8>,
-    class: usize,
-    /// The arena this is a cut of, kept alive.
-    arena: Option<Arc<Arena>>,
-}
-
-// SAFETY: plain bytes, owned by this value; access is governed by loans.
-unsafe impl Send for Memory {}
-// SAFETY: a shared reference gives no access to the bytes.
-unsafe impl Sync for Memory {}
-
-impl Memory {
-    fn layout(class: usize) -> Option<Layout> {
-        Layout::from_size_align(class_bytes(class), BUFFER_ALIGN).ok()
-    }
-
-    fn new(class: usize) -> Option<Self> {
-        let layout = Self::layout(class)?;
-        // Zeroed so that the bytes are initialised; for large classes the
-        // system hands out untouched pages, so a client that announces much
-        // and sends nothing costs nothing.
-        // SAFETY: the layout has a size of at least `BUFFER_ALIGN`.
-        let start = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?;
-        Some(Self { start, class, arena: None })
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        if self.arena.is_none()
-            && let Some(layout) = Self::layout(self.class)
-        {
-            // SAFETY: allocated in `new` with this very layout, freed once.
-            unsafe { std::alloc::dealloc(self.start.as_ptr(), layout) };
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::{ARENA_BUFFER_BYTES_MAX, ARENA_BYTES};
 
     #[test]
     fn loans_that_overlap_are_refused_unless_both_read() {
@@ -417,6 +368,48 @@ mod tests {
         let mut two = [pool.take(4096).unwrap(), pool.take(4096).unwrap()];
         two.sort_by_key(|buffer| !inside(buffer));
         assert!(inside(&two[0]) && !inside(&two[1]));
+    }
+
+    #[test]
+    fn large_buffers_are_whole_zeroed_and_their_own() {
+        let pool = Pool::default();
+        let sizes = [200 << 10, 1 << 20, 1 << 20, (1 << 20) + 1024, 2 << 20, 5 << 20];
+        let held: Vec<_> = sizes.iter().map(|len| pool.take(*len).unwrap()).collect();
+        for (n, buffer) in held.iter().enumerate() {
+            let mut all = buffer.lend_mut(0, buffer.len()).unwrap();
+            assert!((all.as_ptr() as usize).is_multiple_of(BUFFER_ALIGN));
+            assert!(all.iter().all(|byte| *byte == 0), "nobody else's bytes: {n}");
+            all.fill(n as u8 + 1);
+        }
+        for (n, buffer) in held.iter().enumerate() {
+            assert!(buffer.lend(0, buffer.len()).unwrap().iter().all(|byte| *byte == n as u8 + 1));
+        }
+    }
+
+    #[test]
+    fn buffers_of_half_a_huge_page_share_one_and_lie_whole_in_it() {
+        let pool = Pool::default();
+        let (one, two) = (pool.take(1 << 20).unwrap(), pool.take(1 << 20).unwrap());
+        let page = |buffer: &Buffer| buffer.lend(0, 1).unwrap().as_ptr() as usize >> 21;
+        assert_eq!(page(&one), page(&two));
+        let large = pool.take(2 << 20).unwrap();
+        assert!((large.lend(0, 1).unwrap().as_ptr() as usize).is_multiple_of(2 << 20));
+    }
+
+    #[test]
+    fn sheets_have_an_end_and_serve_another_size_once_nobody_uses_them() {
+        let pool = Pool::default();
+        let live = || lock(&pool.0).sheets.iter().filter(|sheet| sheet.strong_count() > 0).count();
+        let held: Vec<_> = (0..SHEETS_MAX * 2 + 3).map(|_| pool.take(1 << 20).unwrap()).collect();
+        assert_eq!(live(), SHEETS_MAX);
+        // Idle pieces, one in each of as many sheets as may be kept.
+        drop(held);
+        assert!(lock(&pool.0).idle_bytes <= POOL_IDLE_BYTES_MAX);
+        let held: Vec<_> = (0..SHEETS_MAX * 8).map(|_| pool.take(256 << 10).unwrap()).collect();
+        assert_eq!(live(), SHEETS_MAX);
+        assert_eq!(lock(&pool.0).idle_bytes, 0);
+        drop(held);
+        assert_eq!(pool.used_bytes(), 0);
     }
 
     #[test]

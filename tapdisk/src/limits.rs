@@ -88,6 +88,11 @@ pub const POOL_BYTES_MAX: usize = 2 * CLIENTS_MAX * CLIENT_BYTES_MAX + EDGE_BYTE
 pub const ARENA_BYTES: usize = 4 << 20;
 /// Largest buffer that comes from there.
 pub const ARENA_BUFFER_BYTES_MAX: usize = 128 << 10;
+/// Huge pages cut into pieces, for buffers above that and below 2 MiB; a piece
+/// keeps its whole page, so this much memory may be in use besides
+/// [`POOL_BYTES_MAX`]. When there are as many, such buffers are made of pages as
+/// they come.
+pub const SHEETS_MAX: usize = 32;
 /// Guest memory kept for reuse.
 pub const POOL_IDLE_BYTES_MAX: usize = 16 << 20;
 
