@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
+use tapdisk_control::nbd::negotiate;
+use tapdisk_control::nbd::wire::{REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, command};
 
 /// Most requests in flight.
 pub const DEPTH_MAX: usize = 256;
@@ -22,17 +24,6 @@ pub const REQUEST_BYTES_MAX: usize = 2 << 20;
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 /// Bytes taken in at once.
 const RECEIVE_BYTES: usize = 256 << 10;
-/// Longest option reply.
-const OPTION_REPLY_BYTES_MAX: u32 = 64 << 10;
-
-const INIT_MAGIC: &[u8; 16] = b"NBDMAGICIHAVEOPT";
-const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
-const REQUEST_MAGIC: u32 = 0x2560_9513;
-const REPLY_MAGIC: u32 = 0x6744_6698;
-const FLAGS_FIXED_NO_ZEROES: u32 = 0b11;
-const OPT_GO: u32 = 7;
-const REP_ACK: u32 = 1;
-const REP_INFO: u32 = 3;
 const HEADER_BYTES: usize = 16;
 
 /// What to ask for.
@@ -49,9 +40,9 @@ pub enum Kind {
 impl Kind {
     fn command(self) -> u16 {
         match self {
-            Self::Read => 0,
-            Self::Write => 1,
-            Self::Flush => 3,
+            Self::Read => command::READ,
+            Self::Write => command::WRITE,
+            Self::Flush => command::FLUSH,
         }
     }
 }
@@ -257,50 +248,12 @@ impl Replies {
 /// The handle of a reply that is no error.
 fn handle_of(header: &[u8; HEADER_BYTES]) -> io::Result<u64> {
     let [m0, m1, m2, m3, e0, e1, e2, e3, handle @ ..] = *header;
-    if u32::from_be_bytes([m0, m1, m2, m3]) != REPLY_MAGIC {
+    if u32::from_be_bytes([m0, m1, m2, m3]) != SIMPLE_REPLY_MAGIC {
         return Err(protocol("not a simple reply"));
     }
     match u32::from_be_bytes([e0, e1, e2, e3]) {
         0 => Ok(u64::from_be_bytes(handle)),
         errno => Err(io::Error::other(format!("the server answered with error {errno}"))),
-    }
-}
-
-/// Newstyle negotiation up to transmission; the export's size in bytes.
-fn negotiate(stream: &mut UnixStream, export: &str) -> io::Result<u64> {
-    let mut greeting = [0; 18];
-    stream.read_exact(&mut greeting)?;
-    if greeting[..16] != *INIT_MAGIC {
-        return Err(protocol("no NBD newstyle server"));
-    }
-    let name_bytes = u32::try_from(export.len()).map_err(io::Error::other)?;
-    let mut go = FLAGS_FIXED_NO_ZEROES.to_be_bytes().to_vec();
-    go.extend_from_slice(&INIT_MAGIC[8..]);
-    go.extend_from_slice(&OPT_GO.to_be_bytes());
-    go.extend_from_slice(&(name_bytes + 6).to_be_bytes());
-    go.extend_from_slice(&name_bytes.to_be_bytes());
-    go.extend_from_slice(export.as_bytes());
-    go.extend_from_slice(&[0, 0]);
-    stream.write_all(&go)?;
-    let mut size = None;
-    loop {
-        let mut reply = [0; 20];
-        stream.read_exact(&mut reply)?;
-        let (magic, rest) = reply.split_at(8);
-        let word = |at: usize| rest[at..at + 4].iter().fold(0u32, |n, byte| n << 8 | u32::from(*byte));
-        if magic != OPTION_REPLY_MAGIC.to_be_bytes() || word(8) > OPTION_REPLY_BYTES_MAX {
-            return Err(protocol("not an option reply"));
-        }
-        let mut body = vec![0; word(8) as usize];
-        stream.read_exact(&mut body)?;
-        match word(4) {
-            REP_ACK => return size.ok_or_else(|| protocol("no size")),
-            REP_INFO if body.starts_with(&[0, 0]) && body.len() >= 10 => {
-                size = Some(body[2..10].iter().fold(0u64, |n, byte| n << 8 | u64::from(*byte)));
-            }
-            REP_INFO => {}
-            other => return Err(protocol(&format!("GO answered with {other:#x}"))),
-        }
     }
 }
 
@@ -313,7 +266,7 @@ mod tests {
     use super::*;
 
     fn reply(handle: u64, errno: u32, data: usize) -> Vec<u8> {
-        let mut bytes = REPLY_MAGIC.to_be_bytes().to_vec();
+        let mut bytes = SIMPLE_REPLY_MAGIC.to_be_bytes().to_vec();
         bytes.extend(errno.to_be_bytes());
         bytes.extend(handle.to_be_bytes());
         bytes.extend(vec![0x67; data]);

@@ -22,6 +22,13 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+pub use self::handshake::negotiate;
+use self::handshake::{protocol, u32_from, u64_from};
+use self::wire::{REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, command, command_flag};
+
+mod handshake;
+pub mod wire;
+
 /// Added to the name of a tapdisk's export: the same disk, for reading only. A
 /// client of that name is in nobody's way, so the disk can be detached under it.
 pub const OBSERVER_SUFFIX: &str = "@observe";
@@ -31,26 +38,6 @@ pub const IN_FLIGHT_MAX: usize = 64;
 pub const REQUEST_BYTES_MAX: u32 = 1 << 20;
 /// Longest time a handshake step may take.
 const HANDSHAKE_S_MAX: u64 = 10;
-/// Longest option reply read.
-const OPTION_REPLY_BYTES_MAX: u32 = 64 * 1024;
-
-const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943; // "NBDMAGIC"
-const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054; // "IHAVEOPT"
-const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
-const REQUEST_MAGIC: u32 = 0x2560_9513;
-const REPLY_MAGIC: u32 = 0x6744_6698;
-const FLAGS_FIXED_NO_ZEROES: u32 = 0b11;
-const OPT_GO: u32 = 7;
-const REP_ACK: u32 = 1;
-const REP_INFO: u32 = 3;
-const INFO_EXPORT: u16 = 0;
-const CMD_READ: u16 = 0;
-const CMD_WRITE: u16 = 1;
-const CMD_DISCONNECT: u16 = 2;
-const CMD_FLUSH: u16 = 3;
-const CMD_TRIM: u16 = 4;
-const CMD_WRITE_ZEROES: u16 = 6;
-const FLAG_FUA: u16 = 1;
 
 /// Number of a request, given by the client, never repeated on a connection
 /// before four thousand million others.
@@ -110,7 +97,7 @@ impl Client {
     /// # Errors
     /// As [`Client::write`].
     pub fn read(&mut self, offset: u64, len: u32) -> io::Result<Ticket> {
-        self.send(CMD_READ, 0, offset, len, len, &[])
+        self.send(command::READ, 0, offset, len, len, &[])
     }
 
     /// Writes `data` at `offset`; with `fua` it is durable when answered.
@@ -120,7 +107,7 @@ impl Client {
     /// limits of this module.
     pub fn write(&mut self, offset: u64, data: &[u8], fua: bool) -> io::Result<Ticket> {
         let len = u32::try_from(data.len()).map_err(io::Error::other)?;
-        self.send(CMD_WRITE, if fua { FLAG_FUA } else { 0 }, offset, len, 0, data)
+        self.send(command::WRITE, if fua { command_flag::FUA } else { 0 }, offset, len, 0, data)
     }
 
     /// Makes `len` bytes at `offset` read as zeros.
@@ -128,7 +115,7 @@ impl Client {
     /// # Errors
     /// As [`Client::write`].
     pub fn write_zeroes(&mut self, offset: u64, len: u32) -> io::Result<Ticket> {
-        self.send(CMD_WRITE_ZEROES, 0, offset, len, 0, &[])
+        self.send(command::WRITE_ZEROES, 0, offset, len, 0, &[])
     }
 
     /// Says that `len` bytes at `offset` are not needed any more.
@@ -136,7 +123,7 @@ impl Client {
     /// # Errors
     /// As [`Client::write`].
     pub fn trim(&mut self, offset: u64, len: u32) -> io::Result<Ticket> {
-        self.send(CMD_TRIM, 0, offset, len, 0, &[])
+        self.send(command::TRIM, 0, offset, len, 0, &[])
     }
 
     /// Makes everything answered before durable.
@@ -144,7 +131,7 @@ impl Client {
     /// # Errors
     /// As [`Client::write`].
     pub fn flush(&mut self) -> io::Result<Ticket> {
-        self.send(CMD_FLUSH, 0, 0, 0, 0, &[])
+        self.send(command::FLUSH, 0, 0, 0, 0, &[])
     }
 
     /// Waits for the next reply, in whatever order the server answers.
@@ -192,7 +179,7 @@ impl Client {
     pub fn close(mut self) {
         self.in_flight = 0;
         // The server may be gone already, which is as good as a goodbye.
-        let _ = self.send(CMD_DISCONNECT, 0, 0, 0, 0, &[]);
+        let _ = self.send(command::DISC, 0, 0, 0, 0, &[]);
     }
 }
 
@@ -203,55 +190,6 @@ impl Drop for Client {
             let _ = reader.join();
         }
     }
-}
-
-/// Newstyle negotiation up to transmission; the export's size in bytes.
-fn negotiate(stream: &mut UnixStream, export: &str) -> io::Result<u64> {
-    if u64_from(stream)? != INIT_MAGIC || u64_from(stream)? != OPTION_MAGIC {
-        return Err(protocol("no NBD newstyle server"));
-    }
-    let server_flags = u16_from(stream)?;
-    if server_flags & 1 == 0 {
-        return Err(protocol("the server does not speak fixed newstyle"));
-    }
-    stream.write_all(&FLAGS_FIXED_NO_ZEROES.to_be_bytes())?;
-    let name_len = u32::try_from(export.len()).map_err(io::Error::other)?;
-    let mut option = Vec::new();
-    option.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
-    option.extend_from_slice(&OPT_GO.to_be_bytes());
-    option.extend_from_slice(&(name_len + 6).to_be_bytes());
-    option.extend_from_slice(&name_len.to_be_bytes());
-    option.extend_from_slice(export.as_bytes());
-    option.extend_from_slice(&0u16.to_be_bytes());
-    stream.write_all(&option)?;
-    let mut size_bytes = None;
-    loop {
-        if u64_from(stream)? != OPTION_REPLY_MAGIC || u32_from(stream)? != OPT_GO {
-            return Err(protocol("an answer to another option"));
-        }
-        let kind = u32_from(stream)?;
-        let len = u32_from(stream)?;
-        if len > OPTION_REPLY_BYTES_MAX {
-            return Err(protocol("an option answer beyond any sense"));
-        }
-        let mut payload = vec![0; len as usize];
-        stream.read_exact(&mut payload)?;
-        match kind {
-            REP_ACK => return size_bytes.ok_or_else(|| protocol("the server names no size")),
-            REP_INFO => size_bytes = export_size(&payload).or(size_bytes),
-            _ => {
-                let why = String::from_utf8_lossy(&payload).into_owned();
-                return Err(protocol(&format!("export \"{export}\" refused ({kind:#x}): {why}")));
-            }
-        }
-    }
-}
-
-/// The size in an `NBD_INFO_EXPORT` payload.
-fn export_size(payload: &[u8]) -> Option<u64> {
-    let (kind, rest) = payload.split_first_chunk::<2>()?;
-    let (size, _flags) = rest.split_first_chunk::<8>()?;
-    (u16::from_be_bytes(*kind) == INFO_EXPORT).then(|| u64::from_be_bytes(*size))
 }
 
 fn read_replies(mut stream: UnixStream, replies: &SyncSender<io::Result<Reply>>) {
@@ -265,7 +203,7 @@ fn read_replies(mut stream: UnixStream, replies: &SyncSender<io::Result<Reply>>)
 }
 
 fn read_reply(stream: &mut UnixStream) -> io::Result<Reply> {
-    if u32_from(stream)? != REPLY_MAGIC {
+    if u32_from(stream)? != SIMPLE_REPLY_MAGIC {
         return Err(protocol("not a simple reply"));
     }
     let error = u32_from(stream)?;
@@ -282,26 +220,4 @@ fn read_reply(stream: &mut UnixStream) -> io::Result<Reply> {
     let mut data = vec![0; len as usize];
     stream.read_exact(&mut data)?;
     Ok(Reply { ticket, outcome: Ok(data) })
-}
-
-fn u16_from(stream: &mut UnixStream) -> io::Result<u16> {
-    let mut bytes = [0; 2];
-    stream.read_exact(&mut bytes)?;
-    Ok(u16::from_be_bytes(bytes))
-}
-
-fn u32_from(stream: &mut UnixStream) -> io::Result<u32> {
-    let mut bytes = [0; 4];
-    stream.read_exact(&mut bytes)?;
-    Ok(u32::from_be_bytes(bytes))
-}
-
-fn u64_from(stream: &mut UnixStream) -> io::Result<u64> {
-    let mut bytes = [0; 8];
-    stream.read_exact(&mut bytes)?;
-    Ok(u64::from_be_bytes(bytes))
-}
-
-fn protocol(what: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
 }
