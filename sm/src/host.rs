@@ -51,6 +51,15 @@ pub trait Host: Send + Sync + Debug {
     /// changed.
     fn leases(&self) -> io::Result<Vec<Lease>>;
 
+    /// Whether a VDI has a live lease of a tapdisk, be it one that is only
+    /// being started. The caller holds the SR lock.
+    ///
+    /// # Errors
+    /// I/O errors.
+    fn is_served(&self, vdi: Uuid) -> io::Result<bool> {
+        Ok(self.leases()?.iter().any(|lease| lease.serves(vdi)))
+    }
+
     /// Makes a lease, locked by us. The caller holds the SR lock and has
     /// checked that the VDI has none.
     ///

@@ -214,6 +214,10 @@ impl Host for RunFolder {
         Ok(leases)
     }
 
+    fn is_served(&self, vdi: Uuid) -> io::Result<bool> {
+        Ok(self.live_lease(vdi, false)?.is_some())
+    }
+
     fn make_lease(&self, lease: &Lease) -> io::Result<Box<dyn LeaseHold>> {
         let folder = self.tap_folder(lease.vdi);
         make_folder(&folder)?;

@@ -13,6 +13,10 @@
 //! pending record of the dead one, so no acknowledged write is missing
 //! (invariant 1).
 //!
+//! The end of a tapdisk is its death only if the VDI is wanted and nobody
+//! serves it: by the time it is looked at the VDI may have been detached, and
+//! attached again. Then it is the new tapdisk that is watched.
+//!
 //! What smd knows of it is also written beside the lease, for `coppice
 //! status` and for a next smd. A restarted smd finds running tapdisks by
 //! their leases and watches them like its own.
@@ -51,10 +55,21 @@ pub struct Counters {
 type Key = (Uuid, Uuid);
 
 enum Event {
-    /// A tapdisk is gone.
-    Gone(Key),
+    /// A tapdisk is gone; which watch says so.
+    Gone(Key, u64),
     /// An attempt ended.
     Tried(Key, Result<bool>),
+}
+
+/// What the end of a tapdisk was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// Its VDI was detached.
+    Detached,
+    /// That of an earlier attach: another one serves the VDI by now.
+    Replaced,
+    /// Its death.
+    Death,
 }
 
 /// Starts the caretaker; it ends when the manager is dropped.
@@ -63,8 +78,14 @@ enum Event {
 /// The thread cannot be started.
 pub fn start(manager: &Arc<Manager>) -> io::Result<()> {
     let (events, incoming) = mpsc::channel();
-    let caretaker =
-        Caretaker { manager: Arc::downgrade(manager), events, wards: BTreeMap::new(), began: Instant::now() };
+    let caretaker = Caretaker {
+        manager: Arc::downgrade(manager),
+        events,
+        wards: BTreeMap::new(),
+        watches: BTreeMap::new(),
+        watches_begun: 0,
+        began: Instant::now(),
+    };
     std::thread::Builder::new().name("caretaker".into()).spawn(move || caretaker.run(&incoming)).map(drop)
 }
 
@@ -74,6 +95,10 @@ struct Caretaker {
     events: Sender<Event>,
     /// One per wanted VDI of an attached SR.
     wards: BTreeMap<Key, Ward>,
+    /// The newest watch of each; older ones speak of tapdisks that are known
+    /// to be gone.
+    watches: BTreeMap<Key, u64>,
+    watches_begun: u64,
     began: Instant,
 }
 
@@ -139,6 +164,7 @@ impl Caretaker {
         }
         // Detached since: whatever sleeps in its lease wakes by itself.
         self.wards.retain(|key, _| seen.contains_key(key));
+        self.watches.retain(|key, _| seen.contains_key(key));
     }
 
     /// Watches a VDI that is not watched yet. One that was given up is
@@ -160,12 +186,17 @@ impl Caretaker {
 
     fn watch(&mut self, repo: &Repo, key: Key) {
         let (host, events) = (repo.host.clone(), self.events.clone());
+        self.watches_begun += 1;
+        let number = self.watches_begun;
+        self.watches.insert(key, number);
         let watch = move || {
             if let Err(error) = host.until_gone(key.1) {
                 tracing::warn!(sr = %key.0, vdi = %key.1, %error, "its tapdisk cannot be watched");
+                // If it lives it is watched again, and not over and over at once.
+                std::thread::sleep(Duration::from_millis(CARETAKER_LOOK_MS));
             }
             // Nobody listens any more when smd ends.
-            let _ = events.send(Event::Gone(key));
+            let _ = events.send(Event::Gone(key, number));
         };
         let started = std::thread::Builder::new().name("tapdisk-watch".into()).spawn(watch);
         if let Err(error) = started {
@@ -179,13 +210,17 @@ impl Caretaker {
             return;
         };
         let key = match &event {
-            Event::Gone(key) | Event::Tried(key, _) => *key,
+            Event::Gone(key, _) | Event::Tried(key, _) => *key,
         };
         let Ok(open) = manager.open_sr(key.0) else {
             return;
         };
         let taken = match event {
-            Event::Gone(_) => self.gone(&manager, &open.repo, key),
+            Event::Gone(_, watch) if self.watches.get(&key) != Some(&watch) => Ok(()),
+            // What could not be told now is looked at anew.
+            Event::Gone(..) => self.gone(&manager, &open.repo, key).inspect_err(|_| {
+                self.wards.remove(&key);
+            }),
             Event::Tried(_, outcome) => self.tried(&manager, &open.repo, key, outcome),
         };
         if let Err(error) = taken {
@@ -199,16 +234,24 @@ impl Caretaker {
             return Ok(());
         };
         let ward = ward.died(self.now_ms());
-        let noted = note(repo, vdi, |wanted| {
+        let end = ended(repo, vdi, |wanted| {
             wanted.deaths += 1;
             let given_up = ward == Ward::GivenUp;
             let error = given_up.then(|| "it died over and over".to_owned());
             let attempts = ward.attempts();
             wanted.down = Some(Down { since_s: now_s(), attempts, given_up, error });
         })?;
-        if !noted {
-            self.wards.remove(&key);
-            return Ok(());
+        match end {
+            End::Detached => {
+                self.wards.remove(&key);
+                return Ok(());
+            }
+            End::Replaced => {
+                self.wards.insert(key, Ward::Served { since_ms: self.now_ms(), attempts: 0 });
+                self.watch(repo, key);
+                return Ok(());
+            }
+            End::Death => {}
         }
         manager.tap_counters.deaths.fetch_add(1, Ordering::Relaxed);
         if ward == Ward::GivenUp {
@@ -290,17 +333,35 @@ impl Caretaker {
     }
 }
 
+/// Tells what the end of a tapdisk was, and has `death` note it if it died.
+fn ended(repo: &Repo, vdi: Uuid, death: impl FnOnce(&mut Wanted)) -> Result<End> {
+    let _sr = repo.host.lock_sr().during(|| format!("lock of SR {}", repo.name))?;
+    if repo.host.is_served(vdi).during(|| run_folder_of(vdi))? {
+        return Ok(End::Replaced);
+    }
+    let wanted = change(repo, vdi, death)?;
+    Ok(if wanted { End::Death } else { End::Detached })
+}
+
 /// Changes what is written of a wanted VDI. Returns false if it is not wanted
 /// any more.
-fn note(repo: &Repo, vdi: Uuid, change: impl FnOnce(&mut Wanted)) -> Result<bool> {
-    let what = || format!("run folder of VDI {vdi}");
+fn note(repo: &Repo, vdi: Uuid, set: impl FnOnce(&mut Wanted)) -> Result<bool> {
     let _sr = repo.host.lock_sr().during(|| format!("lock of SR {}", repo.name))?;
-    let Some(mut wanted) = repo.host.wanted_one(vdi).during(what)? else {
+    change(repo, vdi, set)
+}
+
+/// As [`note`], under the SR lock.
+fn change(repo: &Repo, vdi: Uuid, set: impl FnOnce(&mut Wanted)) -> Result<bool> {
+    let Some(mut wanted) = repo.host.wanted_one(vdi).during(|| run_folder_of(vdi))? else {
         return Ok(false);
     };
-    change(&mut wanted);
-    repo.host.want(&wanted).during(what)?;
+    set(&mut wanted);
+    repo.host.want(&wanted).during(|| run_folder_of(vdi))?;
     Ok(true)
+}
+
+fn run_folder_of(vdi: Uuid) -> String {
+    format!("run folder of VDI {vdi}")
 }
 
 fn now_s() -> u64 {

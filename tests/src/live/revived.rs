@@ -1,6 +1,7 @@
 //! A tapdisk that dies is brought back where it was: same socket, same
 //! content, without anybody asking; a client that reconnects goes on.
 
+use std::fs::File;
 use std::io::Write;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -117,6 +118,40 @@ fn a_restarted_smd_finds_running_tapdisks_and_watches_them() {
     host.ok(&["vdi", "detach", &vdi]);
     wait_until("the tapdisk to end", || !again.socket.exists());
     assert_eq!(host.ok(&["vdi", "show", &vdi])["attached"], false);
+}
+
+#[test]
+fn a_disk_that_goes_and_comes_again_is_not_taken_for_dead() {
+    let host = Host::new();
+    let [held, other] = ["store", "vault"].map(|sr| {
+        host.sr(sr);
+        host.disk(sr, sr, "8MiB")
+    });
+    let held_at = host.attach(&held);
+    let mut at = host.attach(&other);
+    let revived = || metric(&host, "coppice_tapdisk_revived_total");
+    let is_well = |vdi: &str| host.ok(&["vdi", "show", vdi])["down"] == Value::Null;
+    at.kill();
+    wait_until("it to be watched again", || revived() == 1 && is_well(&other));
+    // The caretaker is held up in one SR, so it learns late what happens in
+    // the other.
+    let sr = host.ok(&["sr", "show", "store"])["uuid"].as_str().unwrap().to_owned();
+    let lock = File::open(host.run_dir().join(format!("sr/{sr}.lock"))).unwrap();
+    lock.lock().unwrap();
+    held_at.kill();
+    std::thread::sleep(Duration::from_millis(500));
+    host.ok(&["vdi", "detach", &other]);
+    at = host.attach(&other);
+    drop(lock);
+    wait_until("the one that died to be back", || revived() >= 2 && is_well(&held));
+    let deaths = || metric(&host, "coppice_tapdisk_deaths_total");
+    assert_eq!((deaths(), revived()), (2, 2), "{}", host.log(Daemon::Smd));
+    assert_eq!(host.ok(&["vdi", "show", &other])["pid"], at.pid);
+    // The other one is watched all the same.
+    at.kill();
+    served_anew(&host, &other, at.pid);
+    wait_until("its return to be noted", || revived() >= 3 && is_well(&other));
+    assert_eq!((deaths(), revived()), (3, 3), "{}", host.log(Daemon::Smd));
 }
 
 #[test]
