@@ -71,15 +71,12 @@ pub struct Caller {
     /// it, and recovery finish it, in a moment.
     maybe: Vec<Making>,
     next: u64,
+    /// Whether smd is killed now and then: only then is a request cut off.
+    is_killed: bool,
     /// Operations that were answered, refused as they may be, and cut off.
     pub answered: u64,
     pub refused: u64,
     pub cut_off: u64,
-}
-
-/// Whether an operation of a killed daemon ended so.
-fn is_cut_off(failure: &Failure) -> bool {
-    matches!(failure.code.as_str(), "NOT_RUNNING" | "IO_ERROR" | "CANCELLED")
 }
 
 /// Refusals that are no fault: somebody else was at it, or the chain is long.
@@ -88,7 +85,7 @@ fn is_refused(failure: &Failure) -> bool {
 }
 
 impl Caller {
-    pub fn new(id: usize, run: &Path, srs: &[String], folder: &Path, seed: u64) -> Self {
+    pub fn new(id: usize, run: &Path, srs: &[String], folder: &Path, seed: u64, is_killed: bool) -> Self {
         Self {
             id,
             smd: Daemon::smd(run),
@@ -98,10 +95,16 @@ impl Caller {
             vdis: BTreeMap::new(),
             maybe: Vec::new(),
             next: 0,
+            is_killed,
             answered: 0,
             refused: 0,
             cut_off: 0,
         }
+    }
+
+    /// Whether an operation of a killed daemon ended so.
+    fn is_cut_off(&self, failure: &Failure) -> bool {
+        self.is_killed && matches!(failure.code.as_str(), "NOT_RUNNING" | "IO_ERROR" | "CANCELLED")
     }
 
     fn name(&mut self) -> String {
@@ -186,7 +189,7 @@ impl Caller {
                 self.answered += 1;
                 Some(true)
             }
-            Err(failure) if is_cut_off(&failure) => {
+            Err(failure) if self.is_cut_off(&failure) => {
                 self.cut_off += 1;
                 None
             }
@@ -203,7 +206,7 @@ impl Caller {
         let deadline = Instant::now() + LIMIT;
         loop {
             match self.smd.get(path) {
-                Err(failure) if is_cut_off(&failure) || failure.code == "BUSY" => {
+                Err(failure) if self.is_cut_off(&failure) || failure.code == "BUSY" => {
                     assert!(Instant::now() < deadline, "smd does not come back: {failure}");
                     std::thread::sleep(Duration::from_millis(20));
                 }
@@ -266,7 +269,7 @@ impl Caller {
             let write = |piece: &[u8]| Ok(std::io::Write::write_all(&mut raw, piece)?);
             match stream::download(&self.smd, &path, |_| (), write) {
                 Ok(()) => break,
-                Err(failure) if is_cut_off(&failure) || failure.code == "BUSY" => {
+                Err(failure) if self.is_cut_off(&failure) || failure.code == "BUSY" => {
                     assert!(Instant::now() < deadline, "{}: {uuid} cannot be read: {failure}", self.id);
                     std::thread::sleep(Duration::from_millis(20));
                 }
