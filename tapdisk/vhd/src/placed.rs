@@ -150,9 +150,13 @@ impl Chain {
         u32::try_from(self.virtual_bytes().div_ceil(BLOCK_BYTES)).unwrap_or(u32::MAX)
     }
 
-    /// Whether both chains look a block up in the same places: then nothing
-    /// differs, and no bitmap need be read.
+    /// Whether both chains look a block up in the same places, and as much of
+    /// it: then nothing differs, and no bitmap need be read.
     fn same_places(&self, other: &Self, block: BlockNo) -> bool {
+        let seen = |chain: &Self| chain.virtual_bytes().saturating_sub(block.first_byte()).min(BLOCK_BYTES);
+        if seen(self) != seen(other) {
+            return false;
+        }
         let places = |chain: &Self| {
             let of = |place: crate::chain::Place| (chain.map().node(place.node).map(image_id), place.slot);
             chain.map().places(block).map(of).collect::<Vec<_>>()

@@ -82,11 +82,14 @@ impl Tree {
         Self { volumes, parents: Vec::new(), sizes: Vec::new(), _folder: folder }
     }
 
+    /// One more image; a disk is mostly as large as what it stands on.
     pub fn grow(&mut self, random: &mut Random, parent: Option<usize>) {
-        let node = self.parents.len();
-        // A disk may be larger than what it stands on, never smaller.
         let blocks = parent.map_or(2, |parent| self.sizes[parent]) + random.below(2);
-        let blocks = blocks.min(BLOCKS);
+        self.add(random, parent, blocks.min(BLOCKS));
+    }
+
+    fn add(&mut self, random: &mut Random, parent: Option<usize>, blocks: u64) {
+        let node = self.parents.len();
         let volume = self.volumes.create(&Self::name(node)).unwrap();
         let kind = match parent {
             None => NewKind::Dynamic,
@@ -175,7 +178,9 @@ fn check(tree: &Tree, a: usize, b: usize, seed: u64) {
         let is_listed = listed.iter().any(|range| range.contains(&byte));
         let differs = now[sector * 512..][..512] != then[sector * 512..][..512];
         assert!(is_listed || !differs, "seed {seed}: sector {sector} of {a} since {b} is missing");
-        let owned = own.contains(&BlockNo::of_byte(byte));
+        let block = BlockNo::of_byte(byte);
+        // Past the end of the other whatever is there counts.
+        let owned = own.contains(&block) || (byte >= since.virtual_bytes() && disk.map().has(block));
         assert!(owned || !is_listed, "seed {seed}: sector {sector} of {a} since {b} is of neither");
     }
     assert!(listed.last().is_none_or(|last| last.end <= now.len() as u64));
@@ -220,5 +225,20 @@ fn a_disk_is_placed_from_its_first_byte_to_its_last() {
             node(at).volume.read_at(&mut there, at.offset).unwrap();
         }
         assert_eq!(read, there, "{run:?}");
+    }
+}
+
+/// As others may leave it: no operation of ours does.
+#[test]
+fn past_the_end_of_a_disk_that_stands_on_a_larger_one_it_counts_as_zeros() {
+    for seed in 0..12 {
+        let mut random = Random(seed);
+        let mut tree = Tree::new();
+        tree.add(&mut random, None, BLOCKS);
+        tree.add(&mut random, Some(0), 2);
+        tree.add(&mut random, Some(0), BLOCKS);
+        for (a, b) in [(0, 1), (1, 0), (2, 1), (1, 2)] {
+            check(&tree, a, b, seed);
+        }
     }
 }
