@@ -293,6 +293,23 @@ fn a_cancelled_import_or_export_ends_and_leaves_nothing() {
 }
 
 #[test]
+fn a_delta_of_a_smaller_disk_than_its_base_stands_alone() {
+    let from = sr(1);
+    let large = ops::create(&from.repo, "large", 4 * BLOCK_BYTES).unwrap();
+    let small = ops::create(&from.repo, "small", 2 * BLOCK_BYTES).unwrap();
+    (0..4).for_each(|block| fill(&from.repo, large, block, 0x40 + block as u8));
+    fill(&from.repo, small, 1, 0x77);
+    let delta = export(&from.repo, small, Some(large), Format::Vhd).unwrap();
+    let came = vhd_in(&from.repo, Some(large), &delta).unwrap();
+    assert_eq!(content(&from.repo, came), content(&from.repo, small));
+    // Nothing comes back from below, and nobody was divided for it.
+    ops::resize(&from.repo, came, 4 * BLOCK_BYTES).unwrap();
+    assert_eq!(content(&from.repo, came)[2 * BLOCK_BYTES as usize..], vec![0; 2 * BLOCK_BYTES as usize]);
+    assert_eq!(support::volumes(&from.repo).len(), 3);
+    assert_clean(&from.repo);
+}
+
+#[test]
 fn a_delta_onto_an_empty_disk_divides_it_all_the_same() {
     let (from, to) = (sr(1), sr(2));
     let vdi = ops::create(&from.repo, "web", 2 * BLOCK_BYTES).unwrap();

@@ -14,7 +14,8 @@
 //!
 //! A visible base is thereby divided like any disk that is cloned, unless it
 //! holds nothing itself; whatever the tree looks like by then, the new image
-//! hangs on a hidden node that holds the base's content.
+//! hangs on a hidden node that holds the base's content. A delta of a smaller
+//! disk than its base stands alone: see `import_whole`.
 //!
 //! Crash argument: that of `making` up to the last step. A clone's record is
 //! written first, then the temporary takes the name that the clone would have
@@ -33,6 +34,7 @@ use vhd::stream::import::{Block, Import, ParentId};
 use vhd::units::{BLOCK_BYTES, BlockNo, VIRTUAL_BYTES_MAX};
 
 use super::export::Format;
+use super::import_whole::Whole;
 use super::snapshot;
 use crate::chain::{self, Link};
 use crate::error::{Error, Result};
@@ -169,23 +171,35 @@ fn vhd(
     guarded();
     let mut builder = Builder::new(volume, BLOCKS_MAX);
     let mut block = Block::default();
+    let size = import.head().virtual_bytes;
+    let mut whole = base.as_ref().zip(size).and_then(|(base, size)| Whole::over(&base.reading.chain, size));
     while import.next_block(&mut block).map_err(bad)? {
         progress.go_on()?;
+        if let Some(whole) = &mut whole {
+            whole.fill(&mut block).map_err(bad)?;
+        }
         // Without a base what is zero need not be there; over one it must.
         let needless = match base {
-            None => is_zero(&block.data),
-            Some(_) => block.bitmap.is_empty(),
+            Some(_) if whole.is_none() => block.bitmap.is_empty(),
+            _ => is_zero(&block.data),
         };
         if !needless {
             builder.put(block.number, &block.bitmap, &block.data).map_err(|e| writing(&making, e))?;
         }
     }
+    for number in whole.as_ref().map(Whole::rest).unwrap_or_default() {
+        progress.go_on()?;
+        whole.as_ref().map_or(Ok(()), |whole| whole.read(number, &mut block)).map_err(bad)?;
+        if !is_zero(&block.data) {
+            builder.put(number, &block.bitmap, &block.data).map_err(|e| writing(&making, e))?;
+        }
+    }
     let head = import.head().clone();
     let virtual_bytes = head.virtual_bytes.unwrap_or(0);
     progress.go_on()?;
-    let vdi = match base {
-        None => finish_alone(repo, making, builder, virtual_bytes)?,
-        Some(base) => finish_over(repo, making, builder, virtual_bytes, &base)?,
+    let vdi = match &base {
+        Some(base) if whole.is_none() => finish_over(repo, making, builder, virtual_bytes, base)?,
+        _ => finish_alone(repo, making, builder, virtual_bytes)?,
     };
     if let Some(id) = head.uuid.filter(|id| !id.is_nil()) {
         repo.labels.set_content_id(vdi, Some(id))?;

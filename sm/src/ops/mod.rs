@@ -12,6 +12,7 @@ mod create;
 mod delete;
 mod export;
 mod import;
+mod import_whole;
 mod map;
 mod rename;
 mod resize;

@@ -9,7 +9,8 @@
 //!
 //! Only a disk without a parent shrinks, not attached, and only where what
 //! goes holds nothing but zeros: past the end of a differencing image its
-//! parent's data would come back with the next growth.
+//! parent's data would come back with the next growth. An image that came to
+//! us on a larger one does not grow, either.
 //!
 //! Crash argument. Every state between the two sizes is a sound image of one
 //! of them (see [`vhd::resize`]). So the record protects nothing from a
@@ -47,7 +48,8 @@ enum Way {
 ///
 /// # Errors
 /// [`Error::BadSize`] for a size no disk can have, for shrinking a disk that
-/// has a parent or that is attached, and where data would be lost;
+/// has a parent or that is attached, and where data would be lost or come
+/// back;
 /// [`Error::ReadOnly`] for a snapshot; [`Error::InUse`] while others read the
 /// image; [`Error::NoSpace`]; [`Error::Busy`] while an operation works on it.
 pub fn resize(repo: &Repo, vdi: Uuid, virtual_bytes: u64) -> Result<u64> {
@@ -89,6 +91,8 @@ fn plan(repo: &Repo, vdi: Uuid, new_bytes: u64) -> Result<Way> {
     let lease = locked.lease(vdi);
     if new_bytes < leaf.head.virtual_bytes {
         may_shrink(leaf, lease.is_some())?;
+    } else {
+        may_grow(&chain)?;
     }
     match lease {
         Some(lease) if lease.read_only => {
@@ -114,6 +118,22 @@ fn may_shrink(leaf: &Link, attached: bool) -> Result<()> {
     };
     let now = leaf.head.virtual_bytes;
     Err(Error::BadSize { reason: format!("{}: it has {now} bytes, and {reason}", leaf.volume) })
+}
+
+/// No operation of ours puts an image on a larger one; others may have.
+fn may_grow(chain: &[Link]) -> Result<()> {
+    let Some(leaf) = chain.first() else { return Ok(()) };
+    match chain.iter().find(|link| link.head.virtual_bytes > leaf.head.virtual_bytes) {
+        None => Ok(()),
+        Some(larger) => {
+            let (leaf, larger) = (&leaf.volume, &larger.volume);
+            let reason = format!(
+                "{leaf} stands on {larger}, which is larger: what that has past the disk's end would come \
+                 back; copy the disk and grow the copy"
+            );
+            Err(Error::BadSize { reason })
+        }
+    }
 }
 
 fn begin_offline(repo: &Repo, vdi: Uuid, locked: &Locked, leaf: &Link, new_bytes: u64) -> Result<Way> {
