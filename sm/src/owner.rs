@@ -24,6 +24,8 @@ use uuid::Uuid;
 
 use crate::error::{Error, IoContext, Result};
 
+/// Its name in the dot folder.
+pub(crate) const OWNER_FILE: &str = "owner";
 /// The file is written in one piece of this size, so a power cut leaves the
 /// old content or the new one.
 const FILE_BYTES: usize = 512;
@@ -128,7 +130,7 @@ impl Owner {
     /// I/O errors.
     pub fn peek(folder: &Path) -> Result<Option<(Uuid, bool)>> {
         let what = || format!("owner of {}", folder.display());
-        let file = match File::open(folder.join(".coppice/owner")) {
+        let file = match File::open(folder.join(".coppice").join(OWNER_FILE)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             file => file.during(what)?,
         };
@@ -163,7 +165,13 @@ fn open(folder: &Path) -> io::Result<File> {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}
     }
-    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(dot.join("owner"))
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(dot.join(OWNER_FILE))
 }
 
 fn try_lock(outcome: Result<(), TryLockError>) -> io::Result<bool> {

@@ -15,7 +15,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::journal;
 use crate::lease::Reader;
 use crate::ops;
-use crate::owner::Owner;
+use crate::owner::{OWNER_FILE, Owner};
 use crate::recover::{self, Scope};
 use crate::reference;
 use crate::relabel::label_images;
@@ -270,8 +270,7 @@ impl Manager {
         for node in &tree.nodes {
             remove(&path.join(node.volume.as_str())).during(what)?;
         }
-        fs::remove_dir_all(path.join(".coppice")).during(what)?;
-        drop(owner);
+        remove_dot_folder(&path.join(".coppice"), owner).during(what)?;
         self.forget_sr(sr)
     }
 
@@ -346,4 +345,24 @@ fn remove(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
+}
+
+/// Removes our folder of an SR that is destroyed. The owner's file goes last,
+/// under its lock. On NFS a file that is removed while it is open stays, under
+/// another name, until it is closed: so the folder goes after that.
+fn remove_dot_folder(dot: &Path, owner: Owner) -> io::Result<()> {
+    for entry in fs::read_dir(dot)? {
+        let entry = entry?;
+        if entry.file_name() == OWNER_FILE {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else {
+            remove(&entry.path())?;
+        }
+    }
+    remove(&dot.join(OWNER_FILE))?;
+    drop(owner);
+    fs::remove_dir(dot)
 }
