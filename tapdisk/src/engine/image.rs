@@ -175,12 +175,26 @@ impl Engine {
     pub(super) fn ensure_length(&mut self, index: usize, slot: Slot) -> bool {
         let image = &mut self.stack[index];
         let Some(len) = image.rw.slots().extension_for(slot) else { return true };
+        self.extend(index, len);
+        false
+    }
+
+    /// After a slot was taken: makes the file longer while nobody waits for
+    /// it. A file being written to can be made longer only between two writes
+    /// that need space, so each wait for that is a long one.
+    pub(super) fn extend_ahead(&mut self, index: usize) {
+        if let Some(len) = self.stack[index].rw.slots().extension_ahead() {
+            self.extend(index, len);
+        }
+    }
+
+    fn extend(&mut self, index: usize, len: u64) {
+        let image = &mut self.stack[index];
         if image.extending_to.is_none() {
             image.extending_to = Some(len);
             let file = image.file;
             self.start(Op::Extend { file, len }, Purpose::Extend { file, len });
         }
-        false
     }
 
     fn extended(&mut self, file: FileId, len: u64, result: Result<(), i32>) {

@@ -315,7 +315,8 @@ impl Engine {
     /// piece was parked or failed.
     fn slot_for_write(&mut self, index: usize, piece: Piece) -> Option<Slot> {
         let block = piece.block;
-        let slot = match self.stack[index].rw.presence(block) {
+        let presence = self.stack[index].rw.presence(block);
+        let slot = match presence {
             Presence::Whole(slot) => slot,
             Presence::Partial(slot) => {
                 if self.stack[index].rw.bitmap(block).is_none() {
@@ -338,7 +339,12 @@ impl Engine {
                 }
             }
         };
-        if !self.ensure_length(index, slot) {
+        let long_enough = self.ensure_length(index, slot);
+        // A merge that cannot make its parent longer ends.
+        if presence == Presence::Absent && !self.merging() {
+            self.extend_ahead(index);
+        }
+        if !long_enough {
             self.park(Wait::Length(self.stack[index].file), piece);
             return None;
         }

@@ -17,8 +17,13 @@ use crate::units::{BLOCK_SECTORS, SECTOR_BYTES, Slot, round_up};
 
 /// Zero bytes at the end of every length.
 pub const GUARD_BYTES: u64 = SECTOR_BYTES;
-/// Slots by which a file is extended at once.
+/// Slots by which a volume is extended at once.
 pub const EXTEND_SLOTS: u64 = 16;
+/// The same of a file that guests write to, where length takes no space.
+const EXTEND_FILE_SLOTS: u64 = 64;
+/// Such a file is extended while it has room for so many more: as many first
+/// writes as a guest may well have in flight.
+const AHEAD_SLOTS: u64 = 32;
 const GUARD_SECTORS: u64 = GUARD_BYTES / SECTOR_BYTES;
 /// Sectors from one slot to the next.
 pub(crate) const STRIDE_SECTORS: u64 = 8 + BLOCK_SECTORS as u64;
@@ -121,12 +126,24 @@ impl Slots {
     #[must_use]
     pub fn extension_for(&self, slot: Slot) -> Option<u64> {
         let end = slot.data_offset(BLOCK_SECTORS) + GUARD_BYTES;
-        (end > self.len_bytes).then(|| {
-            let taken = end.max(self.end_sector * SECTOR_BYTES);
-            // A whole number of slots more: the guard then falls into the gap
-            // before a bitmap, and no later slot runs across it.
-            taken + (EXTEND_SLOTS - 1) * STRIDE_SECTORS * SECTOR_BYTES
-        })
+        (end > self.len_bytes).then(|| self.longer(end, EXTEND_SLOTS - 1))
+    }
+
+    /// A length that spares the next slots that are taken the wait for one, if
+    /// there are few left. Of a file only: a device would be given space for
+    /// what perhaps nobody writes.
+    #[must_use]
+    pub fn extension_ahead(&self) -> Option<u64> {
+        let low = self.end_sector * SECTOR_BYTES + AHEAD_SLOTS * STRIDE_SECTORS * SECTOR_BYTES;
+        (self.fresh_is_zero && low > self.len_bytes).then(|| self.longer(0, EXTEND_FILE_SLOTS))
+    }
+
+    /// At least `end`, room for all slots that are taken, and for `more`.
+    fn longer(&self, end: u64, more: u64) -> u64 {
+        let taken = end.max(self.end_sector * SECTOR_BYTES);
+        // A whole number of slots more: the guard then falls into the gap
+        // before a bitmap, and no later slot runs across it.
+        taken + more * STRIDE_SECTORS * SECTOR_BYTES
     }
 
     /// Whether the data of every block starts on a 4 KiB boundary, so that no
@@ -224,7 +241,8 @@ mod tests {
             let mut taken = Vec::new();
             for _ in 0..100 {
                 let slot = slots.take().unwrap();
-                if let Some(len) = slots.extension_for(slot) {
+                let ahead = slots.extension_ahead().filter(|_| taken.len() % 3 == 0);
+                if let Some(len) = slots.extension_for(slot).or(ahead) {
                     slots.extended(len);
                     lengths.push(len);
                 }
@@ -235,6 +253,26 @@ mod tests {
                 assert!(taken.iter().all(|s| s.offset >= len || s.offset + s.len <= guard));
             }
         }
+    }
+
+    #[test]
+    fn a_file_is_longer_before_anybody_waits_for_it_and_a_device_is_not() {
+        let (mut slots, _) = Slots::survey(&[], 2048);
+        let first = slots.take().unwrap();
+        slots.extended(slots.extension_for(first).unwrap());
+        for _ in 0..1000 {
+            if let Some(len) = slots.extension_ahead() {
+                assert!(len > slots.len_bytes());
+                slots.extended(len);
+            }
+            let slot = slots.take().unwrap();
+            assert_eq!(slots.extension_for(slot), None);
+        }
+        let long = slots.extension_ahead().unwrap_or(slots.len_bytes());
+        slots.extended(long);
+        assert_eq!(slots.extension_ahead(), None);
+        let (device, _) = Slots::survey(&[], 2048);
+        assert_eq!(device.on_device(1 << 20).extension_ahead(), None);
     }
 
     #[test]
