@@ -40,5 +40,6 @@ pub const GROUPS: &[Group] = &[
     Group { name: "refresh", about: "latency while the chain is re-read", large: false, run: refresh::run },
     Group { name: "copy", about: "merges against cp and run by run", large: false, run: copy::run },
     Group { name: "memory", about: "resident memory, 2040 GiB, 30 nodes", large: false, run: memory::run },
-    Group { name: "large", about: "reads and writes on 100 GiB", large: true, run: large::run },
+    Group { name: "large-reads", about: "reads on 100 GiB", large: true, run: large::reads },
+    Group { name: "large-writes", about: "writes on 100 GiB", large: true, run: large::writes },
 ];

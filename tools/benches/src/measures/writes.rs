@@ -74,7 +74,7 @@ fn rows(report: &mut Report, results: &Results) {
 const RAW: [&str; 2] = ["fio raw written", "fio raw sparse"];
 
 /// fio on a file that `before` makes anew for each round.
-fn by_fio<'a>(
+pub fn by_fio<'a>(
     bench: &Bench,
     name: &'static str,
     file: PathBuf,
