@@ -6,11 +6,13 @@
 //! since who is woken by a message often lands on the sender's processor and
 //! starts when the sender sleeps. A server that stays awake for a moment
 //! breaks the step, at the price of processor time; so it does so only for a
-//! spell after it saw that step: a queue that was deep and ran dry at once.
+//! spell after it saw that step: a queue that was deep and ran dry at once. Nor
+//! does it when it waits in vain: a disk that is slow, or writes that threads of
+//! the kernel carry out and need the processor for.
 
 use std::time::{Duration, Instant};
 
-use crate::limits::{POLL_DEPTH_MIN, POLL_SPELL, POLL_TIME_MAX};
+use crate::limits::{POLL_DEPTH_MIN, POLL_SPELL, POLL_TIME_MAX, POLL_VAIN_MAX};
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -18,6 +20,8 @@ pub struct Patience {
     /// Most transfers in flight since there were none.
     deepest: usize,
     awake_until: Option<Instant>,
+    /// Waits in a row that brought nothing.
+    vain: u32,
 }
 
 impl Patience {
@@ -26,6 +30,14 @@ impl Patience {
         self.deepest = self.deepest.max(in_flight);
         let awake = in_flight > 0 && self.awake_until.is_some_and(|until| now < until);
         awake.then_some(POLL_TIME_MAX)
+    }
+
+    /// What became of such a wait.
+    pub fn waited(&mut self, arrived: bool) {
+        self.vain = if arrived { 0 } else { self.vain + 1 };
+        if self.vain >= POLL_VAIN_MAX {
+            (self.awake_until, self.vain) = (None, 0);
+        }
     }
 
     /// All that had ended was taken; so much is left in flight.
@@ -64,6 +76,23 @@ mod tests {
         assert_eq!(patience.before_wait(1, now), None);
         runs_dry(&mut patience, POLL_DEPTH_MIN, now);
         assert_eq!(patience.before_wait(0, now), None);
+    }
+
+    #[test]
+    fn waits_in_vain_end_the_spell() {
+        let (mut patience, now) = (Patience::default(), Instant::now());
+        runs_dry(&mut patience, POLL_DEPTH_MIN, now);
+        for _ in 1..POLL_VAIN_MAX {
+            patience.waited(false);
+        }
+        patience.waited(true);
+        for _ in 0..POLL_VAIN_MAX {
+            assert_eq!(patience.before_wait(1, now), Some(POLL_TIME_MAX));
+            patience.waited(false);
+        }
+        assert_eq!(patience.before_wait(1, now), None);
+        runs_dry(&mut patience, POLL_DEPTH_MIN, now);
+        assert_eq!(patience.before_wait(1, now), Some(POLL_TIME_MAX));
     }
 
     #[test]

@@ -192,6 +192,7 @@ impl Uring {
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         if let Some(window) = self.patience.before_wait(self.in_flight(), Instant::now()) {
             let arrived = unless_momentary(self.poll(window.min(timeout.unwrap_or(window))))?;
+            self.patience.waited(arrived == Some(true));
             if arrived == Some(true) {
                 return Ok(());
             }
