@@ -36,24 +36,39 @@ pub const RELEARN_TIME_MAX: Duration = Duration::from_millis(500);
 /// Partly present blocks that one block-status or cache request has resolved,
 /// each of which may read a bitmap in every level; it is answered shorter.
 pub const RESOLVED_BLOCKS_MAX: usize = 128;
-/// Blocks that a leaf merge copies at one time: what a guest write may wait
-/// for.
-pub const COPYING_BLOCKS_MAX: usize = 2;
-/// The same while guests are busy. After each it then rests for as long as the
-/// copy took, so that guests have the disk to themselves half of the time.
+/// Blocks of the first batch that a leaf merge copies together.
+pub const COPYING_BLOCKS_FIRST: usize = 2;
+/// Of any batch.
+pub const COPYING_BLOCKS_MAX: usize = 64;
+/// A batch that took longer, in microseconds, is followed by smaller ones: for
+/// so long a guest's write to one of its blocks may wait.
+pub const COPY_TIME_US: u64 = 20_000;
+/// Blocks copied at one time while guests are busy. After each it then rests
+/// for as long as the copy took, so that guests have the disk to themselves
+/// half of the time.
 pub const COPYING_BLOCKS_BUSY_MAX: usize = 1;
 /// Guests are busy until this long after their last request, in microseconds.
 pub const BUSY_US: u64 = 20_000;
 /// Longest such rest, in microseconds.
 pub const REST_US_MAX: u64 = 100_000;
 /// Blocks that a leaf merge has under way: being copied, waiting for a flush,
-/// or gone from the leaf but not yet from its file. That many blocks of extra
+/// or gone from the leaf but not yet from its file.
+pub const MOVING_BLOCKS_MAX: usize = 192;
+/// Those of them for which the parent takes room: that many blocks of extra
 /// room it may need.
-pub const MOVING_BLOCKS_MAX: usize = 16;
+pub const GAINED_BLOCKS_MAX: usize = 16;
 /// Copied blocks that are worth a flush of the parent while others are still
 /// being copied: a third of those under way, so that copying, the flush of the
 /// parent and that of the leaf go on at the same time.
-pub const FLUSH_BLOCKS: usize = 5;
+pub const FLUSH_BLOCKS: usize = MOVING_BLOCKS_MAX / 3;
+/// The same of those for which the parent takes room.
+pub const FLUSH_GAINED_BLOCKS: usize = GAINED_BLOCKS_MAX / 3;
+/// Runs up to this long are copied many at a time; about the limit below which
+/// extents are not shared.
+pub const SHORT_RUN_BYTES_MAX: u64 = 60 << 10;
+/// Freed slots that are zeroed by one operation: what reads and writes of that
+/// file may have to wait for.
+pub const ZERO_SLOTS_MAX: usize = 16;
 /// Bytes a leaf merge may copy at once above its rate.
 pub const PACE_BURST_BYTES: u64 = 4 << 20;
 

@@ -9,12 +9,13 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use nix::sys::uio::{pread, pwrite};
-use vhd::storage::{Volume, VolumeName, Volumes, Why};
+use vhd::storage::{CopyKind, CopyRange, Volume, VolumeName, Volumes, Why};
 
 use super::cached::CachedReads;
 use crate::buffer::{Buffer, Exclusive, Shared};
 use crate::disk::{Files, OpenFile};
 use crate::engine::{BufferRange, Completion, FileId, Op};
+use crate::limits::SHORT_RUN_BYTES_MAX;
 
 /// Largest [`Op::ReadMeta`], in bytes: the BAT of the largest disk has 4 MiB.
 const META_BYTES_MAX: u32 = 64 << 20;
@@ -29,7 +30,7 @@ enum Task {
     WriteGuest { id: FileId, file: OpenFile, offset: u64, from: Shared },
     ReadMeta { file: Arc<dyn Volume>, offset: u64, len: u32 },
     WriteMeta { file: Arc<dyn Volume>, offset: u64, bytes: Arc<[u8]> },
-    Copy { from: Arc<dyn Volume>, from_offset: u64, to: Arc<dyn Volume>, to_offset: u64, len: u64 },
+    Copy { from: Arc<dyn Volume>, to: Arc<dyn Volume>, ranges: Arc<[CopyRange]>, share: bool },
     Zero { file: Arc<dyn Volume>, offset: u64, len: u64, keep: bool },
     Extend { file: Arc<dyn Volume>, len: u64 },
     Flush { file: Arc<dyn Volume>, why: Why },
@@ -77,8 +78,8 @@ pub fn prepare(
         Op::WriteMeta { file: id, offset, bytes, why: _ } => {
             Task::WriteMeta { file: file(id)?, offset, bytes }
         }
-        Op::Copy { from, from_offset, to, to_offset, len } => {
-            Task::Copy { from: file(from)?, from_offset, to: file(to)?, to_offset, len }
+        Op::Copy { from, to, ranges, share } => {
+            Task::Copy { from: file(from)?, to: file(to)?, ranges, share }
         }
         Op::Zero { file: id, offset, len, keep, why: _ } => Task::Zero { file: file(id)?, offset, len, keep },
         Op::Extend { file: id, len } => Task::Extend { file: file(id)?, len },
@@ -229,7 +230,10 @@ impl Task {
             Self::WriteGuest { offset, from, .. } => ("write", *offset, from.len() as u64),
             Self::ReadMeta { offset, len, .. } => ("metadata read", *offset, u64::from(*len)),
             Self::WriteMeta { offset, bytes, .. } => ("metadata write", *offset, bytes.len() as u64),
-            Self::Copy { to_offset, len, .. } => ("copy", *to_offset, *len),
+            Self::Copy { ranges, .. } => {
+                let first = ranges.first().map_or(0, |range| range.to);
+                ("copy", first, ranges.iter().map(|range| range.len_bytes).sum())
+            }
             Self::Zero { offset, len, .. } => ("zeroing", *offset, *len),
             Self::Extend { len, .. } => ("extension", *len, 0),
             Self::Flush { .. } => ("flush", 0, 0),
@@ -248,9 +252,9 @@ impl Task {
                 return Ok(Completion::Bytes(bytes));
             }
             Self::WriteMeta { file, offset, bytes } => file.write_at(&bytes, offset)?,
-            Self::Copy { from, from_offset, to, to_offset, len } => {
-                let kind = to.copy_from(&*from, from_offset, to_offset, len)?;
-                return Ok(Completion::Copied(kind));
+            Self::Copy { from, to, ranges, share } => {
+                let shared_bytes = copy(&*from, &*to, &ranges, share)?;
+                return Ok(Completion::Copied { shared_bytes });
             }
             Self::Zero { file, offset, len, keep: false } => file.zero(offset, len)?,
             Self::Zero { file, offset, len, keep: true } => file.zero_keeping_space(offset, len)?,
@@ -261,6 +265,26 @@ impl Task {
         }
         Ok(Completion::Done)
     }
+}
+
+/// Copies ranges, long ones by sharing their extents if asked for, until one of
+/// them could not be; the rest many at a time. Returns the bytes shared.
+fn copy(from: &dyn Volume, to: &dyn Volume, ranges: &[CopyRange], mut share: bool) -> io::Result<u64> {
+    let (mut shared_bytes, mut rest) = (0, Vec::new());
+    for range in ranges {
+        if !share || range.len_bytes <= SHORT_RUN_BYTES_MAX {
+            rest.push(*range);
+            continue;
+        }
+        match to.copy_from(from, range.from, range.to, range.len_bytes)? {
+            CopyKind::Cloned => shared_bytes += range.len_bytes,
+            CopyKind::Copied => share = false,
+        }
+    }
+    if !rest.is_empty() {
+        to.copy_many(from, &rest)?;
+    }
+    Ok(shared_bytes)
 }
 
 /// An operation that failed.

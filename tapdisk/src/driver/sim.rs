@@ -8,17 +8,20 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use rand::rngs::SmallRng;
+use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use tapdisk_control::{Answer, Call, Request as Order, Stats};
 use uuid::Uuid;
 use vhd::record::{Owner, PendingRecord, RECORD_WORDS, RecordStore, Words};
 use vhd::storage::sim::{SimBuffer, SimDisk, SimDone, SimFile, SimOp, SimRequest, SimRun};
-use vhd::storage::{CopyKind, Fs, VolumeName, Volumes, Why};
+use vhd::storage::{CopyKind, CopyRange, Fs, VolumeName, Volumes, Why};
 
 use super::{Core, Effect, PeerId};
 use crate::datapath::{DataPath, JobDone};
 use crate::disk::{Files, Opener};
-use crate::engine::{BufferRange, Completion, Extent, Op, OpId, Output, Request, RequestId, RequestKind};
+use crate::engine::{
+    BufferRange, Completion, Extent, FileId, Op, OpId, Output, Request, RequestId, RequestKind,
+};
 use crate::service::Service;
 
 /// Simulated time between steps, in microseconds.
@@ -92,7 +95,14 @@ pub struct Finished {
 struct Flying {
     op: OpId,
     sim: SimOp,
+    then: Then,
+}
+
+/// What comes of an operation after its part in flight.
+struct Then {
     into: Option<BufferRange>,
+    /// Bytes a copy copies.
+    copied_bytes: u64,
     /// What follows before the operation is complete.
     rest: VecDeque<(SimRequest, Why)>,
 }
@@ -243,18 +253,18 @@ impl SimTap {
 
     fn land(&mut self, mut flying: Flying) {
         let completion = match self.disk.complete(flying.sim) {
-            Ok(_) if !flying.rest.is_empty() => {
-                let next = flying.rest.pop_front();
-                return self.fly(flying.op, next, flying.into, flying.rest);
+            Ok(_) if !flying.then.rest.is_empty() => {
+                let next = flying.then.rest.pop_front();
+                return self.fly(flying.op, next, flying.then);
             }
-            Ok(done) => self.arrived(done, flying.into),
+            Ok(done) => self.arrived(done, &flying.then),
             Err(error) => Completion::Failed(error.raw_os_error().unwrap_or(libc::EIO)),
         };
         self.core.complete(self.now_us, flying.op, completion);
     }
 
-    fn arrived(&mut self, done: SimDone, into: Option<BufferRange>) -> Completion {
-        match (done, into) {
+    fn arrived(&mut self, done: SimDone, then: &Then) -> Completion {
+        match (done, then.into) {
             (SimDone::Bytes(bytes), Some(range)) => {
                 if let Some(target) = self.target(range) {
                     target.copy_from_slice(&bytes);
@@ -262,7 +272,9 @@ impl SimTap {
                 Completion::Done
             }
             (SimDone::Bytes(bytes), None) => Completion::Bytes(bytes),
-            (SimDone::Copied(kind), _) => Completion::Copied(kind),
+            (SimDone::Copied(kind), _) => Completion::Copied {
+                shared_bytes: if kind == CopyKind::Cloned { then.copied_bytes } else { 0 },
+            },
             (SimDone::Done, _) => Completion::Done,
         }
     }
@@ -311,38 +323,36 @@ impl SimTap {
             Op::ReadGuest { into, .. } => Some(*into),
             _ => None,
         };
-        let mut requests = self.requests(what);
-        let first = requests.pop_front();
-        self.fly(op, first, into, requests);
+        let copied_bytes = match &what {
+            Op::Copy { ranges, .. } => ranges.iter().map(|range| range.len_bytes).sum(),
+            _ => 0,
+        };
+        let mut rest = self.requests(what);
+        let first = rest.pop_front();
+        self.fly(op, first, Then { into, copied_bytes, rest });
     }
 
-    fn fly(
-        &mut self,
-        op: OpId,
-        request: Option<(SimRequest, Why)>,
-        into: Option<BufferRange>,
-        mut rest: VecDeque<(SimRequest, Why)>,
-    ) {
+    fn fly(&mut self, op: OpId, request: Option<(SimRequest, Why)>, mut then: Then) {
         match request.and_then(|(request, why)| self.disk.begin(request, why).ok()) {
-            Some(sim) if sim.early() && !rest.is_empty() => {
+            Some(sim) if sim.early() && !then.rest.is_empty() => {
                 self.late.push(sim);
-                let next = rest.pop_front();
-                self.fly(op, next, into, rest);
+                let next = then.rest.pop_front();
+                self.fly(op, next, then);
             }
             Some(sim) if sim.early() => {
                 let completion = match sim.early_answer() {
-                    SimDone::Copied(_) => Completion::Copied(CopyKind::Copied),
+                    SimDone::Copied(_) => Completion::Copied { shared_bytes: 0 },
                     _ => Completion::Done,
                 };
                 self.late.push(sim);
                 self.core.complete(self.now_us, op, completion);
             }
-            Some(sim) => self.flying.push(Flying { op, sim, into, rest }),
+            Some(sim) => self.flying.push(Flying { op, sim, then }),
             None => self.core.complete(self.now_us, op, Completion::Failed(libc::EIO)),
         }
     }
 
-    fn file(&self, file: crate::engine::FileId) -> Option<SimFile> {
+    fn file(&self, file: FileId) -> Option<SimFile> {
         SimFile::of(self.files.get(file)?.as_ref())
     }
 
@@ -362,8 +372,26 @@ impl SimTap {
                 first.into_iter().chain([(rename(&new, &over), why)]).collect()
             }
             Op::Swap { new, over, why, .. } => VecDeque::from([(rename(&new, &over), why)]),
+            Op::Copy { from, to, ranges, .. } => self.copies(from, to, &ranges).unwrap_or_default(),
             op => self.request(op).into_iter().collect(),
         }
+    }
+
+    /// A copy of many ranges: they land in any order.
+    fn copies(
+        &mut self,
+        from: FileId,
+        to: FileId,
+        ranges: &[CopyRange],
+    ) -> Option<VecDeque<(SimRequest, Why)>> {
+        let (from, to) = (self.file(from)?, self.file(to)?);
+        let copy = |range: &CopyRange| {
+            let (from_offset, to_offset, len) = (range.from, range.to, range.len_bytes);
+            (SimRequest::Copy { from, from_offset, to, to_offset, len }, "merge: copy")
+        };
+        let mut copies: Vec<_> = ranges.iter().map(copy).collect();
+        copies.shuffle(&mut self.rng);
+        Some(copies.into())
     }
 
     fn request(&mut self, op: Op) -> Option<(SimRequest, Why)> {
@@ -381,16 +409,12 @@ impl SimTap {
             Op::WriteMeta { file, offset, bytes, why } => {
                 (SimRequest::Write { file: self.file(file)?, offset, bytes }, why)
             }
-            Op::Copy { from, from_offset, to, to_offset, len } => {
-                let (from, to) = (self.file(from)?, self.file(to)?);
-                (SimRequest::Copy { from, from_offset, to, to_offset, len }, "merge: copy")
-            }
             Op::Zero { file, offset, len, keep, why } => {
                 (SimRequest::Zero { file: self.file(file)?, offset, len, keep }, why)
             }
             Op::Extend { file, len } => (SimRequest::Extend { file: self.file(file)?, len }, "longer file"),
             Op::Flush { file, why } => (SimRequest::Flush { file: self.file(file)? }, why),
-            Op::Swap { .. } => return None,
+            Op::Copy { .. } | Op::Swap { .. } => return None,
             Op::SyncNames { why } => (SimRequest::SyncNames { folder: String::new() }, why),
         })
     }

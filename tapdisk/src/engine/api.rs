@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vhd::storage::{VolumeName, Why};
+use vhd::storage::{CopyRange, VolumeName, Why};
 
 /// A guest request, as any front end hands it in. The engine knows no NBD:
 /// it never sees the data, only which bytes of the request's buffer an
@@ -116,19 +116,18 @@ pub enum Op {
         /// Names the step.
         why: Why,
     },
-    /// Copies between files, sharing extents where the filesystem can;
-    /// completes with [`Completion::Copied`].
+    /// Copies ranges between files, in any order; none of them overlap where
+    /// they go. Completes with [`Completion::Copied`].
     Copy {
         /// From this file.
         from: FileId,
-        /// At this byte.
-        from_offset: u64,
         /// To this file.
         to: FileId,
-        /// At this byte.
-        to_offset: u64,
-        /// Bytes.
-        len: u64,
+        /// Where from, where to, and how much.
+        ranges: Arc<[CopyRange]>,
+        /// Whether extents of long ranges are to be shared, where the
+        /// filesystem can.
+        share: bool,
     },
     /// Makes a range read as zeros, giving the space back unless `keep`.
     Zero {
@@ -182,8 +181,11 @@ pub enum Completion {
     Done,
     /// A read of metadata.
     Bytes(Vec<u8>),
-    /// A copy, and whether extents were shared.
-    Copied(vhd::storage::CopyKind),
+    /// A copy.
+    Copied {
+        /// Bytes of it that share extents with their source.
+        shared_bytes: u64,
+    },
     /// Failed with this errno.
     Failed(i32),
 }

@@ -4,8 +4,9 @@ use vhd::bitmap::SectorBitmap;
 use vhd::record::PendingRecord;
 use vhd::rw::RwImage;
 use vhd::storage::VolumeName;
-use vhd::units::{BlockNo, SectorRun, Slot};
+use vhd::units::{BlockNo, Slot};
 
+use super::copies::CopyBatch;
 use super::piece::Part;
 use super::writeback::WriteBack;
 use super::{Engine, FileId, Op, Wait};
@@ -102,10 +103,10 @@ pub(crate) enum Purpose {
     Extend { file: FileId, len: u64 },
     /// A step of a write-back.
     WriteBack(FileId),
-    /// A released slot was zeroed.
-    Released { file: FileId, slot: Slot },
-    /// A copy of a merge window.
-    Copy { block: BlockNo, slot: Slot, run: SectorRun },
+    /// Released slots were zeroed.
+    Released { file: FileId, slots: Vec<Slot> },
+    /// A batch of a merge.
+    Copy(CopyBatch),
     /// A step of a merge's commit.
     Commit,
     /// The rename of a swap.
@@ -125,15 +126,8 @@ impl Engine {
             }
             Purpose::Extend { file, len } => self.extended(file, len, result(&completion)),
             Purpose::WriteBack(file) => self.writeback_step(file, result(&completion)),
-            Purpose::Released { file, slot } => {
-                // A slot whose zeroing failed is simply not used again.
-                if let (Some(index), Ok(())) = (self.index_of(file), result(&completion)) {
-                    self.stack[index].rw.slots().put(slot);
-                }
-                self.merge_released(file);
-                self.slot_released(file);
-            }
-            Purpose::Copy { block, slot, run } => self.copied(block, slot, run, &completion),
+            Purpose::Released { file, slots } => self.zeroed(file, &slots, result(&completion)),
+            Purpose::Copy(batch) => self.copied(batch, &completion),
             Purpose::Commit => self.commit_step(result(&completion)),
             Purpose::Swap => self.swapped(result(&completion)),
             Purpose::Names => self.names_synced(result(&completion)),
@@ -227,7 +221,7 @@ impl Engine {
 pub(super) fn result(completion: &Completion) -> Result<(), i32> {
     match completion {
         Completion::Failed(errno) => Err(*errno),
-        Completion::Done | Completion::Bytes(_) | Completion::Copied(_) => Ok(()),
+        Completion::Done | Completion::Bytes(_) | Completion::Copied { .. } => Ok(()),
     }
 }
 
@@ -239,6 +233,6 @@ pub(super) fn bitmap_of(completion: Completion) -> Result<SectorBitmap, i32> {
             Err(_) => Err(libc::EIO),
         },
         Completion::Failed(errno) => Err(errno),
-        Completion::Done | Completion::Copied(_) => Err(libc::EIO),
+        Completion::Done | Completion::Copied { .. } => Err(libc::EIO),
     }
 }

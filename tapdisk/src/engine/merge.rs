@@ -21,10 +21,11 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use vhd::storage::VolumeName;
-use vhd::units::{BlockNo, SectorRun};
+use vhd::units::{BlockNo, SectorRun, Slot};
 
 use super::command::{CommandError, Token};
-use super::moves::{Move, Pace};
+use super::moves::Move;
+use super::pace::{Batch, Pace};
 use super::quiesce::Then;
 use super::{Barrier, Engine, FileId, Image, Lower, Second, Wait};
 
@@ -41,11 +42,24 @@ pub(super) struct Merge {
     pub(super) zeroed: BTreeSet<BlockNo>,
     /// Where the next block to move is looked for.
     pub(super) cursor: u32,
-    /// Blocks that left L whose slots were not given back yet.
-    pub(super) owed: usize,
+    /// Slots of blocks that left L which were not given back yet, and whether
+    /// P took room for the block.
+    pub(super) owed: BTreeMap<Slot, bool>,
+    /// Whether the filesystem shares extents of L with P, once that was seen.
+    pub(super) shares: Option<bool>,
     pub(super) stop: Option<Token>,
     pub(super) figures: MergeFigures,
     pub(super) pace: Pace,
+    pub(super) batch: Batch,
+}
+
+impl Merge {
+    /// Blocks for which P took room and L gave none back yet; at most
+    /// [`crate::limits::GAINED_BLOCKS_MAX`].
+    pub(super) fn gained(&self) -> usize {
+        let moving = self.moves.values().filter(|moving| moving.gained).count();
+        moving + self.owed.values().filter(|gained| **gained).count()
+    }
 }
 
 /// Progress, in blocks, bytes of data and microseconds.

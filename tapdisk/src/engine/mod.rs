@@ -23,6 +23,7 @@
 mod api;
 mod command;
 mod commit;
+mod copies;
 mod growth;
 mod image;
 mod lookup;
@@ -30,6 +31,7 @@ mod lower;
 mod merge;
 mod moves;
 mod owner_cache;
+mod pace;
 mod piece;
 mod quiesce;
 mod relief;

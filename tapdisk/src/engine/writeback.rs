@@ -13,7 +13,7 @@ use super::relief::Held;
 use super::{
     Barrier, CleanWaiter, CommandError, CommandReply, Engine, FileId, Op, RequestId, Token, WriteBackWaiter,
 };
-use crate::limits::CLOSE_TIME_MAX_US;
+use crate::limits::{CLOSE_TIME_MAX_US, ZERO_SLOTS_MAX};
 
 /// Where an image's write-back stands.
 #[derive(Debug)]
@@ -266,26 +266,38 @@ impl Engine {
         self.merge_writeback_failed(index, errno);
     }
 
-    /// Slots nobody can read any more are zeroed, then free; on a device,
-    /// where nobody takes a slot to be zero, they are free at once.
-    pub(super) fn zero_released(&mut self, file: FileId, slots: Vec<Slot>) {
+    /// Slots nobody can read any more are zeroed, then free; those side by side
+    /// by one operation, with what lies between them, which is nobody's. On a
+    /// device, where nobody takes a slot to be zero, they are free at once.
+    pub(super) fn zero_released(&mut self, file: FileId, mut slots: Vec<Slot>) {
         let Some(index) = self.index_of(file) else { return };
-        for slot in slots {
-            if self.stack[index].rw.on_device() {
-                self.stack[index].rw.slots().put(slot);
-                self.merge_released(file);
-                continue;
-            }
-            let gap = vhd::slots::slot_bytes(slot);
+        if self.stack[index].rw.on_device() {
+            return self.zeroed(file, &slots, Ok(()));
+        }
+        slots.sort_unstable();
+        let runs = slots.chunk_by(|one, next| vhd::slots::follows(*one, *next));
+        for run in runs.flat_map(|run| run.chunks(ZERO_SLOTS_MAX)) {
+            let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
+            let (offset, last) = (first.bitmap_offset(), vhd::slots::slot_bytes(*last));
             let op = Op::Zero {
                 file,
-                offset: gap.offset,
-                len: gap.len,
+                offset,
+                len: last.offset + last.len - offset,
                 keep: false,
                 why: "freed slot: zero before reuse",
             };
-            self.start(op, Purpose::Released { file, slot });
+            self.start(op, Purpose::Released { file, slots: run.to_vec() });
         }
+    }
+
+    /// They were zeroed, or need not be, or could not be: then they are simply
+    /// not used again.
+    pub(super) fn zeroed(&mut self, file: FileId, slots: &[Slot], result: Result<(), i32>) {
+        if let (Some(index), Ok(())) = (self.index_of(file), result) {
+            slots.iter().for_each(|slot| self.stack[index].rw.slots().put(*slot));
+        }
+        self.merge_released(file, slots);
+        slots.iter().for_each(|_| self.slot_released(file));
     }
 
     /// Answers a request once everything acknowledged so far is durable, in

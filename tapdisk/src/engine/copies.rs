@@ -1,0 +1,274 @@
+//! Which blocks a live merge copies next, and how: steps 1 and 2 of
+//! [`super::moves`].
+//!
+//! ```text
+//!   take on a batch --> all bitmaps in memory --> one operation --> recorded
+//!   (Draining)          (their writes ended)      (Copying)         (Copied)
+//! ```
+//!
+//! Blocks are copied in batches, by one operation each: hundreds of scattered
+//! runs are then read and written at the same time. The next batch is taken on
+//! when one has ended, so that no write waits for two; the bitmaps it will need
+//! are read meanwhile. A block in which a guest's write is still in flight
+//! holds up nobody else and is copied by itself.
+
+use std::sync::Arc;
+
+use vhd::bitmap::SectorBitmap;
+use vhd::record::Entry;
+use vhd::rw::Presence;
+use vhd::storage::CopyRange;
+use vhd::units::{BlockNo, SectorRun, Slot};
+
+use super::image::{Purpose, result};
+use super::merge::{LEAF, PARENT, Phase};
+use super::moves::{Move, Stage};
+use super::{Completion, Engine, Op, Wait};
+use crate::limits::{
+    BUSY_US, COPYING_BLOCKS_BUSY_MAX, GAINED_BLOCKS_MAX, MOVING_BLOCKS_MAX, SHORT_RUN_BYTES_MAX,
+};
+
+/// One copy of a block.
+#[derive(Debug)]
+pub(crate) struct CopyRun {
+    block: BlockNo,
+    from: Slot,
+    to: Slot,
+    run: SectorRun,
+}
+
+/// A batch being copied.
+#[derive(Debug)]
+pub(crate) struct CopyBatch {
+    copies: Vec<CopyRun>,
+    blocks: usize,
+    began_us: u64,
+}
+
+impl Engine {
+    /// Takes on the next batch, when none is being copied.
+    pub(super) fn take_on(&mut self) {
+        if self.in_stage(|stage| !matches!(stage, Stage::Copied { .. })).next().is_some() {
+            return;
+        }
+        let busy = self.guests_busy();
+        let most = if busy { COPYING_BLOCKS_BUSY_MAX } else { self.merge.batch.blocks() };
+        for _ in 0..most {
+            let merge = &self.merge;
+            let held = self.stack[LEAF].rw.allocated_blocks() as usize;
+            let full = merge.moves.len() + merge.owed.len() >= MOVING_BLOCKS_MAX || merge.moves.len() >= held;
+            // Held, nothing may begin: a new holder would meet its copies.
+            let may = self.state.runs() && merge.pace.allows(merge.figures.bytes_copied, self.now_us);
+            if full || !may {
+                return;
+            }
+            let Some(block) = self.next_block() else { return };
+            let gained = self.takes_room(block);
+            if gained && self.merge.gained() >= GAINED_BLOCKS_MAX {
+                return;
+            }
+            self.merge.cursor = block.0 + 1;
+            self.merge.moves.insert(block, Move::new(self.now_us, gained));
+        }
+        if !busy {
+            self.look_ahead(most);
+        }
+    }
+
+    /// Whether P grows by a block while L still has it. Extents that are shared
+    /// take no room.
+    fn takes_room(&self, block: BlockNo) -> bool {
+        self.merge.shares != Some(true) && self.stack[PARENT].rw.presence(block) == Presence::Absent
+    }
+
+    /// Begins to read the bitmaps that the batch after this one needs.
+    fn look_ahead(&mut self, blocks: usize) {
+        let rw = &self.stack[LEAF].rw;
+        let coming = rw.blocks_held_from(BlockNo(self.merge.cursor));
+        let coming: Vec<BlockNo> =
+            coming.filter(|block| !self.merge.moves.contains_key(block)).take(blocks).collect();
+        for block in coming {
+            self.has_bitmaps(block);
+        }
+    }
+
+    pub(super) fn guests_busy(&self) -> bool {
+        self.now_us.saturating_sub(self.last_activity_us) < BUSY_US
+    }
+
+    /// The next block of L that is not under way, in a circle.
+    fn next_block(&self) -> Option<BlockNo> {
+        let rw = &self.stack[LEAF].rw;
+        let free = |block: &BlockNo| !self.merge.moves.contains_key(block);
+        rw.blocks_held_from(BlockNo(self.merge.cursor)).find(free).or_else(|| rw.blocks_held().find(free))
+    }
+
+    /// Step 2 for the blocks that have drained, once all they need is in memory
+    /// and P's file is long enough; what is not is tried again when it is so.
+    pub(super) fn copy_drained(&mut self) {
+        let drained = self.in_stage(|stage| *stage == Stage::Draining);
+        let drained: Vec<BlockNo> = drained.filter(|block| !self.merge.writes.contains_key(block)).collect();
+        // Asked of each, so that all bitmaps are read at the same time.
+        if drained.iter().filter(|block| !self.has_bitmaps(**block)).count() > 0 {
+            return;
+        }
+        let mut planned = Vec::new();
+        for block in drained {
+            let zeroed = self.merge.zeroed.contains(&block);
+            let copies = if zeroed { self.drop_from_parent(block) } else { self.plan_copies(block) };
+            if !matches!(self.merge.phase, Phase::Moving) {
+                // It failed: no block of the batch has been touched in L.
+                return;
+            }
+            planned.extend(copies.map(|copies| (block, zeroed, copies)));
+        }
+        let mut batch = Vec::new();
+        let blocks: Vec<BlockNo> = planned.iter().map(|(block, ..)| *block).collect();
+        for (block, zeroed, copies) in planned {
+            if let Some(moving) = self.merge.moves.get_mut(&block) {
+                moving.stage = Stage::Copying { left: copies.len() };
+                moving.zeroed = zeroed;
+            }
+            batch.extend(copies);
+        }
+        if !batch.is_empty() {
+            self.start_copies(batch, blocks.len());
+        }
+        for block in blocks {
+            self.copied_if_done(block);
+        }
+    }
+
+    /// Whether the bitmaps of a block are in memory, where L and P have it in
+    /// part. They are read if not.
+    fn has_bitmaps(&mut self, block: BlockNo) -> bool {
+        let zeroed = self.merge.zeroed.contains(&block);
+        // Both are asked, so that both are read at the same time.
+        let [leaf, parent] = [LEAF, PARENT].map(|index| self.bitmap_or_load(index, block).is_some());
+        zeroed || (leaf && parent)
+    }
+
+    /// A block that is zeros all over: P must not have it.
+    fn drop_from_parent(&mut self, block: BlockNo) -> Option<Vec<CopyRun>> {
+        let parent = &mut self.stack[PARENT];
+        if parent.rw.presence(block) != Presence::Absent {
+            if parent.record.push(Entry::Freed { block }).is_err() {
+                self.start_writeback(PARENT);
+                return None;
+            }
+            parent.rw.free(block);
+        }
+        Some(Vec::new())
+    }
+
+    /// What to copy of a block, with P's slot in place; `None` while something
+    /// is being read or the file grows.
+    fn plan_copies(&mut self, block: BlockNo) -> Option<Vec<CopyRun>> {
+        let (from, present) = self.bitmap_or_load(LEAF, block)?;
+        let to = match self.stack[PARENT].rw.presence(block) {
+            // Full at once where nothing lies below P: L's sectors shadow
+            // their own, and the others read as zeros either way.
+            Presence::Absent => {
+                let whole = !self.lower.has(block);
+                match self.stack[PARENT].rw.allocate(block, whole) {
+                    Ok(slot) => slot,
+                    Err(full) => {
+                        self.merge_failed(full.to_string());
+                        return None;
+                    }
+                }
+            }
+            Presence::Whole(_) | Presence::Partial(_) => self.bitmap_or_load(PARENT, block)?.0,
+        };
+        let long_enough = self.ensure_length(PARENT, to);
+        long_enough.then(|| present.present().map(|run| CopyRun { block, from, to, run }).collect())
+    }
+
+    /// Slot and bitmap of a block an image has, if the bitmap is in memory.
+    fn bitmap_or_load(&mut self, index: usize, block: BlockNo) -> Option<(Slot, SectorBitmap)> {
+        match self.stack[index].rw.presence(block) {
+            Presence::Absent => Some((Slot(0), SectorBitmap::EMPTY)),
+            Presence::Whole(slot) => Some((slot, SectorBitmap::FULL)),
+            Presence::Partial(slot) => {
+                let bitmap = self.stack[index].rw.bitmap(block).cloned();
+                if bitmap.is_none() {
+                    self.load_bitmap(index, block, slot);
+                }
+                bitmap.map(|bitmap| (slot, bitmap))
+            }
+        }
+    }
+
+    fn start_copies(&mut self, copies: Vec<CopyRun>, blocks: usize) {
+        let range = |copy: &CopyRun| CopyRange {
+            from: copy.from.data_offset(copy.run.first),
+            to: copy.to.data_offset(copy.run.first),
+            len_bytes: copy.run.bytes(),
+        };
+        let op = Op::Copy {
+            from: self.stack[LEAF].file,
+            to: self.stack[PARENT].file,
+            ranges: copies.iter().map(range).collect::<Arc<[CopyRange]>>(),
+            share: self.merge.shares != Some(false),
+        };
+        self.start(op, Purpose::Copy(CopyBatch { copies, blocks, began_us: self.now_us }));
+    }
+
+    /// A batch ended. Its entries go to P's record like a guest's: a later
+    /// guest write into the same block relies on them.
+    pub(super) fn copied(&mut self, batch: CopyBatch, completion: &Completion) {
+        let CopyBatch { copies, blocks, began_us } = batch;
+        if let Err(errno) = result(completion) {
+            for copy in copies {
+                self.copy_recorded(copy.block, Err(errno));
+            }
+            return;
+        }
+        self.merge.batch.ended(blocks, self.now_us.saturating_sub(began_us));
+        let bytes =
+            |copies: &mut dyn Iterator<Item = &CopyRun>| copies.map(|copy| copy.run.bytes()).sum::<u64>();
+        self.merge.figures.bytes_copied += bytes(&mut copies.iter());
+        if let Completion::Copied { shared_bytes } = *completion {
+            self.merge.figures.bytes_cloned += shared_bytes;
+            let long = bytes(&mut copies.iter().filter(|copy| copy.run.bytes() > SHORT_RUN_BYTES_MAX));
+            if long > 0 {
+                self.merge.shares = Some(shared_bytes > long / 2);
+            }
+        }
+        for copy in copies {
+            self.record_copy(copy.block, copy.to, copy.run);
+        }
+    }
+
+    /// The entries of a copy are valid, or it failed.
+    pub(super) fn copy_recorded(&mut self, block: BlockNo, result: Result<(), i32>) {
+        if let Err(errno) = result {
+            let error = format!("copying block {} failed: errno {errno}", block.0);
+            self.merge.figures.error.get_or_insert(error);
+        }
+        if let Some(Move { stage: Stage::Copying { left }, .. }) = self.merge.moves.get_mut(&block) {
+            *left -= 1;
+        }
+        self.copied_if_done(block);
+    }
+
+    fn copied_if_done(&mut self, block: BlockNo) {
+        let Some(moving) = self.merge.moves.get_mut(&block) else { return };
+        if moving.stage != (Stage::Copying { left: 0 }) {
+            return;
+        }
+        moving.stage = Stage::Copied { cycle: None };
+        let held_us = self.now_us.saturating_sub(moving.since_us);
+        if self.parked.contains_key(&Wait::Window(block)) {
+            let longest = &mut self.merge.figures.longest_wait_us;
+            *longest = held_us.max(*longest);
+        }
+        if self.guests_busy() {
+            self.merge.pace.rest(held_us, self.now_us);
+        }
+        if let Some(error) = self.merge.figures.error.clone() {
+            return self.merge_failed(error);
+        }
+        self.wake(Wait::Window(block));
+    }
+}

@@ -1,0 +1,117 @@
+//! How much of a live merge goes on at one time: its rate, its rests, and how
+//! many blocks are copied together.
+
+use crate::limits::{COPY_TIME_US, COPYING_BLOCKS_FIRST, COPYING_BLOCKS_MAX, PACE_BURST_BYTES, REST_US_MAX};
+
+/// Keeps the bytes copied within a rate that may change, and lets busy guests
+/// breathe.
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    /// 0 is no limit.
+    rate_bytes_per_s: u64,
+    /// Since when the rate holds, and what had been copied by then.
+    since_us: u64,
+    before_bytes: u64,
+    /// Nothing is copied until then.
+    rests_until_us: u64,
+}
+
+impl Pace {
+    pub(super) fn new(rate_bytes_per_s: u64, now_us: u64) -> Self {
+        Self { rate_bytes_per_s, since_us: now_us, before_bytes: 0, rests_until_us: 0 }
+    }
+
+    pub(super) fn set_rate(&mut self, rate_bytes_per_s: u64, copied_bytes: u64, now_us: u64) {
+        (self.rate_bytes_per_s, self.since_us, self.before_bytes) = (rate_bytes_per_s, now_us, copied_bytes);
+    }
+
+    /// A copy that took so long ended while guests were busy.
+    pub(super) fn rest(&mut self, took_us: u64, now_us: u64) {
+        self.rests_until_us = now_us + took_us.min(REST_US_MAX);
+    }
+
+    /// Whether another block may be copied.
+    pub(super) fn allows(&self, copied_bytes: u64, now_us: u64) -> bool {
+        let elapsed_us = u128::from(now_us.saturating_sub(self.since_us));
+        let due = u128::from(self.rate_bytes_per_s) * elapsed_us / 1_000_000;
+        let copied = u128::from(copied_bytes.saturating_sub(self.before_bytes));
+        let within = self.rate_bytes_per_s == 0 || copied <= due + u128::from(PACE_BURST_BYTES);
+        within && now_us >= self.rests_until_us
+    }
+}
+
+/// How many blocks are copied together: as many as take no longer than a
+/// guest's write to one of them may wait.
+#[derive(Debug)]
+pub(super) struct Batch {
+    blocks: usize,
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Self { blocks: COPYING_BLOCKS_FIRST }
+    }
+}
+
+impl Batch {
+    /// Blocks of the next batch.
+    pub(super) fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// One of so many blocks ended.
+    pub(super) fn ended(&mut self, blocks: usize, took_us: u64) {
+        if took_us > COPY_TIME_US {
+            self.blocks = (self.blocks.min(blocks) / 2).max(1);
+        } else if took_us < COPY_TIME_US / 2 && blocks >= self.blocks {
+            self.blocks = (self.blocks * 2).min(COPYING_BLOCKS_MAX);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const S: u64 = 1_000_000;
+
+    #[test]
+    fn a_changed_rate_counts_from_its_change() {
+        let mut pace = Pace::new(1 << 20, 0);
+        assert!(pace.allows(PACE_BURST_BYTES, 0));
+        assert!(!pace.allows(PACE_BURST_BYTES + (2 << 20), S));
+        assert!(pace.allows(PACE_BURST_BYTES + (2 << 20), 2 * S));
+        // Faster from now on, and what was copied before is forgotten.
+        pace.set_rate(10 << 20, 100 << 20, 3 * S);
+        assert!(pace.allows(110 << 20, 4 * S));
+        assert!(!pace.allows(120 << 20, 4 * S));
+        pace.set_rate(0, 120 << 20, 4 * S);
+        assert!(pace.allows(u64::MAX, 4 * S));
+    }
+
+    #[test]
+    fn it_rests_as_long_as_a_copy_took_but_not_for_ever() {
+        let mut pace = Pace::new(0, 0);
+        pace.rest(5_000, S);
+        assert!(!pace.allows(0, S + 4_999));
+        assert!(pace.allows(0, S + 5_000));
+        pace.rest(60 * S, 2 * S);
+        assert!(pace.allows(0, 2 * S + REST_US_MAX));
+    }
+
+    #[test]
+    fn batches_grow_while_they_are_quick_and_shrink_at_once_when_they_are_not() {
+        let mut batch = Batch::default();
+        for _ in 0..20 {
+            batch.ended(batch.blocks(), COPY_TIME_US / 10);
+        }
+        assert_eq!(batch.blocks(), COPYING_BLOCKS_MAX);
+        batch.ended(COPYING_BLOCKS_MAX, COPY_TIME_US + 1);
+        assert_eq!(batch.blocks(), COPYING_BLOCKS_MAX / 2);
+        // A single block says nothing of many.
+        batch.ended(1, COPY_TIME_US / 10);
+        assert_eq!(batch.blocks(), COPYING_BLOCKS_MAX / 2);
+        batch.ended(1, 100 * COPY_TIME_US);
+        assert_eq!(batch.blocks(), 1);
+    }
+}
