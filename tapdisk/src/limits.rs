@@ -49,13 +49,14 @@ pub const COPY_TIME_US: u64 = 20_000;
 pub const COPYING_BLOCKS_BUSY_MAX: usize = 1;
 /// Guests are busy until this long after their last request, in microseconds.
 pub const BUSY_US: u64 = 20_000;
+/// After so long without a request nobody waits for anything, in microseconds.
+pub const ABOUT_US: u64 = 1_000_000;
 /// Longest such rest, in microseconds.
 pub const REST_US_MAX: u64 = 100_000;
-/// Blocks that a leaf merge has under way: being copied, waiting for a flush,
-/// or gone from the leaf but not yet from its file.
+/// Blocks that a leaf merge has under way: being copied or waiting for a flush.
 pub const MOVING_BLOCKS_MAX: usize = 192;
-/// Those of them for which the parent takes room: that many blocks of extra
-/// room it may need.
+/// Those of them for which the parent takes room, and those that are gone from
+/// the leaf but not yet from its file: so many blocks of extra room it may need.
 pub const GAINED_BLOCKS_MAX: usize = 16;
 /// Copied blocks that are worth a flush of the parent while others are still
 /// being copied: a third of those under way, so that copying, the flush of the
@@ -68,7 +69,11 @@ pub const FLUSH_GAINED_BLOCKS: usize = GAINED_BLOCKS_MAX / 3;
 pub const SHORT_RUN_BYTES_MAX: u64 = 60 << 10;
 /// Freed slots that are zeroed by one operation: what reads and writes of that
 /// file may have to wait for.
-pub const ZERO_SLOTS_MAX: usize = 16;
+pub const ZERO_SLOTS_MAX: usize = 4;
+/// Blocks that left the leaf of a merge, the parent taking no room for them,
+/// whose space may wait to be given back while no guest is about. With twice as
+/// many the merge waits.
+pub const POSTPONED_SLOTS_MAX: usize = 512;
 /// Bytes a leaf merge may copy at once above its rate.
 pub const PACE_BURST_BYTES: u64 = 4 << 20;
 

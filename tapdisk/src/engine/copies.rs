@@ -25,7 +25,8 @@ use super::merge::{LEAF, PARENT, Phase};
 use super::moves::{Move, Stage};
 use super::{Completion, Engine, Op, Wait};
 use crate::limits::{
-    BUSY_US, COPYING_BLOCKS_BUSY_MAX, GAINED_BLOCKS_MAX, MOVING_BLOCKS_MAX, SHORT_RUN_BYTES_MAX,
+    BUSY_US, COPYING_BLOCKS_BUSY_MAX, GAINED_BLOCKS_MAX, MOVING_BLOCKS_MAX, POSTPONED_SLOTS_MAX,
+    SHORT_RUN_BYTES_MAX,
 };
 
 /// One copy of a block.
@@ -56,7 +57,9 @@ impl Engine {
         for _ in 0..most {
             let merge = &self.merge;
             let held = self.stack[LEAF].rw.allocated_blocks() as usize;
-            let full = merge.moves.len() + merge.owed.len() >= MOVING_BLOCKS_MAX || merge.moves.len() >= held;
+            let full = merge.moves.len() >= MOVING_BLOCKS_MAX
+                || merge.moves.len() >= held
+                || merge.owed.len() >= 2 * POSTPONED_SLOTS_MAX;
             // Held, nothing may begin: a new holder would meet its copies.
             let may = self.state.runs() && merge.pace.allows(merge.figures.bytes_copied, self.now_us);
             if full || !may {

@@ -1,5 +1,7 @@
 //! An image of the stack, open for writing, and what operations are for.
 
+use std::collections::VecDeque;
+
 use vhd::bitmap::SectorBitmap;
 use vhd::record::PendingRecord;
 use vhd::rw::RwImage;
@@ -39,6 +41,10 @@ pub struct Image {
     pub(super) extending_to: Option<u64>,
     /// Writes that completed but found the record full.
     pub(super) unrecorded: Vec<Part>,
+    /// Freed slots that are to be zeroed, side by side ones together.
+    pub(super) to_zero: VecDeque<Vec<Slot>>,
+    /// Operations that zero such slots, in flight.
+    pub(super) zeroing: usize,
 }
 
 impl Image {
@@ -65,6 +71,8 @@ impl Image {
             unmapped: false,
             extending_to: None,
             unrecorded: Vec::new(),
+            to_zero: VecDeque::new(),
+            zeroing: 0,
         }
     }
 

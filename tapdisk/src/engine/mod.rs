@@ -258,6 +258,7 @@ impl Engine {
     /// Everything that may have become possible after any event.
     fn progress(&mut self) {
         self.progress_merge();
+        (0..self.stack.len()).for_each(|index| self.zero_next(index));
         self.progress_tickets();
         self.progress_clean();
         self.progress_quiesce();

@@ -37,22 +37,26 @@
 //!    read.
 //! 5. A write-back of L clears the entry durably (L's BATmap was zeroed when
 //!    L was opened). Then, and once no request issued before is in flight,
-//!    L's slot is zeroed, together with its neighbours that left with it. A
-//!    crash here: nobody looks at what no entry names, and the next opening for
-//!    writing zeroes it again.
+//!    L's slot may be zeroed, together with neighbours that left too, or stay as
+//!    it is: L gains nothing, so nobody reuses it. A crash here, and an L that
+//!    stays because the merge was stopped: nobody looks at what no entry names,
+//!    a slot is only reused once it was zeroed, and the next opening for writing
+//!    zeroes what was not.
 //!
 //! A block that a guest trimmed whole, with nothing below P, is zeros in all
 //! its present sectors. It moves without a copy: P's entry, if it has one, is
 //! freed in step 2, so durably before L's. A write to it in step 3 ends its
 //! move, as P has no copy to keep the same.
 
+use std::collections::VecDeque;
+
 use vhd::record::Entry;
 use vhd::rw::Presence;
 use vhd::units::{BLOCK_BYTES, BlockNo, SectorRun, Slot};
 
-use super::merge::{LEAF, PARENT, Phase};
+use super::merge::{LEAF, Merge, PARENT, Phase};
 use super::{Engine, FileId, Wait};
-use crate::limits::{FLUSH_BLOCKS, FLUSH_GAINED_BLOCKS};
+use crate::limits::{ABOUT_US, FLUSH_BLOCKS, FLUSH_GAINED_BLOCKS, POSTPONED_SLOTS_MAX};
 
 /// A block under way.
 #[derive(Debug)]
@@ -225,7 +229,8 @@ impl Engine {
 
     fn finish_moving(&mut self) {
         let leaf = &self.stack[LEAF];
-        if leaf.rw.allocated_blocks() > 0 || !self.merge.owed.is_empty() {
+        let gives_back = !self.merge.owed.is_empty() && self.guests_about();
+        if leaf.rw.allocated_blocks() > 0 || gives_back {
             return;
         }
         if leaf.is_clean() {
@@ -234,6 +239,32 @@ impl Engine {
         } else if leaf.writeback.is_idle() {
             self.start_writeback(LEAF);
         }
+    }
+
+    /// Whether a guest asked for anything lately: who does not may be kept from
+    /// reading L by nothing, and the merge is soon over.
+    fn guests_about(&self) -> bool {
+        self.last_activity_us > 0 && self.now_us.saturating_sub(self.last_activity_us) < ABOUT_US
+    }
+
+    /// Which of L's freed slots are zeroed now, one operation at a time. Giving
+    /// space back keeps everybody from reading L meanwhile, the longer the more
+    /// scattered a block was; and once L is empty it goes as a whole. So without
+    /// guests just those go for which P took room, and others where many wait.
+    pub(super) fn zero_in_merge(&mut self) -> VecDeque<Vec<Slot>> {
+        let about = self.guests_about();
+        let Merge { phase, owed, .. } = &self.merge;
+        let leaf = &mut self.stack[LEAF];
+        if leaf.zeroing > 0 || matches!(phase, Phase::Empty | Phase::Committing { .. }) {
+            return VecDeque::new();
+        }
+        let took_room = |slots: &Vec<Slot>| slots.iter().any(|slot| owed.get(slot) == Some(&true));
+        let at = match leaf.to_zero.iter().position(took_room) {
+            Some(at) => at,
+            None if about || owed.len() > POSTPONED_SLOTS_MAX => 0,
+            None => return VecDeque::new(),
+        };
+        leaf.to_zero.remove(at).into_iter().collect()
     }
 
     /// Slots that left an image were zeroed, or could not be.

@@ -8,7 +8,7 @@ use vhd::rw::Captured;
 use vhd::units::Slot;
 
 use super::image::Purpose;
-use super::merge::PARENT;
+use super::merge::{LEAF, PARENT};
 use super::relief::Held;
 use super::{
     Barrier, CleanWaiter, CommandError, CommandReply, Engine, FileId, Op, RequestId, Token, WriteBackWaiter,
@@ -277,24 +277,40 @@ impl Engine {
         slots.sort_unstable();
         let runs = slots.chunk_by(|one, next| vhd::slots::follows(*one, *next));
         for run in runs.flat_map(|run| run.chunks(ZERO_SLOTS_MAX)) {
-            let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
+            self.stack[index].to_zero.push_back(run.to_vec());
+        }
+        self.zero_next(index);
+    }
+
+    /// Zeroes what is due of an image's freed slots: all, but of the leaf of a
+    /// merge see [`Self::zero_in_merge`].
+    pub(super) fn zero_next(&mut self, index: usize) {
+        if self.stack[index].to_zero.is_empty() {
+            return;
+        }
+        let due = match self.merging() && index == LEAF {
+            true => self.zero_in_merge(),
+            false => std::mem::take(&mut self.stack[index].to_zero),
+        };
+        let file = self.stack[index].file;
+        for slots in due {
+            let (Some(first), Some(last)) = (slots.first(), slots.last()) else { continue };
             let (offset, last) = (first.bitmap_offset(), vhd::slots::slot_bytes(*last));
-            let op = Op::Zero {
-                file,
-                offset,
-                len: last.offset + last.len - offset,
-                keep: false,
-                why: "freed slot: zero before reuse",
-            };
-            self.start(op, Purpose::Released { file, slots: run.to_vec() });
+            let len = last.offset + last.len - offset;
+            let op = Op::Zero { file, offset, len, keep: false, why: "freed slot: zero before reuse" };
+            self.stack[index].zeroing += 1;
+            self.start(op, Purpose::Released { file, slots });
         }
     }
 
     /// They were zeroed, or need not be, or could not be: then they are simply
     /// not used again.
     pub(super) fn zeroed(&mut self, file: FileId, slots: &[Slot], result: Result<(), i32>) {
-        if let (Some(index), Ok(())) = (self.index_of(file), result) {
-            slots.iter().for_each(|slot| self.stack[index].rw.slots().put(*slot));
+        if let Some(index) = self.index_of(file) {
+            self.stack[index].zeroing = self.stack[index].zeroing.saturating_sub(1);
+            if result.is_ok() {
+                slots.iter().for_each(|slot| self.stack[index].rw.slots().put(*slot));
+            }
         }
         self.merge_released(file, slots);
         slots.iter().for_each(|_| self.slot_released(file));
