@@ -15,6 +15,9 @@ use super::{
 };
 use crate::limits::{CLOSE_TIME_MAX_US, ZERO_SLOTS_MAX};
 
+/// The last flush of a cycle.
+const METADATA: vhd::storage::Why = "writeback: metadata before its record is dropped";
+
 /// Where an image's write-back stands.
 #[derive(Debug)]
 pub(super) struct WriteBack {
@@ -50,16 +53,16 @@ pub(super) struct Cycle {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// Data and length become durable.
+    /// Bitmaps of slots that no BAT on the file names are written.
+    NewBitmaps,
+    /// Data, length and those bitmaps become durable.
     Data,
-    /// Bitmaps are written.
+    /// The other bitmaps are written.
     Bitmaps,
-    /// Bitmaps become durable.
-    BitmapsFlush,
     /// BAT entries are written.
     Entries,
-    /// BAT entries become durable.
-    EntriesFlush,
+    /// Those bitmaps and BAT entries become durable.
+    MetadataFlush,
 }
 
 impl Default for WriteBack {
@@ -101,6 +104,7 @@ impl Engine {
         }
         let image = &mut self.stack[index];
         let mut fresh = false;
+        let nothing_written = !image.unflushed;
         let captured = match std::mem::replace(&mut image.writeback.state, State::Idle) {
             state @ (State::Running(_) | State::Relieved { .. }) => {
                 image.writeback.state = state;
@@ -119,9 +123,16 @@ impl Engine {
         // Data written from here on is for the next cycle.
         image.unflushed = false;
         let (file, number) = (image.file, image.writeback.done + 1);
-        image.writeback.state =
-            State::Running(Cycle { captured, stage: Stage::Data, left: 1, error: None, held: None });
-        self.start(Op::Flush { file, why: "writeback: data before metadata" }, Purpose::WriteBack(file));
+        let cycle = Cycle { captured, stage: Stage::NewBitmaps, left: 0, error: None, held: None };
+        if fresh && nothing_written && cycle.captured.only_frees() {
+            self.write_entries(index, cycle);
+        } else {
+            let (new, _) = bitmap_writes(file, &cycle.captured);
+            match new.is_empty() {
+                true => self.next_stage(index, cycle),
+                false => self.cycle_ops(index, cycle, new),
+            }
+        }
         if fresh && index == PARENT && self.merging() {
             self.parent_captured(number);
         }
@@ -164,25 +175,25 @@ impl Engine {
     fn next_stage(&mut self, index: usize, mut cycle: Cycle) {
         let file = self.stack[index].file;
         let (stage, ops) = match cycle.stage {
-            Stage::Data if !cycle.captured.bitmaps.is_empty() => {
-                (Stage::Bitmaps, bitmap_writes(file, &cycle.captured))
-            }
-            Stage::Data | Stage::BitmapsFlush if cycle.captured.changes_bat() => {
-                return self.write_entries(index, cycle);
-            }
-            Stage::Bitmaps => (Stage::BitmapsFlush, vec![flush(file, "writeback: bitmaps before BAT")]),
+            Stage::NewBitmaps => (Stage::Data, vec![flush(file, "writeback: data before metadata")]),
+            Stage::Data if cycle.captured.is_empty() => return self.cycle_done(index, cycle),
+            Stage::Data => (Stage::Bitmaps, bitmap_writes(file, &cycle.captured).1),
+            Stage::Bitmaps if cycle.captured.changes_bat() => return self.write_entries(index, cycle),
+            Stage::Bitmaps => (Stage::MetadataFlush, vec![flush(file, METADATA)]),
             Stage::Entries => {
                 self.stack[index].rw.bat_written(&cycle.captured);
                 let why = match cycle.held {
-                    None => "writeback: BAT before its record is dropped",
+                    None => METADATA,
                     Some(_) => "relief: BAT before freed slots are reused",
                 };
-                (Stage::EntriesFlush, vec![flush(file, why)])
+                (Stage::MetadataFlush, vec![flush(file, why)])
             }
-            Stage::Data | Stage::BitmapsFlush | Stage::EntriesFlush => {
-                return self.cycle_done(index, cycle);
-            }
+            Stage::MetadataFlush => return self.cycle_done(index, cycle),
         };
+        if ops.is_empty() {
+            cycle.stage = stage;
+            return self.next_stage(index, cycle);
+        }
         cycle.stage = stage;
         self.cycle_ops(index, cycle, ops);
     }
@@ -232,7 +243,7 @@ impl Engine {
     fn cycle_failed(&mut self, index: usize, cycle: Cycle, errno: i32) {
         let image = &mut self.stack[index];
         let file = image.file;
-        if matches!(cycle.stage, Stage::Data | Stage::BitmapsFlush | Stage::EntriesFlush) {
+        if matches!(cycle.stage, Stage::Data | Stage::MetadataFlush) {
             // After a failed flush nobody knows what the page cache lost.
             image.poisoned = true;
             image.record.poison();
@@ -471,14 +482,17 @@ impl Engine {
     }
 }
 
-fn bitmap_writes(file: FileId, captured: &Captured) -> Vec<Op> {
+/// The bitmaps of slots that no BAT on the file names, and the others.
+fn bitmap_writes(file: FileId, captured: &Captured) -> (Vec<Op>, Vec<Op>) {
     let write = |(slot, bitmap): &(Slot, SectorBitmap)| Op::WriteMeta {
         file,
         offset: slot.bitmap_offset(),
         bytes: bitmap.to_bytes().as_slice().into(),
         why: "writeback: bitmap",
     };
-    captured.bitmaps.iter().map(write).collect()
+    let new = captured.new_slots();
+    let (new, known): (Vec<_>, Vec<_>) = captured.bitmaps.iter().partition(|(slot, _)| new.contains(slot));
+    (new.into_iter().map(write).collect(), known.into_iter().map(write).collect())
 }
 
 fn flush(file: FileId, why: &'static str) -> Op {

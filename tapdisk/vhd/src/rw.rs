@@ -5,26 +5,27 @@
 //! ```text
 //!        written()                capture()              durable()
 //! data ------------> dirty ----------------> captured -----------> clean
-//! on file            record entries          flush               record half dropped,
-//!                    pushed, then acked      bitmaps, flush      freed slots released
-//!                                            BAT, flush
+//! on file            record entries          new bitmaps, flush  record half dropped,
+//!                    pushed, then acked      others, BAT, flush  freed slots released
 //! ```
 //!
 //! Crash argument (invariant 5), for the write-back of one capture:
-//! 1. flush: data of every captured bit and entry, and the file's length,
-//!    are durable. A crash here: the old metadata names old content.
-//! 2. captured bitmaps are written. Bits of blocks the durable BAT names now
-//!    vouch for durable data; other bitmaps lie in slots nobody names.
-//! 3. flush, then captured BAT entries are written: slot, bitmap and data
-//!    behind each are durable. An entry that frees a block uncovers only
-//!    what the guest gave up.
+//! 1. bitmaps of [`Captured::new_slots`] are written. A crash here: they lie
+//!    in slots nobody names.
+//! 2. flush: data of every captured bit and entry, the file's length, and
+//!    those bitmaps are durable. A crash here: the old metadata names old
+//!    content.
+//! 3. the other captured bitmaps and the captured BAT entries are written.
+//!    Bits of blocks the durable BAT names vouch for durable data; slot,
+//!    bitmap and data behind each entry are durable, whichever of the two
+//!    lasts. An entry that frees a block uncovers only what the guest gave
+//!    up, or what a merge has made durable in the parent.
 //! 4. flush, then the record's half is dropped and freed slots may be zeroed
 //!    and reused (invariant 6): no durable entry names them.
 //!
-//! Whoever does not mind writing before the first flush may write the bitmaps
-//! of [`Captured::new_slots`] there: no BAT on the file names their slots
-//! yet. That flush then covers all that the entries need, and none is needed
-//! between 2 and 3.
+//! What only frees blocks, with nothing written since the last first flush
+//! began, needs no other one: there is nothing that it names
+//! ([`Captured::only_frees`]).
 //!
 //! Two views of the BAT are kept: memory's, and what the file may say
 //! (`on_file`, only where the two differ), so that writing one entry of a BAT
@@ -58,8 +59,9 @@ pub enum Presence {
     Partial(Slot),
 }
 
-/// Metadata captured for one write-back, to be written in this order:
-/// flush, `bitmaps`, flush, [`RwImage::bat_sectors`], flush.
+/// Metadata captured for one write-back, to be written in this order: those
+/// of `bitmaps` in [`Captured::new_slots`], flush, the other `bitmaps` and
+/// [`RwImage::bat_sectors`], flush.
 #[derive(Debug, Clone, Default)]
 pub struct Captured {
     /// Bitmaps, with the slots they belong to.
@@ -82,6 +84,12 @@ impl Captured {
     #[must_use]
     pub fn changes_bat(&self) -> bool {
         !self.entries.is_empty()
+    }
+
+    /// Whether all it does is to free blocks.
+    #[must_use]
+    pub fn only_frees(&self) -> bool {
+        self.bitmaps.is_empty() && self.changes_bat() && self.new_slots().is_empty()
     }
 
     /// Whether there is nothing to write.
