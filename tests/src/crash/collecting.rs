@@ -4,13 +4,20 @@
 use std::sync::atomic::Ordering;
 
 use tapdisk_control::Request;
+use vhd::bat::{BAT_FREE, read_bat};
+use vhd::chain::Chain;
+use vhd::meta::Meta;
+use vhd::storage::{Access, VolumeName};
+use vhd::units::Slot;
 
+use super::guest::Guest;
 use super::scenarios::{Play, Scenario, begin_leaf_merge, collect_garbage};
-use super::world::locked;
+use super::world::{BLOCKS, Backend, locked};
 
 /// All of them.
-pub(super) const ALL: [Scenario; 6] = [
+pub(super) const ALL: [Scenario; 7] = [
     Scenario { name: "garbage", go: garbage },
+    Scenario { name: "blocks side by side", go: side_by_side },
     Scenario { name: "one generation", go: one_generation },
     Scenario { name: "slices", go: slices },
     Scenario { name: "inner merge aborted", go: inner_aborted },
@@ -55,6 +62,31 @@ fn one_generation(play: &mut Play) {
     play.meanwhile(30);
     play.collect();
     play.traffic(5);
+}
+
+/// A hidden node goes into its parent with blocks that lie side by side, which
+/// are shared by one copy, the bitmap between them included.
+fn side_by_side(play: &mut Play) {
+    let first = neighbours(play);
+    play.traffic(10);
+    play.delete(first);
+    play.meanwhile(20);
+    play.collect();
+    play.traffic(5);
+}
+
+/// The first of two snapshots: its image has the first block alone, the next
+/// one every block, whole (on files, where new space is zeros).
+fn neighbours(play: &mut Play) -> usize {
+    play.attach();
+    let guest = play.guest.clone();
+    let with = |go: &dyn Fn(&mut Guest)| guest.iter().for_each(|guest| go(&mut locked(guest)));
+    with(&|guest| guest.write_block(0));
+    let first = play.snapshot();
+    with(&|guest| guest.replace_block());
+    with(&|guest| (1..BLOCKS).for_each(|block| guest.write_block(block)));
+    play.snapshot();
+    first
 }
 
 /// The first of two snapshots of a disk that is being written.
@@ -151,4 +183,57 @@ fn leaf_stopped(play: &mut Play) {
     play.meanwhile(30);
     play.collect();
     play.traffic(5);
+}
+
+/// Bytes between two blocks' slots: nobody's.
+const GAP_BYTES: u64 = 3584;
+
+/// The image of a chain that has so many blocks, and where its last one is.
+fn image_with(play: &Play, blocks: u64) -> (VolumeName, Slot) {
+    let volumes = play.world.repo.volumes.as_ref();
+    let chain = Chain::open(volumes, &VolumeName::vhd(play.vdi)).unwrap();
+    let slots = |name: &VolumeName| {
+        let volume = volumes.open(name, Access::Read).unwrap();
+        let meta = Meta::read(volume.as_ref()).unwrap();
+        let bat = read_bat(volume.as_ref(), meta.layout.as_ref().unwrap()).unwrap();
+        bat.into_iter().filter(|entry| *entry != BAT_FREE).collect::<Vec<u32>>()
+    };
+    let found = chain.nodes().map(|node| (node.name.clone(), slots(&node.name)));
+    let (name, slots) = found.into_iter().find(|(_, slots)| slots.len() as u64 == blocks).unwrap();
+    (name, Slot(*slots.last().unwrap()))
+}
+
+#[test]
+fn what_lies_in_the_gap_before_a_bitmap_is_not_taken_along() {
+    for garbage in [None, Some(0), Some(GAP_BYTES - 8)] {
+        let mut play = Play::new(Backend::Files, 3, None);
+        let first = neighbours(&mut play);
+        play.detach();
+        let (source, slot) = image_with(&play, BLOCKS);
+        let repo = play.world.repo.clone();
+        if let Some(at) = garbage {
+            let volume = repo.volumes.open(&source, Access::Write).unwrap();
+            volume.write_at(b"conectix", slot.bitmap_offset() - GAP_BYTES + at).unwrap();
+            volume.flush("scenario: damage").unwrap();
+        }
+        let disk = VolumeName::vhd(play.vdi);
+        let read = || {
+            let chain = Chain::open(repo.volumes.as_ref(), &disk).unwrap();
+            let mut bytes = vec![0; (BLOCKS << 21) as usize];
+            chain.read_at(&mut bytes, 0).unwrap();
+            bytes
+        };
+        let before = read();
+        play.delete(first);
+        play.collect();
+        assert!(play.failures.is_empty(), "{:?}", play.failures);
+        // Its parent has it all now, and goes by another name.
+        let (parent, slot) = image_with(&play, BLOCKS);
+        assert_ne!(parent, source);
+        let volume = repo.volumes.open(&parent, Access::Read).unwrap();
+        let mut gap = vec![0; GAP_BYTES as usize];
+        volume.read_at(&mut gap, slot.bitmap_offset() - GAP_BYTES).unwrap();
+        assert!(gap.iter().all(|byte| *byte == 0), "{garbage:?}");
+        assert!(read() == before, "{garbage:?}");
+    }
 }

@@ -31,6 +31,9 @@ pub enum Step {
     /// Waiting for the completion of an operation that was begun with
     /// [`SimDisk::begin`].
     Wait,
+    /// What a [`Volume::copy_from`] copies beyond a block: the bitmaps and the
+    /// data of its neighbours.
+    Neighbours,
 }
 
 /// A step left out.
@@ -47,6 +50,8 @@ pub enum Sabotage {
     /// An operation begun with this label is reported complete at once
     /// ([`SimOp::early`](super::SimOp::early)), while it stays in flight.
     EarlyCompletion(Why),
+    /// A copy of several blocks of this label copies the first alone.
+    ShortCopy(Why),
 }
 
 impl Sabotage {
@@ -59,6 +64,7 @@ impl Sabotage {
             Step::Record => Self::SkipRecord(why),
             Step::Name => Self::SkipName(why),
             Step::Wait => Self::EarlyCompletion(why),
+            Step::Neighbours => Self::ShortCopy(why),
         }
     }
 

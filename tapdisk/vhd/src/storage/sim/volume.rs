@@ -9,8 +9,9 @@ use super::devices::EXTENT;
 use super::disk::SimDisk;
 use super::effect::{Ino, Lasting};
 use super::log::What;
-use super::sabotage::OpClass;
+use super::sabotage::{OpClass, Step};
 use super::sector::SECTOR;
+use crate::units::BLOCK_BYTES;
 
 /// An open simulated file.
 #[derive(Debug)]
@@ -140,9 +141,13 @@ impl Volume for SimVolume {
             return Ok(CopyKind::Copied);
         };
         let (from, from_at) = (source.ino, source_offset);
-        let (to, to_at, len) = (self.ino, offset, len_bytes);
+        let (to, to_at) = (self.ino, offset);
+        let several = len_bytes > BLOCK_BYTES;
+        let short = several
+            && self.disk.with(|live| live.family.meets(Step::Neighbours, "a copy of blocks side by side"));
+        let len = if short { BLOCK_BYTES } else { len_bytes };
         self.change(What::Copy { from, from_at, to, to_at, len }, "copy")?;
-        Ok(copy_kind(from_at, to_at, len))
+        Ok(copy_kind(from_at, to_at, len_bytes))
     }
 
     fn allocated(&self) -> io::Result<u64> {
