@@ -24,6 +24,8 @@ mod scale;
 mod soak;
 mod space;
 mod stalls;
+mod stuck;
 mod transfer;
+mod units;
 mod workload;
 mod zeros;
