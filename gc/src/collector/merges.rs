@@ -3,6 +3,7 @@
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
+use serde::Serialize;
 use sm::catalog::Event;
 use sm::journal::Intent;
 use uuid::Uuid;
@@ -15,7 +16,7 @@ use crate::job::{Job, Result, Stop};
 use crate::job_watch::JobWatch;
 use crate::plan::{Choice, Merge};
 use crate::progress::{Doing, Done, Kind, Reading};
-use crate::receipt::{Receipt, Witness, witness};
+use crate::receipt::{Opened, Receipt, Witness, witness};
 
 impl Collector {
     /// Starts a merge on a thread of its own; returns once its record stands
@@ -94,6 +95,9 @@ impl Collector {
         self.state().recorded(key, &intent, self.now());
         begun.send(()).ok();
         let id = intent.id();
+        if let Some(witness) = &witness {
+            self.note_open(key, &witness.opened(&id.to_string()));
+        }
         let outcome = self.carry_on(key, &job, intent);
         let receipt = match (witness, &outcome) {
             (Some(_), Err(Stop::Aborted)) => Some(Receipt::void("the merge was stopped")),
@@ -170,16 +174,25 @@ impl Collector {
 
     /// Writes what came of a job into the SR's history.
     pub(super) fn keep(&self, done: Option<Done>) {
-        let Some(done) = done else {
-            return;
-        };
-        let kept = serde_json::to_string(&done).map_err(|error| error.to_string()).and_then(|detail| {
-            let (at_s, operation) = (self.repo.ids.now_s(), done.kind.operation());
-            let event = Event { at_s, operation, vdi: done.vdi, detail };
+        if let Some(done) = done {
+            self.note(done.kind.operation(), done.vdi, &done.job, &done);
+        }
+    }
+
+    /// Writes there that a receipt is open: before the merge's first step, so
+    /// that what nobody closes shows.
+    fn note_open(&self, key: u64, opened: &Opened) {
+        let vdi = self.state().running.get(&key).and_then(|doing| doing.nodes.first().copied());
+        self.note("content-receipt", vdi.unwrap_or_default(), &opened.job, opened);
+    }
+
+    fn note(&self, operation: &'static str, vdi: Uuid, job: &str, what: &impl Serialize) {
+        let kept = serde_json::to_string(what).map_err(|error| error.to_string()).and_then(|detail| {
+            let event = Event { at_s: self.repo.ids.now_s(), operation, vdi, detail };
             self.repo.labels.note(&event).map_err(|error| error.to_string())
         });
         if let Err(error) = kept {
-            tracing::warn!(sr = %self.repo.uuid, vdi = %done.vdi, job = %done.job, %error, "history not written");
+            tracing::warn!(sr = %self.repo.uuid, %vdi, %job, %error, "history not written");
         }
     }
 }

@@ -49,6 +49,16 @@
 //! readings of its own; a merge that is carried on from its record has a void
 //! receipt, because some of it was done before.
 //!
+//! The SR's history says so, whoever dies when. A line of its own
+//! ([`Opened`]) says that a receipt is *open*, with what each disk was, once
+//! the merge's record stands and before its first step; the job's line says
+//! how it was closed ([`State`]). A collector that dies
+//!
+//! * before 2 leaves neither: nothing was merged;
+//! * in 2 leaves an open one, closed as void by whoever carries the merge on;
+//! * after it leaves an open one that nobody closes: the merge was not
+//!   compared. What the disks were stands in that line.
+//!
 //! # A difference
 //!
 //! The job ends as failed, naming disk and blocks; it is an error in the log, a
@@ -130,9 +140,53 @@ pub struct DiskReceipt {
     pub sha256: Option<[compare::Digest; 2]>,
 }
 
+/// How far a receipt is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// First readings were taken; the job's own line will say what came of
+    /// it. If there is none, nothing was compared.
+    Open,
+    /// Both readings were taken, and each disk says what came of it.
+    #[default]
+    Compared,
+    /// It says nothing.
+    Void,
+}
+
+/// A line of history: the receipt of a job is open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Opened {
+    /// The job.
+    pub job: String,
+    /// The receipt so far.
+    pub receipt: OpenReceipt,
+}
+
+/// A receipt with first readings alone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct OpenReceipt {
+    /// [`State::Open`].
+    pub state: State,
+    /// The disks that were read.
+    pub disks: Vec<FirstReading>,
+}
+
+/// What a disk was before a merge.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct FirstReading {
+    /// The disk.
+    pub vdi: Uuid,
+    /// As in [`DiskReceipt`]; not there where it could not be read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<compare::Digest>,
+}
+
 /// What came of a job's disks.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Receipt {
+    /// How far it is: never open in the line of a job that ended.
+    pub state: State,
     /// Each disk that stood on the merged nodes.
     pub disks: Vec<DiskReceipt>,
     /// Why there is nothing about any of them, if so.
@@ -145,7 +199,7 @@ pub struct Receipt {
 impl Receipt {
     /// One that says nothing.
     pub(crate) fn void(reason: impl Into<String>) -> Self {
-        Self { void: Some(reason.into()), ..Self::default() }
+        Self { state: State::Void, void: Some(reason.into()), ..Self::default() }
     }
 
     /// Disks that are not what they were.

@@ -9,7 +9,7 @@ use vhd::units::BLOCK_BYTES;
 use super::compare::{Against, Digest, Found, Hashes, Sum, judge};
 use super::live::{self, Live};
 use super::read::{Detached, Trouble};
-use super::{DiskReceipt, Receipt, Verdict};
+use super::{DiskReceipt, FirstReading, OpenReceipt, Opened, Receipt, State, Verdict};
 use crate::forest::{Forest, Role};
 use crate::job::Result;
 use crate::limits;
@@ -151,6 +151,16 @@ impl<'a> Witness<'a> {
         Ok(Seen { virtual_bytes, hashes, sum: sum.end(), by })
     }
 
+    /// What the first readings came to.
+    pub fn opened(&self, job: &str) -> Opened {
+        let first = |(vdi, seen): &(Uuid, std::result::Result<Seen, Verdict>)| FirstReading {
+            vdi: *vdi,
+            sha256: seen.as_ref().ok().map(|seen| seen.sum),
+        };
+        let disks = self.seen.iter().map(first).collect();
+        Opened { job: job.to_owned(), receipt: OpenReceipt { state: State::Open, disks } }
+    }
+
     /// Reads every disk again and compares. `job` is what its papers are kept
     /// under. An abort makes what is left void.
     pub fn second(mut self, job: &str, tell: Tell<'_>) -> Receipt {
@@ -182,7 +192,7 @@ impl<'a> Witness<'a> {
             };
             disks.push(DiskReceipt { vdi, attached, verdict, sha256 });
         }
-        Receipt { disks, void: None, bytes_read: self.bytes_read }
+        Receipt { state: State::Compared, disks, void: None, bytes_read: self.bytes_read }
     }
 
     fn again(&mut self, vdi: Uuid, seen: &Seen) -> std::result::Result<(Found, Unequal, Digest), Trouble> {

@@ -113,6 +113,14 @@ fn job(host: &Host, kind: &str) -> Value {
     found.unwrap()
 }
 
+/// The lines of the SR's history that say of a receipt that it is open.
+fn opened(host: &Host) -> Vec<Value> {
+    let history: Value = serde_json::from_str(&host.get(Daemon::Smd, "/srs/store/history")).unwrap();
+    let lines = history["history"].as_array().unwrap().iter();
+    let opened = lines.filter(|line| line["operation"] == "content-receipt");
+    opened.map(|line| serde_json::from_str(line["detail"].as_str().unwrap()).unwrap()).collect()
+}
+
 fn of<'a>(job: &'a Value, vdi: &str) -> &'a Value {
     let disks = job["receipt"]["disks"].as_array().unwrap_or_else(|| panic!("no receipt: {job}"));
     disks.iter().find(|disk| disk["vdi"] == vdi).unwrap_or_else(|| panic!("nothing of {vdi}: {job}"))
@@ -190,6 +198,12 @@ fn a_snapshot_and_a_detached_disk_are_the_same_before_and_after() {
         assert_eq!((receipt["verdict"].as_str(), receipt["matched"].as_u64()), (Some("same"), Some(16)));
         assert_eq!(receipt["sha256"][0], receipt["sha256"][1]);
     }
+    assert_eq!(job["receipt"]["state"], "compared", "{job}");
+    let opened = opened(&scene.host);
+    assert_eq!((opened.len(), &opened[0]["job"]), (1, &job["job"]));
+    for disk in opened[0]["receipt"]["disks"].as_array().unwrap() {
+        assert_eq!(disk["sha256"], of(&job, disk["vdi"].as_str().unwrap())["sha256"][0], "{opened:?}");
+    }
     let metrics = scene.host.metrics(Daemon::Gcd);
     assert!(metrics.contains("coppice_gc_receipt_blocks_matched_total") && metrics.contains("} 32\n"));
 }
@@ -250,6 +264,11 @@ fn a_collector_that_died_in_between_raises_no_alarm() {
     scene.begin();
     scene.until_copying();
     scene.host.kill(Daemon::Gcd);
+    // Nobody remembers what was read; the history says that somebody did.
+    let left_open = opened(&scene.host);
+    assert_eq!((left_open.len(), &left_open[0]["receipt"]["state"]), (1, &"open".into()), "{left_open:?}");
+    let disks = left_open[0]["receipt"]["disks"].as_array().unwrap();
+    assert!(disks.len() == 2 && disks.iter().all(|disk| disk["sha256"].is_string()), "{left_open:?}");
     // What a person may do meanwhile, unseen by anybody.
     let at = scene.host.attach(&scene.d);
     write(&at, 0..2, 0x44);
@@ -259,8 +278,12 @@ fn a_collector_that_died_in_between_raises_no_alarm() {
     assert_eq!(job["error"], Value::Null, "{job}");
     let void = job["receipt"]["void"].as_str();
     // Its record was carried on, or recovery had dropped it and it began anew.
-    let fine = void.is_some_and(|why| why.contains("carried on")) || of(&job, &scene.d)["verdict"] == "same";
-    assert!(fine, "{job}");
+    let carried_on = void.is_some_and(|why| why.contains("carried on"));
+    assert!(carried_on || of(&job, &scene.d)["verdict"] == "same", "{job}");
+    let state = if carried_on { "void" } else { "compared" };
+    assert_eq!(job["receipt"]["state"], state, "{job}");
+    // Of the merge that nobody compared, no line says that somebody did.
+    assert!(carried_on == (left_open[0]["job"] == job["job"]), "{left_open:?} {job}");
     assert_eq!(scene.host.ok(&["gc", "status", "store"])["srs"][0]["alarms"], Value::Null);
 }
 
