@@ -189,6 +189,8 @@ pub const CONTROL_EXTENTS_MAX: usize = 512;
 /// Runs of blocks in one answer to a control peer, likewise.
 pub const CONTROL_RUNS_MAX: usize = 2048;
 
+/// Pieces of metadata that one operation writes.
+pub const META_PARTS_MAX: usize = 256;
 /// Threads that carry out disk operations. What waits for them is bounded by
 /// what the engine has in flight.
 pub const WORKERS: usize = 16;

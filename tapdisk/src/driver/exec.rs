@@ -29,7 +29,7 @@ enum Task {
     ReadGuest { id: FileId, file: OpenFile, offset: u64, into: Exclusive },
     WriteGuest { id: FileId, file: OpenFile, offset: u64, from: Shared },
     ReadMeta { file: Arc<dyn Volume>, offset: u64, len: u32 },
-    WriteMeta { file: Arc<dyn Volume>, offset: u64, bytes: Arc<[u8]> },
+    WriteMeta { file: Arc<dyn Volume>, parts: Vec<(u64, Arc<[u8]>)> },
     Copy { from: Arc<dyn Volume>, to: Arc<dyn Volume>, ranges: Arc<[CopyRange]>, share: bool },
     Zero { file: Arc<dyn Volume>, offset: u64, len: u64, keep: bool },
     Extend { file: Arc<dyn Volume>, len: u64 },
@@ -75,9 +75,7 @@ pub fn prepare(
             Task::ReadMeta { file: file(id)?, offset, len }
         }
         Op::ReadMeta { .. } => return Err(libc::EINVAL),
-        Op::WriteMeta { file: id, offset, bytes, why: _ } => {
-            Task::WriteMeta { file: file(id)?, offset, bytes }
-        }
+        Op::WriteMeta { file: id, parts, why: _ } => Task::WriteMeta { file: file(id)?, parts },
         Op::Copy { from, to, ranges, share } => {
             Task::Copy { from: file(from)?, to: file(to)?, ranges, share }
         }
@@ -229,7 +227,10 @@ impl Task {
             Self::ReadGuest { offset, into, .. } => ("read", *offset, into.len() as u64),
             Self::WriteGuest { offset, from, .. } => ("write", *offset, from.len() as u64),
             Self::ReadMeta { offset, len, .. } => ("metadata read", *offset, u64::from(*len)),
-            Self::WriteMeta { offset, bytes, .. } => ("metadata write", *offset, bytes.len() as u64),
+            Self::WriteMeta { parts, .. } => {
+                let bytes = parts.iter().map(|(_, bytes)| bytes.len() as u64).sum();
+                ("metadata write", parts.first().map_or(0, |(offset, _)| *offset), bytes)
+            }
             Self::Copy { ranges, .. } => {
                 let first = ranges.first().map_or(0, |range| range.to);
                 ("copy", first, ranges.iter().map(|range| range.len_bytes).sum())
@@ -251,7 +252,11 @@ impl Task {
                 file.read_at(&mut bytes, offset)?;
                 return Ok(Completion::Bytes(bytes));
             }
-            Self::WriteMeta { file, offset, bytes } => file.write_at(&bytes, offset)?,
+            Self::WriteMeta { file, parts } => {
+                for (offset, bytes) in parts {
+                    file.write_at(&bytes, offset)?;
+                }
+            }
             Self::Copy { from, to, ranges, share } => {
                 let shared_bytes = copy(&*from, &*to, &ranges, share)?;
                 return Ok(Completion::Copied { shared_bytes });
@@ -313,4 +318,27 @@ pub fn errno(error: &io::Error) -> i32 {
         io::ErrorKind::Unsupported => libc::EOPNOTSUPP,
         _ => libc::EIO,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use vhd::storage::PosixVolume;
+
+    use super::*;
+
+    #[test]
+    fn every_piece_of_metadata_goes_where_it_belongs() {
+        let path = tempfile::NamedTempFile::new().unwrap();
+        let file = File::options().read(true).write(true).open(path.path()).unwrap();
+        let file = Arc::new(PosixVolume::from_file(file).unwrap());
+        let parts = [(3, 8192), (1, 0), (2, 512)].map(|(n, at)| (at, Arc::from([n; 512].as_slice())));
+        let work = Work(Task::WriteMeta { file: file.clone(), parts: parts.to_vec() });
+        assert_eq!(work.run().unwrap(), Completion::Done);
+        let mut all = vec![9; 8704];
+        file.read_at(&mut all, 0).unwrap();
+        let expected = |at: usize| [1, 2].get(at / 512).copied().unwrap_or(if at < 8192 { 0 } else { 3 });
+        assert!(all.iter().enumerate().all(|(at, byte)| *byte == expected(at)));
+    }
 }

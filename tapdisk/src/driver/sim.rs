@@ -373,6 +373,11 @@ impl SimTap {
             }
             Op::Swap { new, over, why, .. } => VecDeque::from([(rename(&new, &over), why)]),
             Op::Copy { from, to, ranges, .. } => self.copies(from, to, &ranges).unwrap_or_default(),
+            Op::WriteMeta { file, parts, why } => {
+                let Some(file) = self.file(file) else { return VecDeque::new() };
+                let write = |(offset, bytes)| (SimRequest::Write { file, offset, bytes }, why);
+                parts.into_iter().map(write).collect()
+            }
             op => self.request(op).into_iter().collect(),
         }
     }
@@ -406,15 +411,12 @@ impl SimTap {
                 let bytes: Arc<[u8]> = self.target(from)?.to_vec().into();
                 (SimRequest::Write { file: self.file(file)?, offset, bytes }, "guest write")
             }
-            Op::WriteMeta { file, offset, bytes, why } => {
-                (SimRequest::Write { file: self.file(file)?, offset, bytes }, why)
-            }
             Op::Zero { file, offset, len, keep, why } => {
                 (SimRequest::Zero { file: self.file(file)?, offset, len, keep }, why)
             }
             Op::Extend { file, len } => (SimRequest::Extend { file: self.file(file)?, len }, "longer file"),
             Op::Flush { file, why } => (SimRequest::Flush { file: self.file(file)? }, why),
-            Op::Copy { .. } | Op::Swap { .. } => return None,
+            Op::Copy { .. } | Op::Swap { .. } | Op::WriteMeta { .. } => return None,
             Op::SyncNames { why } => (SimRequest::SyncNames { folder: String::new() }, why),
         })
     }

@@ -105,14 +105,12 @@ pub enum Op {
         /// Bytes.
         len: u32,
     },
-    /// Writes metadata.
+    /// Writes pieces of metadata, in no order that counts.
     WriteMeta {
         /// To.
         file: FileId,
-        /// Byte offset in the file.
-        offset: u64,
-        /// The bytes.
-        bytes: Arc<[u8]>,
+        /// Where each begins in the file, in bytes, and its bytes.
+        parts: Vec<(u64, Arc<[u8]>)>,
         /// Names the step.
         why: Why,
     },

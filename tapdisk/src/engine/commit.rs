@@ -35,7 +35,7 @@ impl Engine {
         let file = self.stack[PARENT].file;
         let bytes = footer.as_slice().into();
         self.start(
-            Op::WriteMeta { file, offset: 0, bytes, why: "merge commit: unhide the parent" },
+            Op::WriteMeta { file, parts: vec![(0, bytes)], why: "merge commit: unhide the parent" },
             Purpose::Commit,
         );
         Ok(())

@@ -3,6 +3,8 @@
 //!
 //! The order of the steps and their crash argument: [`vhd::rw`].
 
+use std::sync::Arc;
+
 use vhd::bitmap::SectorBitmap;
 use vhd::rw::Captured;
 use vhd::units::Slot;
@@ -13,7 +15,7 @@ use super::relief::Held;
 use super::{
     Barrier, CleanWaiter, CommandError, CommandReply, Engine, FileId, Op, RequestId, Token, WriteBackWaiter,
 };
-use crate::limits::{CLOSE_TIME_MAX_US, ZERO_SLOTS_MAX};
+use crate::limits::{CLOSE_TIME_MAX_US, META_PARTS_MAX, ZERO_SLOTS_MAX};
 
 /// The last flush of a cycle.
 const METADATA: vhd::storage::Why = "writeback: metadata before its record is dropped";
@@ -201,14 +203,9 @@ impl Engine {
     pub(super) fn write_entries(&mut self, index: usize, mut cycle: Cycle) {
         let image = &self.stack[index];
         let (file, sectors) = (image.file, image.rw.bat_sectors(&cycle.captured));
-        let write = |(offset, bytes): (u64, [u8; 512])| Op::WriteMeta {
-            file,
-            offset,
-            bytes: bytes.as_slice().into(),
-            why: "writeback: BAT",
-        };
+        let sectors = sectors.into_iter().map(|(offset, bytes)| (offset, bytes.as_slice().into()));
         cycle.stage = Stage::Entries;
-        self.cycle_ops(index, cycle, sectors.into_iter().map(write).collect());
+        self.cycle_ops(index, cycle, meta_writes(file, "writeback: BAT", sectors));
     }
 
     fn cycle_ops(&mut self, index: usize, mut cycle: Cycle, ops: Vec<Op>) {
@@ -484,15 +481,21 @@ impl Engine {
 
 /// The bitmaps of slots that no BAT on the file names, and the others.
 fn bitmap_writes(file: FileId, captured: &Captured) -> (Vec<Op>, Vec<Op>) {
-    let write = |(slot, bitmap): &(Slot, SectorBitmap)| Op::WriteMeta {
-        file,
-        offset: slot.bitmap_offset(),
-        bytes: bitmap.to_bytes().as_slice().into(),
-        why: "writeback: bitmap",
+    let bytes = |(slot, bitmap): &(Slot, SectorBitmap)| {
+        (slot.bitmap_offset(), Arc::from(bitmap.to_bytes().as_slice()))
     };
+    let writes = |bitmaps: Vec<_>| meta_writes(file, "writeback: bitmap", bitmaps.into_iter().map(bytes));
     let new = captured.new_slots();
     let (new, known): (Vec<_>, Vec<_>) = captured.bitmaps.iter().partition(|(slot, _)| new.contains(slot));
-    (new.into_iter().map(write).collect(), known.into_iter().map(write).collect())
+    (writes(new), writes(known))
+}
+
+/// Many in each operation: a file takes one write through the page cache at a
+/// time, so more threads would only wait for each other, and for guests.
+fn meta_writes(file: FileId, why: &'static str, parts: impl Iterator<Item = (u64, Arc<[u8]>)>) -> Vec<Op> {
+    let parts: Vec<_> = parts.collect();
+    let ops = parts.chunks(META_PARTS_MAX);
+    ops.map(|parts| Op::WriteMeta { file, parts: parts.to_vec(), why }).collect()
 }
 
 fn flush(file: FileId, why: &'static str) -> Op {
