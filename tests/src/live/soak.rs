@@ -34,7 +34,8 @@ const BETWEEN_KILLS_MS_MAX: u64 = 1500;
 const RECEIPTS_TURN: Duration = Duration::from_secs(10);
 
 /// What a command may be refused with while a tapdisk dies or a merge runs.
-const IN_THE_WAY: [&str; 3] = ["BUSY", "IN_USE", "NOT_RUNNING"];
+/// Snapshots may outrun the collector on a slow machine; it must catch up.
+const IN_THE_WAY: [&str; 4] = ["BUSY", "IN_USE", "NOT_RUNNING", "CHAIN_TOO_LONG"];
 
 /// What the guest's thread is told.
 enum Mark {
