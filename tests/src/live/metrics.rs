@@ -22,8 +22,7 @@ const CALLERS_MAX: usize = 100_000;
 fn samples(page: &str) -> BTreeMap<String, f64> {
     let (mut samples, mut families) = (BTreeMap::new(), BTreeSet::new());
     let (mut family, mut kind) = ("", "");
-    let body = page.split_once("\r\n\r\n").unwrap().1;
-    for line in body.lines() {
+    for line in page.lines() {
         if let Some(help) = line.strip_prefix("# HELP ") {
             family = help.split(' ').next().unwrap();
             assert!(families.insert(family), "{family} is told twice");
