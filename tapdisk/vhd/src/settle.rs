@@ -2,6 +2,7 @@
 
 use crate::batmap::write_batmap;
 use crate::error::Result;
+use crate::footer::Footer;
 use crate::meta::{FooterState, Meta};
 use crate::storage::Volume;
 use crate::units::{BlockNo, SECTOR_BYTES};
@@ -36,7 +37,8 @@ impl Settled {
 /// A crash anywhere leaves an image that opens: a torn BATmap is ignored and
 /// rebuilt, and until the footer at the end is whole the copy at the front
 /// serves. The sector at `data_end` is the guard no slot takes, so at no
-/// length does the guest choose the last sector. A device is made shorter last:
+/// length does the guest choose the last sector; what else may lie there, see
+/// [`cover`]. A device is made shorter last:
 /// until that one change its end has what it had, be it zeros or the footer of
 /// before, and after it the new footer, which is durable by then.
 ///
@@ -55,6 +57,7 @@ pub fn settle_files(
     let footer = meta.footer.to_bytes();
     let end = footer_place(volume, settled.data_end)?;
     if !volume.is_device() {
+        cover(volume, &footer, end)?;
         volume.set_len(end + SECTOR_BYTES)?;
     }
     volume.write_at(&footer, end)?;
@@ -62,6 +65,23 @@ pub fn settle_files(
     volume.flush("settle: BATmap and footers")?;
     give_back(volume, end)?;
     meta.footer_state = FooterState::Settled;
+    Ok(())
+}
+
+/// Where a file is to be cut, an image that grew may have left its footer of
+/// before, with the size and the flags of then. A crash between the cut and the
+/// new footer would bring it back: so the new one is durable there first. Until
+/// the file is cut, nobody looks there.
+fn cover(volume: &dyn Volume, footer: &[u8; 512], end: u64) -> Result<()> {
+    if volume.len()? <= end + SECTOR_BYTES {
+        return Ok(());
+    }
+    let mut there = [0; 512];
+    volume.read_at(&mut there, end)?;
+    if there != *footer && Footer::parse(&there).is_ok() {
+        volume.write_at(footer, end)?;
+        volume.flush("settle: the footer before the file ends with it")?;
+    }
     Ok(())
 }
 
