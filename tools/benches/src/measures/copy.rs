@@ -109,10 +109,6 @@ fn cp(file: &Path, reflink: &str) -> Result<Duration> {
     Ok(took)
 }
 
-/// Sectors all over the disk into a parent that has all of it, against a loop
-/// that reads the source block by block, then writes the data, reads the
-/// bitmap and writes the bitmap of one run after the other, past the page
-/// cache. That loop makes nothing durable before the end.
 /// Each way of merging `content`, of which `bytes` are copied.
 fn merging<'a>(bench: &'a Bench, dir: &'a Path, content: &'a Content, bytes: u64) -> Vec<Contender<'a>> {
     let contender = |(way, name): &'a (Way, &'static str)| {
@@ -121,6 +117,10 @@ fn merging<'a>(bench: &'a Bench, dir: &'a Path, content: &'a Content, bytes: u64
     WAYS.iter().map(contender).collect()
 }
 
+/// Sectors all over the disk into a parent that has all of it, against a loop
+/// that reads the source block by block, then writes the data, reads the
+/// bitmap and writes the bitmap of one run after the other, past the page
+/// cache. That loop makes nothing durable before the end.
 fn scattered(bench: &Bench, report: &mut Report, dir: &Path) -> Result<()> {
     let smoke = bench.size_bytes <= SMOKE_BYTES;
     let disk = if smoke { bench.size_bytes } else { SCATTERED_DISK_BYTES };
