@@ -14,9 +14,14 @@ const ROUTES: &[Route] = &[
         "Collect now: all, an SR, or the tree of a VDI; with `wait` or `dry_run` it answers what was, or would be, done; `offline` (path, name) is an SR that is not attached",
         &["sr?", "vdi?", "wait?", "dry_run?", "offline?"],
     ),
-    ("post", "/pause", "Start no new work", &["sr?"]),
+    ("post", "/pause", "Stop running merges at the next safe point and start no new work", &["sr?"]),
     ("post", "/resume", "Go on", &["sr?"]),
-    ("post", "/abort", "Stop running merges at the next safe point", &["sr?", "vdi?"]),
+    (
+        "post",
+        "/abort",
+        "Stop running merges at the next safe point; after half a minute they may begin again",
+        &["sr?", "vdi?"],
+    ),
     (
         "post",
         "/set",

@@ -430,11 +430,11 @@ pub enum GcCommand {
     },
     /// Say what runs and what waits
     Status(GcScope),
-    /// Start no new work
+    /// Stop running merges at the next safe point and start no new work
     Pause(GcScope),
     /// Go on
     Resume(GcScope),
-    /// Stop running work at the next safe point
+    /// Stop running merges at the next safe point; after half a minute they may begin again
     Abort(GcScope),
     /// Set limits, also for merges under way
     Set {
