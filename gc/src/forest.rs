@@ -30,7 +30,7 @@ pub enum Format {
     Fixed,
     /// A dynamic or differencing VHD with blocks of 2 MiB.
     Sparse,
-    /// A VHD with another block size: served, never merged.
+    /// A VHD with another block size: neither served nor merged.
     OtherBlocks,
 }
 

@@ -295,7 +295,6 @@ impl State {
         waits: BTreeMap<Uuid, Reason>,
         mut active: BTreeSet<Uuid>,
         again: bool,
-        now: Duration,
     ) {
         self.roots = forest.nodes().map(|node| (node.uuid, forest.root(node.uuid))).collect();
         // What only has to wait a little, and what a running merge or the
@@ -320,7 +319,6 @@ impl State {
         self.again = again;
         self.dirty |= again;
         self.round_error = None;
-        let _ = now;
     }
 
     pub(crate) fn round_failed(&mut self, stop: &Stop) {

@@ -117,7 +117,7 @@ impl Collector {
         }
         let deleted = planned.choices.iter().any(|choice| matches!(choice, Choice::Delete { .. }))
             && !self.state().paused;
-        self.state().planned(&forest, planned.waits, active, deleted, self.now());
+        self.state().planned(&forest, planned.waits, active, deleted);
         Ok(())
     }
 
