@@ -1,6 +1,7 @@
 //! What of N goes into P, and in which order. No I/O of its own: it looks at
-//! block tables and answers with windows of [`Step`]s; whoever runs them
-//! (gcd on hidden and detached images, tapdisk on its own leaf) does the I/O.
+//! block tables and answers with windows of [`Step`]s; gcd, which runs them on
+//! hidden and detached images, does the I/O. A tapdisk moves the blocks of its
+//! own leaf under guests' writes, which needs another order: see its engine.
 //!
 //! ```text
 //!   sources, newest first            parent
