@@ -2,9 +2,13 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+mod handshake;
 mod hostile;
 mod interop;
 mod life;
+mod oversize;
+mod peer;
 mod stuck;
 mod support;
 mod tls;
+mod trace;
