@@ -2,11 +2,16 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
 /// Smallest XFS that its maker makes, with room to spare.
 const XFS_BYTES_MIN: u64 = 512 << 20;
+/// How long its unmounting is tried.
+const UNMOUNT_TIME_MAX: Duration = Duration::from_secs(10);
+/// And how often.
+const UNMOUNT_RETRY: Duration = Duration::from_millis(50);
 
 /// Mounted; unmounted when dropped.
 #[derive(Debug)]
@@ -48,10 +53,26 @@ impl Xfs {
     }
 }
 
+impl Xfs {
+    /// A tapdisk that was killed gives up its files a moment after it is gone.
+    fn unmount(&self) -> bool {
+        let deadline = Instant::now() + UNMOUNT_TIME_MAX;
+        loop {
+            let tried = Command::new("umount").arg(&self.folder).output();
+            if tried.is_ok_and(|output| output.status.success()) {
+                return true;
+            }
+            if Instant::now() > deadline {
+                return false;
+            }
+            std::thread::sleep(UNMOUNT_RETRY);
+        }
+    }
+}
+
 impl Drop for Xfs {
     fn drop(&mut self) {
-        let unmounted = Command::new("umount").arg(&self.folder).status();
-        if unmounted.is_ok_and(|status| status.success()) {
+        if self.unmount() {
             // What stays behind is named like a benchmark's.
             let _ = std::fs::remove_dir(&self.folder);
             let _ = std::fs::remove_file(&self.image);
