@@ -19,7 +19,7 @@ use crate::record::RecordStore;
 use crate::replay::replay;
 use crate::rw::{Captured, Presence, RwImage};
 pub use crate::settle::{Settled, settle_files};
-use crate::slots::{Slots, slot_bytes};
+use crate::slots::{GUARD_BYTES, Slots, slot_bytes};
 use crate::storage::{Access, Volume, VolumeName, Volumes};
 use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockNo, SECTOR_BYTES, SectorRun, Slot};
 pub use copying::{CopyIn, WholeBlock};
@@ -46,14 +46,14 @@ pub struct OpenRw {
 /// 3. A flush: that copy must be durable before the end is cut, and what the
 ///    BAT says now before space it does not name is given away (a killed
 ///    holder may have cleared an entry that a power cut would bring back).
-/// 4. The tail is cut behind the last block, gaps are zeroed and the BATmap is
-///    zeroed as a whole: what the BAT does not name is never trusted to read
-///    as zeros (invariant 6), and no BATmap bit may outlive a block that is
-///    freed later (invariant 7). No flush follows here: the first metadata
-///    anybody writes is written after a flush of data, which covers this too.
-///    On a device, whose free space is anything and stays so, only the footer
-///    at the end is zeroed: as on a file that was cut, the copy at the front
-///    alone counts from here until the image is settled.
+/// 4. The tail is cut behind the last block (see [`cut`]), gaps are zeroed and
+///    the BATmap is zeroed as a whole: what the BAT does not name is never
+///    trusted to read as zeros (invariant 6), and no BATmap bit may outlive a
+///    block that is freed later (invariant 7). No flush follows here: the first
+///    metadata anybody writes is written after a flush of data, which covers
+///    this too. On a device, whose free space is anything and stays so, only
+///    the footer at the end is zeroed: as on a file that was cut, the copy at
+///    the front alone counts from here until the image is settled.
 ///
 /// # Errors
 /// Whatever is wrong with the image, naming it; `WouldBlock` inside
@@ -125,8 +125,7 @@ fn prepare(volume: &dyn Volume, meta: &Meta) -> Result<RwImage> {
         volume.zero(len.saturating_sub(SECTOR_BYTES), SECTOR_BYTES)?;
         slots.on_device(len)
     } else {
-        volume.set_len(slots.end_bytes())?;
-        volume.set_len(slots.len_bytes())?;
+        cut(volume, &slots)?;
         for gap in gaps {
             volume.zero(gap.offset, gap.len)?;
         }
@@ -141,6 +140,19 @@ fn prepare(volume: &dyn Volume, meta: &Meta) -> Result<RwImage> {
         byte.is_some_and(|byte| byte & (0x80 >> (block.0 % 8)) != 0)
     };
     Ok(RwImage::new(layout.clone(), bat, is_whole, slots))
+}
+
+/// Has a file end with the guard behind its last slot. What lies there now may
+/// be anything, an older footer too: it becomes zeros first, and durably so
+/// where the file is longer. So at no moment does it end with what a guest
+/// wrote, or with that footer.
+fn cut(volume: &dyn Volume, slots: &Slots) -> Result<()> {
+    volume.write_at(&[0; GUARD_BYTES as usize], slots.end_bytes())?;
+    if volume.len()? > slots.len_bytes() {
+        volume.flush("open: the guard before the file ends with it")?;
+        volume.set_len(slots.len_bytes())?;
+    }
+    Ok(())
 }
 
 /// Settles an image that a dead process may have left unsettled, so that it

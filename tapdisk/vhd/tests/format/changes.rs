@@ -2,15 +2,17 @@
 //! reads as before.
 
 use uuid::Uuid;
-use vhd::bat::{BAT_FREE, read_bat};
+use vhd::bat::{BAT_FREE, data_end, read_bat};
 use vhd::bitmap::SectorBitmap;
 use vhd::check::{Options, check};
+use vhd::footer::Footer;
 use vhd::hidden::set_hidden;
 use vhd::meta::Meta;
 use vhd::repair::repair;
 use vhd::reparent::{ParentLink, set_parent};
 use vhd::resize::{grow, needs_moving, shrink};
 use vhd::storage::{Volume, VolumeName};
+use vhd::writer::reopen;
 use vhd::{Error, resize};
 
 use crate::crash::each_state;
@@ -144,6 +146,44 @@ fn shrinking_loses_no_data() {
         shrink(&torn, &mut meta, 8 * MIB).unwrap();
         assert!(contents(&torn, 8 * MIB) == old, "operation {n}");
     });
+}
+
+/// The last block ends with what a guest wrote to look like this image's
+/// footer, with another size. `behind` is what follows that block in the file.
+fn forged_in_its_last_sector(behind: &[u8]) -> Vec<u8> {
+    let volume = Mem::new(fixture::bytes("dyn-data-16m.vhd"));
+    let meta = Meta::read(&volume).unwrap();
+    let layout = meta.layout.as_ref().unwrap();
+    let bat = read_bat(&volume, layout).unwrap();
+    let slot = bat.iter().filter(|entry| **entry != BAT_FREE).max().unwrap();
+    let forged = Footer { virtual_bytes: 4096 * MIB, ..meta.footer.clone() };
+    let end = data_end(&bat, layout);
+    volume.write_at(&[0xff], u64::from(*slot) * 512 + 511).unwrap();
+    volume.write_at(&forged.to_bytes(), end - 512).unwrap();
+    let mut bytes = volume.bytes();
+    bytes.truncate(end as usize);
+    bytes.extend_from_slice(behind);
+    bytes
+}
+
+#[test]
+fn at_no_moment_of_opening_does_an_image_end_with_what_a_guest_wrote_or_an_older_footer() {
+    let footer = fixture::bytes("dyn-data-16m.vhd")[..512].to_vec();
+    let old = Footer { virtual_bytes: 2 * MIB, ..Footer::parse(footer.first_chunk().unwrap()).unwrap() };
+    let longer = [old.to_bytes().as_slice(), &[0; 8192]].concat();
+    for behind in [footer, longer] {
+        let before = forged_in_its_last_sector(&behind);
+        let volume = Mem::new(before.clone());
+        let (meta, _) = reopen(&volume).unwrap();
+        assert_eq!(meta.virtual_bytes(), 16 * MIB);
+        let old = contents(&volume, 16 * MIB);
+        each_state(&before, &volume, |n, bytes| {
+            let torn = Mem::new(bytes);
+            let meta = Meta::read(&torn).unwrap_or_else(|e| panic!("operation {n}: {e}"));
+            assert_eq!(meta.virtual_bytes(), 16 * MIB, "operation {n}");
+            assert!(contents(&torn, 16 * MIB) == old, "operation {n}");
+        });
+    }
 }
 
 #[test]

@@ -21,6 +21,10 @@ pub fn each_state(before: &[u8], volume: &Mem, mut look: impl FnMut(usize, Vec<u
             continue;
         }
         pending.push(op.clone());
+        // The last alone: what had to be there before it is not.
+        let mut alone = durable.clone();
+        apply(&mut alone, op);
+        look(n + 1, alone);
         for keep_of_4 in [4, 2] {
             look(n + 1, torn(&durable, &pending, keep_of_4, &mut random));
         }
