@@ -38,6 +38,8 @@ pub(crate) struct Copying<'a> {
     unflushed: Unflushed,
     /// Runs of this window that are copied all at once, by source.
     batch: BTreeMap<usize, Vec<CopyIn>>,
+    /// Their bytes.
+    batched_bytes: u64,
     /// Blocks of this window that are shared as wholes, by source.
     shared: BTreeMap<usize, Vec<WholeBlock>>,
 }
@@ -70,6 +72,7 @@ impl<'a> Copying<'a> {
             shares: None,
             unflushed: Unflushed::default(),
             batch: BTreeMap::new(),
+            batched_bytes: 0,
             shared: BTreeMap::new(),
         }
     }
@@ -78,12 +81,12 @@ impl<'a> Copying<'a> {
     /// is one of its steps, done completely before the next.
     ///
     /// # Errors
-    /// [`Stop::Aborted`] between two windows; then everything copied so far
-    /// is durable, or will be after [`Self::settle`].
+    /// [`Stop::Aborted`] between two blocks; then everything copied so far is
+    /// durable, or will be after [`Self::settle`], and what the window has not
+    /// got to yet is in its source as before.
     pub fn run(&mut self) -> Result<()> {
         let mut merge = Merge::new(self.mode(), self.windows, BlockNo(0));
         while let Some(window) = self.sources.next(&mut merge)? {
-            self.watch.allow(window.bytes())?;
             self.fetch(&window);
             self.window(&window)?;
         }
@@ -179,7 +182,13 @@ impl<'a> Copying<'a> {
     fn move_blocks(&mut self, window: &Window, held: &mut Vec<(usize, Vec<vhd::units::Slot>)>) -> Result<()> {
         for step in window.steps() {
             match step {
-                Step::Copy(copy) => self.block(&copy)?,
+                Step::Copy(copy) => {
+                    self.watch.allow(copy.bytes())?;
+                    self.block(&copy)?;
+                    if self.batched_bytes >= limits::BATCH_BYTES_MAX {
+                        self.copy_batch()?;
+                    }
+                }
                 Step::CommitParent => self.commit_parent()?,
                 Step::Clear { source, blocks } => {
                     let Some(writer) = self.emptied.get_mut(source) else {
@@ -237,6 +246,7 @@ impl<'a> Copying<'a> {
             if self.is_batched(*run, gained) {
                 let piece = CopyIn { block: copy.block, run: *run, source_offset: offset, below };
                 self.batch.entry(*source).or_default().push(piece);
+                self.batched_bytes += run.bytes();
                 continue;
             }
             match self.parent.copy_in(copy.block, *run, volume, offset, below).map_err(format)? {
@@ -285,6 +295,7 @@ impl<'a> Copying<'a> {
 
     /// Copies what was put off for it.
     fn copy_batch(&mut self) -> Result<()> {
+        self.batched_bytes = 0;
         for (source, copies) in std::mem::take(&mut self.batch) {
             let Some(volume) = self.sources.volume(source) else {
                 continue;

@@ -57,8 +57,41 @@ impl Watch for JobWatch {
     }
 
     fn rate(&self) -> u64 {
-        let state = self.collector.state();
-        // The budget is shared by as many merges as may run.
-        state.budget.rate().div_ceil(state.settings.parallel.max(1) as u64)
+        self.collector.state().live_rate()
+    }
+
+    fn moved(&self, bytes: u64) {
+        // It has been moved: whoever asks next waits for it.
+        self.collector.state().budget.take(bytes, self.now());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::budget::Budget;
+    use crate::plan::Settings;
+    use crate::progress::{Doing, Kind, State};
+
+    use super::*;
+
+    const S: Duration = Duration::from_secs(1);
+
+    fn doing(kind: Kind) -> Doing {
+        Doing::new(kind, Vec::new(), Duration::ZERO)
+    }
+
+    #[test]
+    fn a_tapdisk_has_an_even_share_of_the_rate_and_all_of_it_when_it_is_alone() {
+        let mut state = State::new(Settings::default(), Budget::new(20 << 20, Duration::ZERO));
+        state.begin(doing(Kind::Leaf));
+        assert_eq!(state.live_rate(), 20 << 20);
+        state.begin(doing(Kind::Delete));
+        assert_eq!(state.live_rate(), 20 << 20);
+        let inner = state.begin(doing(Kind::Inner));
+        assert_eq!(state.live_rate(), 10 << 20);
+        state.end(inner, None, None);
+        assert_eq!(state.live_rate(), 20 << 20);
+        state.budget.set_rate(0, S);
+        assert_eq!(state.live_rate(), 0);
     }
 }

@@ -188,7 +188,9 @@ impl Live<'_> {
     fn note(&self, before: &MergeStatus, now: &MergeStatus) {
         let watch = self.job.watch;
         let cloned = now.bytes_cloned.saturating_sub(before.bytes_cloned);
-        let copied = now.bytes_copied.saturating_sub(before.bytes_copied).saturating_sub(cloned);
+        let moved = now.bytes_copied.saturating_sub(before.bytes_copied);
+        let copied = moved.saturating_sub(cloned);
+        watch.moved(moved);
         watch.note(Event::Copied { bytes: copied, cloned: false });
         watch.note(Event::Copied { bytes: cloned, cloned: true });
     }

@@ -5,9 +5,12 @@ use std::time::Duration;
 /// Most images merged in one pass. A chain is not longer than that unless
 /// its limit was raised.
 pub const SOURCES_MAX: usize = 32;
-/// Bytes copied between two looks at the abort flag and the I/O budget.
+/// Bytes of runs that are copied all at once: for so long nobody looks at the
+/// abort flag.
+pub const BATCH_BYTES_MAX: u64 = 32 << 20;
+/// Bytes copied by one window, before the parent is durable.
 pub const WINDOW_BYTES_MAX: u64 = 64 << 20;
-/// Blocks looked at between two looks at the abort flag.
+/// Blocks of one.
 pub const WINDOW_BLOCKS_MAX: u32 = 256;
 /// Bitmaps of a source that are read together, so that one need not wait for
 /// the other.

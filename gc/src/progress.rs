@@ -170,6 +170,15 @@ impl State {
         self.totals.bytes_copied + self.totals.bytes_cloned + running.sum::<u64>()
     }
 
+    /// Bytes per second for a merge that its tapdisk runs, an even share of what
+    /// all merges have; 0 is no limit. What it moves is paid for by the others:
+    /// see [`Watch::moved`](crate::watch::Watch::moved).
+    pub(crate) fn live_rate(&self) -> u64 {
+        let merges = |doing: &&Doing| doing.kind != Kind::Delete && doing.reading.is_none();
+        let sharing = self.running.values().filter(merges).count() as u64;
+        self.budget.rate().div_ceil(sharing.max(1))
+    }
+
     /// Disks whose trees wait for a person, with the job.
     pub(crate) fn alarmed(&self) -> Vec<(Uuid, String)> {
         let of =

@@ -44,7 +44,7 @@ pub trait Watch: Send + Sync {
     /// # Errors
     /// [`Aborted`], as soon as that is known.
     fn sleep(&self, time: Duration) -> Result<(), Aborted>;
-    /// Called before every window: waits until `bytes` may be copied.
+    /// Called before every block: waits until `bytes` may be copied.
     ///
     /// # Errors
     /// [`Aborted`].
@@ -53,6 +53,8 @@ pub trait Watch: Send + Sync {
     fn note(&self, event: Event);
     /// Bytes per second for a merge that its tapdisk runs; 0 is no limit.
     fn rate(&self) -> u64;
+    /// Such a merge moved so many bytes: others have that much less.
+    fn moved(&self, _bytes: u64) {}
 }
 
 /// Sums of events.
