@@ -22,6 +22,7 @@
 //! | `collecting` | the same, of deletions and merges |
 //! | `scenarios_full` | the same on a full filesystem |
 //! | `scenarios_ops` | the same for growth, revert and copy |
+//! | `finished` | what a collection may leave: nothing to do |
 //! | `campaign` | crashing, recovering, comparing, counting |
 //! | `teeth` | leaving steps out |
 //! | `faults` | operations that fail while others are under way |
@@ -29,6 +30,7 @@
 mod campaign;
 mod collecting;
 mod faults;
+mod finished;
 mod guest;
 pub(crate) mod oracle;
 pub(crate) mod scenarios;

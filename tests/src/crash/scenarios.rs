@@ -20,6 +20,7 @@ use vhd::storage::{Access, VolumeName};
 use vhd::units::{BlockNo, SectorRun};
 use vhd::writer::Writer;
 
+use super::finished::nothing_left;
 use super::oracle::{At, Instant, Oracle, stamp};
 use super::world::{BLOCKS, Backend, SharedGuest, World, locked};
 
@@ -263,7 +264,7 @@ impl Play {
     }
 }
 
-/// Deletes and merges until nothing is left to do.
+/// Deletes and merges until nothing is left to do, and that is what it leaves.
 pub fn collect_garbage(world: &World) -> Result<(), String> {
     let repo = &world.repo;
     for stored in sm::journal::load(repo.volumes.as_ref()).map_err(|e| e.to_string())? {
@@ -282,7 +283,7 @@ pub fn collect_garbage(world: &World) -> Result<(), String> {
             continue;
         }
         let merge = candidates(&forest).into_iter().find(|(_, against)| against.is_none());
-        let Some((merge, _)) = merge else { return Ok(()) };
+        let Some((merge, _)) = merge else { return nothing_left(world) };
         let (job, intent) = Job::begin(repo, world, &merge).map_err(|e| format!("{merge:?}: {e}"))?;
         job.carry_on(intent).map_err(|e| format!("{merge:?}: {e}"))?;
     }
