@@ -150,7 +150,7 @@ impl Bench {
     /// # Errors
     /// It does not come up.
     pub fn tapdisk(&self, leaf: &Image) -> Result<Server> {
-        Server::tapdisk(&self.tap, &self.images, leaf)
+        Server::tapdisk(&self.tap, &self.images, leaf, &[])
     }
 
     /// A qemu-nbd on a raw file for each way of reading it, by contender

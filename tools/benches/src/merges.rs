@@ -143,7 +143,7 @@ impl Watch for CopyWatch {
 }
 
 fn by_tapdisk(bench: &Bench, images: &Images, leaf: &Image, parent: &Image) -> anyhow::Result<Duration> {
-    let server = crate::procs::Server::tapdisk(&bench.tap, images, leaf)?;
+    let server = crate::procs::Server::tapdisk(&bench.tap, images, leaf, &[])?;
     let named = |image: &Image| ImageRef { volume: image.volume.as_str().to_owned(), footer: image.footer };
     let (leaf, parent) = (named(leaf), named(parent));
     let mut control = server.control()?;

@@ -33,11 +33,13 @@ pub enum Tool {
     QemuImg,
     /// Another peer.
     Nbdkit,
+    /// The client for TLS.
+    Nbdcopy,
 }
 
 impl Tool {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Fio, Self::QemuNbd, Self::QemuImg, Self::Nbdkit];
+    pub const ALL: [Self; 5] = [Self::Fio, Self::QemuNbd, Self::QemuImg, Self::Nbdkit, Self::Nbdcopy];
 
     /// Name of the program.
     #[must_use]
@@ -47,6 +49,7 @@ impl Tool {
             Self::QemuNbd => "qemu-nbd",
             Self::QemuImg => "qemu-img",
             Self::Nbdkit => "nbdkit",
+            Self::Nbdcopy => "nbdcopy",
         }
     }
 
@@ -57,6 +60,7 @@ impl Tool {
             Self::Fio => "fio",
             Self::QemuNbd | Self::QemuImg => "qemu-utils",
             Self::Nbdkit => "nbdkit",
+            Self::Nbdcopy => "libnbd-bin",
         }
     }
 
@@ -104,15 +108,18 @@ pub struct Server {
     child: Child,
     socket: PathBuf,
     control: Option<PathBuf>,
+    /// The TCP address it listens on as well, if it was told to.
+    listen: Option<String>,
 }
 
 impl Server {
     /// A tapdisk on the leaf of a chain. `program` is what runs with the
-    /// tapdisk's arguments: this program itself unless told otherwise.
+    /// tapdisk's arguments, `more` included: this program itself unless told
+    /// otherwise.
     ///
     /// # Errors
     /// What it said instead of "ready".
-    pub fn tapdisk(program: &TapProgram, images: &Images, leaf: &Image) -> Result<Self> {
+    pub fn tapdisk(program: &TapProgram, images: &Images, leaf: &Image, more: &[&OsStr]) -> Result<Self> {
         let run = images.run_folder().join(format!("tap-{}", number()));
         std::fs::create_dir(&run)?;
         let id = Uuid::new_v4().to_string();
@@ -126,6 +133,7 @@ impl Server {
             .arg(images.records_folder())
             .args(["--volume", leaf.volume.as_str(), "--vdi", &id, "--sr", &id, "--export", EXPORT])
             .args(["--boot-id", &Uuid::nil().to_string(), "--epoch", "1"])
+            .args(more)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -134,10 +142,13 @@ impl Server {
         let mut line = String::new();
         let stdout = child.stdout.take().context("no standard output")?;
         BufReader::new(stdout).read_line(&mut line)?;
-        let server = Self { child, socket: run.join("nbd.sock"), control: Some(run.join("ctl.sock")) };
-        if serde_json::from_str::<serde_json::Value>(&line)?["ready"] != true {
+        let (socket, control) = (run.join("nbd.sock"), Some(run.join("ctl.sock")));
+        let mut server = Self { child, socket, control, listen: None };
+        let said: serde_json::Value = serde_json::from_str(&line)?;
+        if said["ready"] != true {
             bail!("tapdisk: {line}");
         }
+        server.listen = said["listen"].as_str().map(str::to_owned);
         Ok(server)
     }
 
@@ -172,7 +183,7 @@ impl Server {
     fn peer(mut command: Command, socket: PathBuf) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::null());
         let child = command.spawn().with_context(|| format!("{command:?}"))?;
-        let mut server = Self { child, socket, control: None };
+        let mut server = Self { child, socket, control: None, listen: None };
         let deadline = Instant::now() + Duration::from_secs(SERVER_S_MAX);
         while server.connect().is_err() {
             if let Some(status) = server.child.try_wait()? {
@@ -198,6 +209,14 @@ impl Server {
     #[must_use]
     pub fn uri(&self) -> String {
         format!("nbd+unix:///{EXPORT}?socket={}", self.socket.display())
+    }
+
+    /// Its address for clients over TCP.
+    ///
+    /// # Errors
+    /// It was not told to listen.
+    pub fn tcp_address(&self) -> Result<&str> {
+        self.listen.as_deref().context("it does not listen on TCP")
     }
 
     /// A new control connection; tapdisks only.
@@ -324,6 +343,25 @@ fn fio(target: &[&OsStr], job: &FioJob<'_>) -> Result<f64> {
         bail!("fio: error {}", document["jobs"][0]["error"]);
     }
     Ok(rate)
+}
+
+/// Reads a whole export once, from its first byte to its last, on one
+/// connection; requests per second, the time the program takes to start
+/// included.
+///
+/// # Errors
+/// nbdcopy failed, with what it said.
+pub fn nbdcopy(uri: &str, size_bytes: u64, request_bytes: u32, depth: usize) -> Result<f64> {
+    let mut command = Command::new(Tool::Nbdcopy.program());
+    command.args(["--connections=1", "--threads=1", "--no-extents"]);
+    command.arg(format!("--requests={depth}")).arg(format!("--request-size={request_bytes}"));
+    let began = Instant::now();
+    let output = command.args([uri, "null:"]).stdin(Stdio::null()).output().context("nbdcopy")?;
+    let seconds = began.elapsed().as_secs_f64();
+    if !output.status.success() {
+        bail!("nbdcopy: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(size_bytes as f64 / f64::from(request_bytes) / seconds)
 }
 
 /// An empty qcow2 image over `backing`.

@@ -3,9 +3,10 @@
 use std::process::Command;
 
 /// Groups of measures with the number of rows each has when nothing is missing.
-const GROUPS: [(&str, usize); 7] = [
+const GROUPS: [(&str, usize); 8] = [
     ("reads", 12),
     ("sequential", 4),
+    ("tls", 1),
     ("writes", 8),
     ("swap", 4),
     ("refresh", 3),

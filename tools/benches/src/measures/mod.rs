@@ -12,6 +12,7 @@ mod reads;
 mod refresh;
 mod sequential;
 mod swap;
+mod tls;
 mod writes;
 
 /// Measures that share image sets and servers.
@@ -35,6 +36,7 @@ pub const GROUPS: &[Group] = &[
         run: reads::run,
     },
     Group { name: "sequential", about: "1 MiB reads and writes, QD 8", large: false, run: sequential::run },
+    Group { name: "tls", about: "1 MiB reads over TCP with TLS and without", large: false, run: tls::run },
     Group { name: "writes", about: "4 KiB random writes of all kinds", large: false, run: writes::run },
     Group { name: "swap", about: "guest stall of a snapshot", large: false, run: swap::run },
     Group { name: "refresh", about: "latency while the chain is re-read", large: false, run: refresh::run },
