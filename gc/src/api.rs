@@ -15,7 +15,7 @@
 
 mod receipts;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -66,6 +66,9 @@ pub struct SrStatus {
     pub name: String,
     /// Whether nothing is started.
     pub paused: bool,
+    /// Disks whose leaves are left alone.
+    #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+    pub off: BTreeSet<Uuid>,
     /// Merges under way.
     pub running: usize,
     /// Bytes per second allowed; 0 is no limit.
@@ -234,6 +237,7 @@ fn sr_status(name: &str, collector: &Collector) -> SrStatus {
         uuid: collector.repo().uuid,
         name: name.to_owned(),
         paused: state.paused,
+        off: state.off.clone(),
         running: state.running.len(),
         rate: state.rate,
         parallel: state.settings.parallel,
@@ -321,17 +325,52 @@ fn choose(service: &Service, sr: Option<Uuid>, vdi: Option<Uuid>) -> Answer<Chos
         return Ok(srs.into_iter().map(|(_, collector)| (collector, Scope::Sr)).collect());
     };
     let all = if srs.is_empty() { service.collectors(None) } else { srs };
-    // One that is getting another image this moment is there, and busy.
-    let found = |collector: &Collector| sm::chain::leaf_volume(collector.repo(), vdi);
-    let has = |collector: &Collector| matches!(found(collector), Ok(_) | Err(sm::Error::Busy { .. }));
-    match all.into_iter().find(|(_, collector)| has(collector)) {
+    match all.into_iter().find(|(_, collector)| has(collector, vdi)) {
         Some((_, collector)) => Ok(vec![(collector, Scope::Vdi(vdi))]),
         None => Err(Refused::not_found(&format!("SR or VDI {vdi}"))),
     }
 }
 
+/// A disk that was chosen.
+struct Disk {
+    sr: Uuid,
+    vdi: Uuid,
+    /// Others of its SR that are switched off and not there any more.
+    gone: BTreeSet<Uuid>,
+}
+
+fn disk_of(chosen: &Chosen) -> Option<Disk> {
+    let [(collector, Scope::Vdi(vdi))] = chosen.as_slice() else { return None };
+    let mut gone = collector.state().off.clone();
+    gone.retain(|vdi| !has(collector, *vdi));
+    Some(Disk { sr: collector.repo().uuid, vdi: *vdi, gone })
+}
+
+/// Whether a disk is there; one that is getting another image this moment is,
+/// and busy.
+fn has(collector: &Collector, vdi: Uuid) -> bool {
+    matches!(sm::chain::leaf_volume(collector.repo(), vdi), Ok(_) | Err(sm::Error::Busy { .. }))
+}
+
+/// Of an SR all merges, of a disk that of its leaf.
 async fn pause(State(app): State<App>, Json(which): Json<Which>, paused: bool) -> Answer<Json<Value>> {
-    wish(app, which.sr, move |wishes| wishes.paused = paused).await
+    let (service, named) = (app.service.clone(), which.sr.or(which.vdi));
+    let disk = blocking(move || match named {
+        None => Ok(None),
+        Some(_) => Ok(disk_of(&choose(&service, which.sr, which.vdi)?)),
+    });
+    let Some(Disk { sr, vdi, gone }) = disk.await? else {
+        return wish(app, which.sr, move |wishes| wishes.paused = paused).await;
+    };
+    let switch = move |wishes: &mut crate::service::Wishes| {
+        wishes.off.retain(|vdi| !gone.contains(vdi));
+        if paused {
+            wishes.off.insert(vdi)
+        } else {
+            wishes.off.remove(&vdi)
+        };
+    };
+    wish(app, Some(sr), switch).await
 }
 
 async fn set(State(app): State<App>, Json(body): Json<SetBody>) -> Answer<Json<Value>> {

@@ -18,6 +18,7 @@ mod alarms;
 mod merges;
 mod rounds;
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,7 +30,7 @@ use crate::cost;
 use crate::job::Result;
 use crate::limits;
 use crate::plan::Settings;
-use crate::progress::State;
+use crate::progress::{Kind, State};
 use crate::reason::Reason;
 use crate::report::{FailedNode, Report};
 use crate::survey;
@@ -108,6 +109,24 @@ impl Collector {
             if paused {
                 state.abort(|_| true);
             }
+            state.asked += 1;
+        }
+        self.changed.notify_all();
+    }
+
+    /// From now on the leaves of these disks are left alone: no merge of one is
+    /// begun, and one that runs ends at the next safe point. Nodes below them
+    /// are merged as before.
+    pub fn switch_off(&self, vdis: BTreeSet<Uuid>) {
+        {
+            let mut state = self.state();
+            if state.off == vdis {
+                return;
+            }
+            state.abort(|doing| {
+                doing.kind == Kind::Leaf && doing.nodes.first().is_some_and(|vdi| vdis.contains(vdi))
+            });
+            state.off = vdis;
             state.asked += 1;
         }
         self.changed.notify_all();
@@ -192,12 +211,15 @@ impl Collector {
     fn predict_unless(&self, scope: Scope, late: &dyn Fn() -> bool) -> Result<Report> {
         let mut forest = survey::glance(&self.repo)?;
         forest.alarms = self.state().alarmed();
-        let settings = self.state().settings;
+        let (settings, off) = {
+            let state = self.state();
+            (state.settings, state.switched_off())
+        };
         let only = match scope {
             Scope::Sr => None,
             Scope::Vdi(vdi) => Some(vdi),
         };
-        let mut report = cost::predict(&self.repo, &forest, settings, only, late)?;
+        let mut report = cost::predict(&self.repo, &forest, settings, off, only, late)?;
         let rate = self.state().expected_rate();
         report.seconds = report.bytes_copied as f64 / rate;
         Ok(report)

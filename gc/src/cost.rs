@@ -76,7 +76,7 @@ struct Stack {
 }
 
 /// Predicts what collecting now, to the end, would do to a forest that
-/// nobody changes. Given up once `late` says so.
+/// nobody changes, but for merges in `holds`. Given up once `late` says so.
 ///
 /// # Errors
 /// A block table cannot be read, or it was given up.
@@ -84,6 +84,7 @@ pub fn predict(
     repo: &Repo,
     forest: &Forest,
     settings: Settings,
+    mut holds: Holds,
     only: Option<Uuid>,
     late: &dyn Fn() -> bool,
 ) -> Result<Report, Stop> {
@@ -93,7 +94,6 @@ pub fn predict(
     let mut forest = forest.clone();
     forest.claims.retain(|claim| !claim.merge);
     let running = BTreeSet::new();
-    let mut holds = Holds::new();
     // Every round takes at least one node away, or holds one back.
     for _ in 0..=forest.nodes().count() {
         let view = View {

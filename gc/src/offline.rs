@@ -14,7 +14,7 @@ use vhd::storage::PosixFs;
 use crate::cost;
 use crate::forest::Claim;
 use crate::job::Result;
-use crate::plan::Settings;
+use crate::plan::{Holds, Settings};
 use crate::report::{FailedNode, Report};
 use crate::survey;
 
@@ -34,7 +34,7 @@ pub fn predict(folder: &Path, sr: Uuid, name: &str) -> Result<Report> {
     let held = forest.nodes().map(|node| node.uuid).filter(|node| trees.contains(&forest.root(*node)));
     let held: Vec<Uuid> = held.collect();
     forest.claims.push(Claim { id: Uuid::nil(), nodes: held, merge: false });
-    let mut report = cost::predict(&repo, &forest, Settings::default(), None, &|| false)?;
+    let mut report = cost::predict(&repo, &forest, Settings::default(), Holds::new(), None, &|| false)?;
     report.seconds = report.bytes_copied as f64 / GUESSED_RATE;
     let reasons = touched
         .into_iter()

@@ -14,8 +14,13 @@ const ROUTES: &[Route] = &[
         "Collect now: all, an SR, or the tree of a VDI; with `wait` or `dry_run` it answers what was, or would be, done; `offline` (path, name) is an SR that is not attached",
         &["sr?", "vdi?", "wait?", "dry_run?", "offline?"],
     ),
-    ("post", "/pause", "Stop running merges at the next safe point and start no new work", &["sr?"]),
-    ("post", "/resume", "Go on", &["sr?"]),
+    (
+        "post",
+        "/pause",
+        "Stop running merges at the next safe point and start no new work; of a disk, only the merge of its leaf",
+        &["sr?", "vdi?"],
+    ),
+    ("post", "/resume", "Go on", &["sr?", "vdi?"]),
     (
         "post",
         "/abort",

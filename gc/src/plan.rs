@@ -63,7 +63,7 @@ pub struct Cost {
     pub gained_max: u64,
 }
 
-/// A merge that failed and is not tried now.
+/// Merges that are not begun now, as they failed or their disk is switched off.
 pub type Holds = BTreeMap<Uuid, Reason>;
 
 /// What the planner looks at.
@@ -74,7 +74,7 @@ pub struct View<'a> {
     pub settings: Settings,
     /// Intents that are being worked on right now.
     pub running: &'a BTreeSet<Uuid>,
-    /// Failed merges, by [`Merge::node`] or intent.
+    /// Those, by [`Merge::node`] or intent.
     pub holds: &'a Holds,
     /// Trees (by root) that somebody waits for: they go before others.
     pub focus: &'a BTreeSet<Uuid>,

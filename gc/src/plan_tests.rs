@@ -282,5 +282,14 @@ fn held_nodes_wait_with_their_reason() {
     assert_eq!((plan.choices, plan.waits), (vec![], BTreeMap::from([(id(2), reason)])));
 }
 
+#[test]
+fn a_disk_that_is_switched_off_keeps_its_leaf_and_nothing_else() {
+    let forest = forest(vec![hidden(1, 0), hidden(2, 1), leaf(3, 2), hidden(11, 0), leaf(12, 11)]);
+    let off = Holds::from([3, 12].map(|n| (id(n), Reason::SwitchedOff { vdi: id(n) })));
+    let plan = planned_with(&forest, Settings::default(), &off, &|_| Ok(COST));
+    assert_eq!(merges(&plan), [inner(&[2], 1)]);
+    assert_eq!(plan.waits[&id(12)], Reason::SwitchedOff { vdi: id(12) });
+}
+
 #[path = "plan_random_tests.rs"]
 mod random;

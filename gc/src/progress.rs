@@ -16,7 +16,7 @@ use crate::budget::Budget;
 use crate::forest::Forest;
 use crate::job::Stop;
 use crate::limits;
-use crate::plan::Settings;
+use crate::plan::{Holds, Settings};
 use crate::reason::Reason;
 use crate::receipt::{Alarm, Found, Receipt, Verdict};
 use crate::report::Report;
@@ -80,6 +80,8 @@ pub struct State {
     pub receipt_totals: ReceiptTotals,
     /// Nothing is started.
     pub paused: bool,
+    /// Disks whose leaves are left alone.
+    pub off: BTreeSet<Uuid>,
     /// The thread is to end.
     pub closing: bool,
     /// Nothing is started before then: somebody aborted.
@@ -130,6 +132,7 @@ impl State {
             alarms: BTreeMap::new(),
             receipt_totals: ReceiptTotals::default(),
             paused: false,
+            off: BTreeSet::new(),
             closing: false,
             quiet_until: Duration::ZERO,
             asked: 1,
@@ -162,6 +165,11 @@ impl State {
         if self.budget.rate() != rate {
             self.budget.set_rate(rate, now);
         }
+    }
+
+    /// The merges that are switched off, as the planner wants them.
+    pub(crate) fn switched_off(&self) -> Holds {
+        self.off.iter().map(|vdi| (*vdi, Reason::SwitchedOff { vdi: *vdi })).collect()
     }
 
     /// Bytes moved by all merges so far.

@@ -132,6 +132,12 @@ pub enum Reason {
         /// How many.
         running: usize,
     },
+    /// Somebody wants the leaf of this disk left alone.
+    #[error("merging its leaf is switched off: `coppice gc resume {vdi}` switches it on")]
+    SwitchedOff {
+        /// The disk.
+        vdi: Uuid,
+    },
     /// The collector is paused.
     #[error("the collector is paused")]
     Paused,
@@ -152,6 +158,7 @@ impl Reason {
             | Self::Uncovers { .. }
             | Self::NoSpace { .. }
             | Self::NoCost { .. }
+            | Self::SwitchedOff { .. }
             | Self::SetAside { .. } => true,
             Self::Retry { .. }
             | Self::Unsettled { .. }

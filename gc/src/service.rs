@@ -4,7 +4,7 @@
 //! shared with smd. An SR that is not attached any more loses its collector,
 //! and with it our share of the host's ownership.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -19,7 +19,7 @@ use crate::limits;
 use crate::plan::Settings;
 
 /// What an operator set for an SR; survives restarts.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Wishes {
     /// Bytes per second of all merges together; 0 is no limit.
@@ -33,14 +33,16 @@ pub struct Wishes {
     pub paused: bool,
     /// Whether the disks on each merge are read before and after it.
     pub receipts: bool,
+    /// Disks whose leaves are left alone.
+    pub off: BTreeSet<Uuid>,
 }
 
 impl Wishes {
-    fn latency_factor(self) -> f64 {
+    fn latency_factor(&self) -> f64 {
         self.latency_factor.unwrap_or(limits::LATENCY_FACTOR).clamp(0.0, limits::LATENCY_FACTOR_MAX)
     }
 
-    fn settings(self) -> Settings {
+    fn settings(&self) -> Settings {
         let parallel = match self.parallel {
             0 => limits::PARALLEL,
             n => n.min(limits::PARALLEL_MAX),
@@ -156,11 +158,12 @@ impl Service {
     fn take_on(&self, sr: &AttachedSr) -> Result<(), String> {
         let open = sr.open(&self.run).map_err(|error| error.to_string())?;
         let mut attending = self.attending();
-        let wishes = attending.wishes.get(&sr.uuid).copied().unwrap_or_default();
+        let wishes = attending.wishes.get(&sr.uuid).cloned().unwrap_or_default();
         let collector = Collector::new(open.repo, wishes.settings(), wishes.rate);
         {
             let mut state = collector.state();
             state.paused = wishes.paused;
+            state.off.clone_from(&wishes.off);
             state.latency_factor = wishes.latency_factor();
         }
         let spawn = |what: &str, body: fn(&Arc<Collector>)| {
@@ -217,7 +220,7 @@ impl Service {
     /// What is wished for an SR.
     #[must_use]
     pub fn wishes(&self, sr: Uuid) -> Wishes {
-        self.attending().wishes.get(&sr).copied().unwrap_or_default()
+        self.attending().wishes.get(&sr).cloned().unwrap_or_default()
     }
 
     /// Changes what is wished for `sr` or for all attached SRs, at once and
@@ -235,7 +238,7 @@ impl Service {
             attending.wishes.clone()
         };
         for (_, collector) in self.collectors(sr) {
-            let wishes = kept.get(&collector.repo().uuid).copied().unwrap_or_default();
+            let wishes = kept.get(&collector.repo().uuid).cloned().unwrap_or_default();
             let now = collector.now();
             {
                 let mut state = collector.state();
@@ -245,6 +248,7 @@ impl Service {
                 state.apply_rate(now);
             }
             collector.pause(wishes.paused);
+            collector.switch_off(wishes.off);
         }
         write_json(&self.wishes_file, &kept)
     }

@@ -5,11 +5,12 @@
 
 mod support;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
 
-use gc::collector::Scope;
+use gc::collector::{Collector, Scope};
+use gc::plan::Settings;
 use sm::attached::AttachedSr;
 use sm::image;
 use vhd::storage::via::{Delegate, Via};
@@ -111,6 +112,32 @@ fn one_vdi_alone_and_a_broken_neighbour() {
     let report = sr.collect(Scope::Sr);
     assert_eq!(sr.depth(31), 1);
     assert_eq!(report.failed, [], "a leaf alone is nothing to merge");
+}
+
+#[test]
+fn a_disk_that_is_switched_off_keeps_its_leaf_until_it_is_switched_on() {
+    let sr = Sr::new();
+    sr.image(1, 0, true, 1);
+    sr.image(2, 1, true, 1);
+    sr.image(3, 2, false, 1);
+    sr.image(11, 0, true, 1);
+    sr.image(12, 11, false, 1);
+    for leaf in [3, 12] {
+        sr.write(leaf, &[(0, run(0, 1), 7)]);
+    }
+    let collector = Collector::new(sr.repo.clone(), Settings::default(), 0);
+    collector.switch_off(BTreeSet::from([id(3)]));
+    let predicted = collector.predict(Scope::Sr).unwrap();
+    assert_eq!((predicted.coalesced, predicted.leaf_coalesced), (1, 1));
+    let report = sr.collect_with(&collector, Scope::Sr);
+    assert_eq!((report.coalesced, report.leaf_coalesced), (1, 1));
+    assert_eq!((sr.depth(3), sr.depth(12)), (2, 1));
+    let [failed] = report.failed.as_slice() else { panic!("{report:?}") };
+    assert!(failed.uuid == id(3) && failed.reason.contains("gc resume"), "{failed:?}");
+
+    let collector = Collector::new(sr.repo.clone(), Settings::default(), 0);
+    assert_eq!(sr.collect_with(&collector, Scope::Sr).leaf_coalesced, 1);
+    assert_eq!(sr.depth(3), 1);
 }
 
 #[test]

@@ -153,8 +153,11 @@ impl Collector {
                         state.count(key, 0);
                     }
                 }
-                // The pause or the quiet time holds everything anyway.
-                Err(Stop::Aborted) if state.paused || state.quiet_until > now => {}
+                // The pause, the quiet time or the switch holds it anyway.
+                Err(Stop::Aborted)
+                    if state.paused
+                        || state.quiet_until > now
+                        || named.is_some_and(|vdi| state.off.contains(&vdi)) => {}
                 Err(stop) => {
                     for id in named.into_iter().chain(intent) {
                         state.retries.failed(id, stop, now);

@@ -69,6 +69,7 @@ impl Collector {
             let state = self.state();
             let now = self.now();
             let mut holds = state.retries.holds(now);
+            holds.extend(state.switched_off());
             let quiet = state.paused || state.quiet_until > now;
             let settings = Settings {
                 // Nothing may start: the planner then says why for each.

@@ -430,10 +430,18 @@ pub enum GcCommand {
     },
     /// Say what runs and what waits
     Status(GcScope),
-    /// Stop running merges at the next safe point and start no new work
-    Pause(GcScope),
+    /// Stop running merges at the next safe point and start no new work; of a disk, leave its leaf alone
+    Pause {
+        /// Only this storage repository, or only the leaf of this disk
+        #[arg(value_name = "SR|VDI")]
+        what: Option<String>,
+    },
     /// Go on
-    Resume(GcScope),
+    Resume {
+        /// Only this storage repository, or only the leaf of this disk
+        #[arg(value_name = "SR|VDI")]
+        what: Option<String>,
+    },
     /// Stop running merges at the next safe point; after half a minute they may begin again
     Abort(GcScope),
     /// Set limits, also for merges under way

@@ -27,8 +27,8 @@ pub fn run(context: &Context, command: GcCommand) -> Outcome<()> {
             context.output.result(&answer, || render::report::collected(&answer));
         }
         GcCommand::Status(scope) => status(context, &scope)?,
-        GcCommand::Pause(scope) => tell(context, &scope, "/pause")?,
-        GcCommand::Resume(scope) => tell(context, &scope, "/resume")?,
+        GcCommand::Pause { what } => switch(context, what, "/pause")?,
+        GcCommand::Resume { what } => switch(context, what, "/resume")?,
         GcCommand::Abort(scope) => tell(context, &scope, "/abort")?,
         GcCommand::Set { sr, rate, parallel, latency_factor, receipts } => {
             let sr = resolve::sr(&context.smd, &sr)?;
@@ -76,6 +76,16 @@ fn status(context: &Context, scope: &GcScope) -> Outcome<()> {
 fn tell(context: &Context, scope: &GcScope, path: &str) -> Outcome<()> {
     let sr = uuid_of(context, scope)?;
     show(context, &context.gcd.post(path, &json!({"sr": sr}))?);
+    Ok(())
+}
+
+fn switch(context: &Context, what: Option<String>, path: &str) -> Outcome<()> {
+    let mut body = json!({});
+    if let Some(what) = what {
+        let (key, uuid) = resolve::sr_or_vdi(&context.smd, &what)?;
+        body[key] = uuid.into();
+    }
+    show(context, &context.gcd.post(path, &body)?);
     Ok(())
 }
 
