@@ -31,7 +31,7 @@ use uuid::Uuid;
 
 use crate::collector::{Collector, Scope};
 use crate::limits;
-use crate::progress::{Doing, Done};
+use crate::progress::{Doing, Done, LookFailed};
 use crate::report::Report;
 use crate::service::Service;
 
@@ -147,22 +147,37 @@ struct Refused {
     status: StatusCode,
     code: &'static str,
     message: String,
+    /// What was done all the same.
+    report: Option<Box<Report>>,
 }
 
 impl IntoResponse for Refused {
     fn into_response(self) -> Response {
-        let body = json!({"error": {"code": self.code, "message": self.message}});
-        (self.status, Json(body)).into_response()
+        let mut error = json!({"code": self.code, "message": self.message});
+        if let Some(report) = self.report {
+            error["report"] = json!(report);
+        }
+        (self.status, Json(json!({ "error": error }))).into_response()
     }
 }
 
 impl Refused {
     fn not_found(what: &str) -> Self {
-        Self { status: StatusCode::NOT_FOUND, code: "NOT_FOUND", message: format!("no {what} is attached") }
+        Self::new(StatusCode::NOT_FOUND, "NOT_FOUND", format!("no {what} is attached"))
+    }
+
+    fn new(status: StatusCode, code: &'static str, message: String) -> Self {
+        Self { status, code, message, report: None }
     }
 
     fn io(message: String) -> Self {
-        Self { status: StatusCode::INTERNAL_SERVER_ERROR, code: "IO_ERROR", message }
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "IO_ERROR", message)
+    }
+
+    /// An SR that could not be looked at.
+    fn look(sr: &str, why: &LookFailed) -> Self {
+        let message = format!("SR {sr}: {why}");
+        Self { code: why.code, ..Self::io(message) }
     }
 }
 
@@ -245,7 +260,7 @@ fn sr_status(name: &str, collector: &Collector) -> SrStatus {
         receipts: state.settings.receipts,
         alarms: state.alarms.values().cloned().collect(),
         held_back_to: state.backoff.limit(),
-        error: state.round_error.clone(),
+        error: state.round_error.as_ref().map(ToString::to_string),
         nodes,
         totals: state.totals.clone(),
     }
@@ -275,10 +290,9 @@ async fn kick(State(app): State<App>, Json(which): Json<Which>) -> Answer<Json<V
 }
 
 async fn run(State(app): State<App>, Json(body): Json<RunBody>) -> Answer<Response> {
-    let many = || Refused {
-        status: StatusCode::SERVICE_UNAVAILABLE,
-        code: "BUSY",
-        message: format!("{} requests wait already", limits::WAITERS_MAX),
+    let many = || {
+        let message = format!("{} requests wait already", limits::WAITERS_MAX);
+        Refused::new(StatusCode::SERVICE_UNAVAILABLE, "BUSY", message)
     };
     let permit = app.waiters.clone().try_acquire_owned().map_err(|_| many())?;
     blocking(move || {
@@ -293,21 +307,38 @@ async fn run(State(app): State<App>, Json(body): Json<RunBody>) -> Answer<Respon
             chosen.iter().for_each(|(collector, _)| collector.again());
             return Ok(Json(json!({})).into_response());
         }
-        let mut sum: Option<Report> = None;
-        for (collector, scope) in chosen {
-            let report = if body.dry_run {
-                collector.predict(scope).map_err(|stop| Refused::io(stop.to_string()))?
-            } else {
-                collector.collect_as_predicted(scope)
-            };
-            match &mut sum {
-                Some(sum) => sum.add(report),
-                None => sum = Some(report),
-            }
-        }
-        Ok(Json(sum.unwrap_or_default()).into_response())
+        collect(chosen, body.dry_run).map(|report| Json(report).into_response())
     })
     .await
+}
+
+/// Collects, or predicts, one SR after the other. One that cannot be looked at
+/// does not hold up the others; the answer then is its error, with what came
+/// of the rest.
+fn collect(chosen: Chosen, dry_run: bool) -> Answer<Report> {
+    let mut sum: Option<Report> = None;
+    let mut refused: Option<Refused> = None;
+    for (collector, scope) in chosen {
+        let done = if dry_run {
+            let predicted = collector.predict(scope);
+            predicted.map_err(|stop| (LookFailed::from(&stop), Report::default()))
+        } else {
+            collector.collect_as_predicted(scope).map_err(|broken| (broken.why, broken.report))
+        };
+        let report = done.unwrap_or_else(|(why, report)| {
+            let sr = collector.repo().uuid.to_string();
+            refused.get_or_insert_with(|| Refused::look(&sr, &why));
+            report
+        });
+        match &mut sum {
+            Some(sum) => sum.add(report),
+            None => sum = Some(report),
+        }
+    }
+    match refused {
+        Some(refused) => Err(Refused { report: sum.map(Box::new), ..refused }),
+        None => Ok(sum.unwrap_or_default()),
+    }
 }
 
 type Chosen = Vec<(Arc<Collector>, Scope)>;

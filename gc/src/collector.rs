@@ -30,7 +30,7 @@ use crate::cost;
 use crate::job::Result;
 use crate::limits;
 use crate::plan::Settings;
-use crate::progress::{Kind, State};
+use crate::progress::{BrokenOff, Kind, LookFailed, State};
 use crate::reason::Reason;
 use crate::report::{FailedNode, Report};
 use crate::survey;
@@ -161,29 +161,58 @@ impl Collector {
     }
 
     /// Collects now and waits until nothing is left that could be done.
-    pub fn collect(&self, scope: Scope) -> Report {
+    ///
+    /// # Errors
+    /// The SR could not be looked at, nor at the next few looks where that
+    /// may pass; or the collector was closed. What was done by then is in it.
+    pub fn collect(&self, scope: Scope) -> std::result::Result<Report, Box<BrokenOff>> {
         let begun = self.now();
         let mut state = self.state();
         state.retries.forget_all();
         state.quiet_until = Duration::ZERO;
-        state.asked += 1;
-        let asked = state.asked;
         let waiter = (scope == Scope::Sr).then(|| state.await_all());
         if let Scope::Vdi(vdi) = scope {
             state.focus_on(vdi);
         }
-        self.changed.notify_all();
-        while !state.closing && !state.idle(asked, scope) {
-            let waited = self.changed.wait_timeout(state, limits::LOOK_EVERY);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
+        let (mut state, broken_off) = self.settled(state, scope);
         let mut report = match scope {
             Scope::Sr => waiter.map_or_else(Report::default, |waiter| state.awaited(waiter)),
             Scope::Vdi(vdi) => state.unfocus(vdi),
         };
         report.failed = failed(&state, scope);
         report.seconds = (self.now() - begun).as_secs_f64();
-        report
+        match broken_off {
+            Some(why) => Err(Box::new(BrokenOff { why, report })),
+            None => Ok(report),
+        }
+    }
+
+    /// Asks for a look and waits until nothing is left to be done, or it shows
+    /// that nobody can tell.
+    fn settled<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        scope: Scope,
+    ) -> (MutexGuard<'a, State>, Option<LookFailed>) {
+        for attempt in 1.. {
+            state.asked += 1;
+            let asked = state.asked;
+            self.changed.notify_all();
+            while !state.closing && !state.idle(asked, scope) {
+                let waited = self.changed.wait_timeout(state, limits::LOOK_EVERY);
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            }
+            if !state.idle(asked, scope) {
+                return (state, Some(LookFailed::closed()));
+            }
+            let failed = state.round_error.clone();
+            if failed.as_ref().is_none_or(|error| !error.may_pass) || attempt >= limits::AWAITED_LOOKS {
+                return (state, failed);
+            }
+            let waited = self.changed.wait_timeout_while(state, limits::AWAITED_LOOK_WAIT, |s| !s.closing);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        (state, None)
     }
 
     /// What [`Self::collect`] would do.
@@ -196,16 +225,19 @@ impl Collector {
 
     /// As [`Self::collect`], with a prediction made first beside it. A
     /// prediction that would hold up the work is left out.
-    pub fn collect_as_predicted(&self, scope: Scope) -> Report {
+    ///
+    /// # Errors
+    /// As [`Self::collect`].
+    pub fn collect_as_predicted(&self, scope: Scope) -> std::result::Result<Report, Box<BrokenOff>> {
         let began = self.now();
         let late = || self.now().saturating_sub(began) > limits::PREDICT_FIRST_MAX;
         let predicted = self.predict_unless(scope, &late);
         let predicted = predicted.inspect_err(|error| {
             tracing::info!(sr = %self.repo.uuid, %error, "collecting without a prediction");
         });
-        let mut report = self.collect(scope);
+        let mut report = self.collect(scope)?;
         report.predicted = predicted.ok().map(Box::new);
-        report
+        Ok(report)
     }
 
     fn predict_unless(&self, scope: Scope, late: &dyn Fn() -> bool) -> Result<Report> {

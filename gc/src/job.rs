@@ -51,6 +51,28 @@ pub enum Stop {
     },
 }
 
+impl Stop {
+    /// The stable upper-case word of the API.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Aborted => "CANCELLED",
+            Self::Later(_) => "BUSY",
+            Self::Failed(error) => error.code(),
+            Self::Unfinished(_) | Self::Tap { .. } => "IO_ERROR",
+        }
+    }
+
+    /// Whether the same may go well a moment later without anybody's help.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Aborted | Self::Later(_) | Self::Unfinished(_) | Self::Tap { .. } => true,
+            Self::Failed(error) => matches!(error, sm::Error::Busy { .. } | sm::Error::Io { .. }),
+        }
+    }
+}
+
 impl From<Aborted> for Stop {
     fn from(_: Aborted) -> Self {
         Self::Aborted

@@ -114,3 +114,8 @@ pub const RECEIPT_BUSY_MAX: Duration = Duration::from_secs(20);
 pub const RECEIPT_READ_MAX: Duration = Duration::from_secs(60);
 /// Between two looks at the abort flag meanwhile.
 pub const RECEIPT_LOOK: Duration = Duration::from_millis(250);
+/// Looks at an SR that somebody who waits for a collection waits for, while
+/// they fail in a way that may pass.
+pub const AWAITED_LOOKS: u32 = 3;
+/// Between two of them.
+pub const AWAITED_LOOK_WAIT: Duration = Duration::from_secs(1);

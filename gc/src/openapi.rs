@@ -11,7 +11,7 @@ const ROUTES: &[Route] = &[
     (
         "post",
         "/run",
-        "Collect now: all, an SR, or the tree of a VDI; with `wait` or `dry_run` it answers what was, or would be, done; `offline` (path, name) is an SR that is not attached",
+        "Collect now: all, an SR, or the tree of a VDI; with `wait` or `dry_run` it answers what was, or would be, done, or, if an SR could not be looked at, the error of the first with what was done as `report`; `offline` (path, name) is an SR that is not attached",
         &["sr?", "vdi?", "wait?", "dry_run?", "offline?"],
     ),
     (

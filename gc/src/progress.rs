@@ -1,6 +1,7 @@
 //! What a collector knows of itself: what runs, what waits, what was done.
 
 mod doing;
+mod looked;
 mod waiting;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -14,7 +15,6 @@ use vhd::storage::VolumeName;
 use crate::backoff::Backoff;
 use crate::budget::Budget;
 use crate::forest::Forest;
-use crate::job::Stop;
 use crate::limits;
 use crate::plan::{Holds, Settings};
 use crate::reason::Reason;
@@ -25,6 +25,7 @@ use crate::watch::Event;
 
 use self::doing::wall_ms;
 pub use self::doing::{Doing, Done, Kind, Reading};
+pub use self::looked::{BrokenOff, LookFailed};
 pub use self::waiting::Focus;
 use self::waiting::Waiter;
 
@@ -107,7 +108,7 @@ pub struct State {
     /// Work that ended, newest last; at most [`limits::DONE_KEPT`].
     pub done: VecDeque<Done>,
     /// The last failure of a round as a whole.
-    pub round_error: Option<String>,
+    pub round_error: Option<LookFailed>,
     /// Root of each node's tree, as of the last round.
     roots: BTreeMap<Uuid, Uuid>,
     /// Trees in which the last round found something to do.
@@ -336,12 +337,6 @@ impl State {
         self.again = again;
         self.dirty |= again;
         self.round_error = None;
-    }
-
-    pub(crate) fn round_failed(&mut self, stop: &Stop) {
-        self.round_error = Some(stop.to_string());
-        self.active.clear();
-        self.again = false;
     }
 
     /// Free space that merges under way will still take.

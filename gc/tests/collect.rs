@@ -274,7 +274,7 @@ fn the_service_follows_attached_srs_and_answers() {
     let thread = std::thread::spawn(move || attending.attend());
     let found = service.collectors_now(Some(sr.attached.uuid)).unwrap();
     assert_eq!(found.len(), 1);
-    assert_eq!(found[0].1.collect(Scope::Sr).failed, []);
+    assert_eq!(found[0].1.collect(Scope::Sr).unwrap().failed, []);
     assert_eq!(sr.depth(2), 1);
     drop(found);
 

@@ -19,11 +19,8 @@ pub(super) struct Which {
 }
 
 fn no_job(job: &str) -> Refused {
-    Refused {
-        status: StatusCode::NOT_FOUND,
-        code: "NOT_FOUND",
-        message: format!("no receipt of job {job} is kept: it had none, compared nothing, or is too old"),
-    }
+    let message = format!("no receipt of job {job} is kept: it had none, compared nothing, or is too old");
+    Refused::new(StatusCode::NOT_FOUND, "NOT_FOUND", message)
 }
 
 /// The hashes of a job's disks, from the SR's catalog.
@@ -57,11 +54,10 @@ pub(super) async fn acknowledge(State(app): State<App>, Json(which): Json<Which>
             down.extend(said.map_err(|error| Refused::io(error.to_string()))?);
         }
         match which.job {
-            Some(job) if down.is_empty() => Err(Refused {
-                status: StatusCode::NOT_FOUND,
-                code: "NOT_FOUND",
-                message: format!("no alarm of job {job} stands"),
-            }),
+            Some(job) if down.is_empty() => {
+                let message = format!("no alarm of job {job} stands");
+                Err(Refused::new(StatusCode::NOT_FOUND, "NOT_FOUND", message))
+            }
             _ => Ok(Json(json!({"acknowledged": down}))),
         }
     })

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests are not test functions")]
 #![allow(dead_code, reason = "not every test binary uses all of it")]
 
+pub mod served;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -111,7 +113,7 @@ impl Sr {
         let asking = collector.clone();
         let asked = collector.state().asked;
         let asker = std::thread::spawn(move || {
-            let report = asking.collect_as_predicted(scope);
+            let report = asking.collect_as_predicted(scope).unwrap();
             asking.close();
             report
         });
