@@ -33,7 +33,7 @@ use crate::collector::{Collector, Scope};
 use crate::limits;
 use crate::progress::{Doing, Done, LookFailed};
 use crate::report::Report;
-use crate::service::Service;
+use crate::service::{Service, Wishes};
 
 /// What the collector does with a node, as the contract says it.
 #[derive(Debug, Clone, Serialize)]
@@ -69,6 +69,9 @@ pub struct SrStatus {
     /// Disks whose leaves are left alone.
     #[serde(skip_serializing_if = "BTreeSet::is_empty")]
     pub off: BTreeSet<Uuid>,
+    /// Seconds until merges begin again, where somebody aborted them all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quiet_s: Option<u64>,
     /// Merges under way.
     pub running: usize,
     /// Bytes per second allowed; 0 is no limit.
@@ -253,6 +256,7 @@ fn sr_status(name: &str, collector: &Collector) -> SrStatus {
         name: name.to_owned(),
         paused: state.paused,
         off: state.off.clone(),
+        quiet_s: Some(state.quiet_left(now)).filter(|left| !left.is_zero()).map(|left| left.as_secs() + 1),
         running: state.running.len(),
         rate: state.rate,
         parallel: state.settings.parallel,
@@ -391,9 +395,9 @@ async fn pause(State(app): State<App>, Json(which): Json<Which>, paused: bool) -
         Some(_) => Ok(disk_of(&choose(&service, which.sr, which.vdi)?)),
     });
     let Some(Disk { sr, vdi, gone }) = disk.await? else {
-        return wish(app, which.sr, move |wishes| wishes.paused = paused).await;
+        return steer(app, which.sr, move |service, sr| service.pause(sr, paused)).await;
     };
-    let switch = move |wishes: &mut crate::service::Wishes| {
+    let switch = move |wishes: &mut Wishes| {
         wishes.off.retain(|vdi| !gone.contains(vdi));
         if paused {
             wishes.off.insert(vdi)
@@ -401,30 +405,31 @@ async fn pause(State(app): State<App>, Json(which): Json<Which>, paused: bool) -
             wishes.off.remove(&vdi)
         };
     };
-    wish(app, Some(sr), switch).await
+    steer(app, Some(sr), move |service, sr| service.wish(sr, switch)).await
 }
 
 async fn set(State(app): State<App>, Json(body): Json<SetBody>) -> Answer<Json<Value>> {
-    wish(app, body.sr, move |wishes| {
+    let change = move |wishes: &mut Wishes| {
         wishes.rate = body.rate.unwrap_or(wishes.rate);
         wishes.parallel = body.parallel.unwrap_or(wishes.parallel);
         wishes.latency_factor = body.latency_factor.or(wishes.latency_factor);
         wishes.receipts = body.receipts.unwrap_or(wishes.receipts);
-    })
-    .await
+    };
+    steer(app, body.sr, move |service, sr| service.wish(sr, change)).await
 }
 
-async fn wish(
+/// Changes what is wished for an SR, or all.
+async fn steer(
     app: App,
     sr: Option<Uuid>,
-    change: impl Fn(&mut crate::service::Wishes) + Send + 'static,
+    change: impl FnOnce(&Service, Option<Uuid>) -> std::io::Result<()> + Send + 'static,
 ) -> Answer<Json<Value>> {
     blocking(move || {
         let found = app.service.collectors_now(sr).map_err(|error| Refused::io(error.to_string()))?;
         if let (Some(sr), true) = (sr, found.is_empty()) {
             return Err(Refused::not_found(&format!("SR {sr}")));
         }
-        app.service.wish(sr, change).map_err(|error| Refused::io(error.to_string()))?;
+        change(&app.service, sr).map_err(|error| Refused::io(error.to_string()))?;
         Ok(Json(json!({})))
     })
     .await

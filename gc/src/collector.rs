@@ -101,13 +101,16 @@ impl Collector {
         self.kick();
     }
 
-    /// Stops merges and starts none, or starts again.
+    /// Stops merges and starts none, or starts again: at once, also what
+    /// [`Self::abort`] has stopped.
     pub fn pause(&self, paused: bool) {
         {
             let mut state = self.state();
             state.paused = paused;
             if paused {
-                state.abort(|_| true);
+                state.hold(|_| true);
+            } else {
+                state.quiet_until = Duration::ZERO;
             }
             state.asked += 1;
         }
@@ -123,10 +126,20 @@ impl Collector {
             if state.off == vdis {
                 return;
             }
-            state.abort(|doing| {
+            state.hold(|doing| {
                 doing.kind == Kind::Leaf && doing.nodes.first().is_some_and(|vdi| vdis.contains(vdi))
             });
             state.off = vdis;
+            state.asked += 1;
+        }
+        self.changed.notify_all();
+    }
+
+    /// Has it look now, under other settings.
+    pub fn apply(&self, change: impl FnOnce(&mut State, Duration)) {
+        {
+            let mut state = self.state();
+            change(&mut state, self.now());
             state.asked += 1;
         }
         self.changed.notify_all();
@@ -141,7 +154,7 @@ impl Collector {
             match scope {
                 Scope::Sr => {
                     state.quiet_until = self.now() + limits::ABORT_QUIET;
-                    state.abort(|_| true)
+                    state.hold(|_| true)
                 }
                 Scope::Vdi(vdi) => state.abort(|doing| doing.nodes.contains(&vdi)),
             }
@@ -264,8 +277,9 @@ fn failed(state: &State, scope: Scope) -> Vec<FailedNode> {
         Scope::Sr => true,
         Scope::Vdi(vdi) => state.same_tree(*node, vdi),
     };
-    let counts =
-        |reason: &Reason| reason.is_blocked() || matches!(reason, Reason::Retry { .. } | Reason::Paused);
+    let counts = |reason: &Reason| {
+        reason.is_blocked() || matches!(reason, Reason::Retry { .. } | Reason::Paused | Reason::Quiet { .. })
+    };
     let waits = state.waits.iter().filter(|(node, reason)| in_scope(node) && counts(reason));
     let waits = waits.map(|(uuid, reason)| FailedNode { uuid: *uuid, reason: reason.to_string() });
     let alarmed = state.alarms.values().flat_map(|alarm| alarm.disks.iter().map(|disk| (*disk, &alarm.text)));

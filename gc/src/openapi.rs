@@ -20,11 +20,11 @@ const ROUTES: &[Route] = &[
         "Stop running merges at the next safe point and start no new work; of a disk, only the merge of its leaf",
         &["sr?", "vdi?"],
     ),
-    ("post", "/resume", "Go on", &["sr?", "vdi?"]),
+    ("post", "/resume", "Go on at once, after an abort too", &["sr?", "vdi?"]),
     (
         "post",
         "/abort",
-        "Stop running merges at the next safe point; after half a minute they may begin again",
+        "Stop running merges at the next safe point; after half a minute, or with /resume or /run, they begin again",
         &["sr?", "vdi?"],
     ),
     (

@@ -301,6 +301,18 @@ impl State {
         Some(done)
     }
 
+    /// As [`Self::abort`], and no failure for that.
+    pub(crate) fn hold(&mut self, which: impl Fn(&Doing) -> bool) -> usize {
+        self.running.values_mut().filter(|doing| which(doing)).for_each(|doing| doing.held = true);
+        self.abort(which)
+    }
+
+    /// Time until merges begin again that somebody has stopped; 0 is now.
+    #[must_use]
+    pub fn quiet_left(&self, now: Duration) -> Duration {
+        self.quiet_until.saturating_sub(now)
+    }
+
     pub(crate) fn abort(&mut self, which: impl Fn(&Doing) -> bool) -> usize {
         let chosen = self.running.values_mut().filter(|doing| which(doing));
         chosen.map(|doing| doing.aborted = true).count()

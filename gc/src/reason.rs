@@ -141,6 +141,14 @@ pub enum Reason {
     /// The collector is paused.
     #[error("the collector is paused")]
     Paused,
+    /// Somebody stopped all merges a moment ago.
+    #[error(
+        "all merges were stopped by `coppice gc abort`: they go on in {left_s} s, or at once after `coppice gc resume` or `coppice gc run`"
+    )]
+    Quiet {
+        /// Seconds until then, as of the last look.
+        left_s: u64,
+    },
 }
 
 impl Reason {
@@ -168,7 +176,8 @@ impl Reason {
             | Self::ParentFirst { .. }
             | Self::TreeBusy
             | Self::Parallel { .. }
-            | Self::Paused => false,
+            | Self::Paused
+            | Self::Quiet { .. } => false,
         }
     }
 }

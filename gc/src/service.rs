@@ -239,18 +239,28 @@ impl Service {
         };
         for (_, collector) in self.collectors(sr) {
             let wishes = kept.get(&collector.repo().uuid).cloned().unwrap_or_default();
-            let now = collector.now();
-            {
-                let mut state = collector.state();
+            collector.apply(|state, now| {
                 state.settings = wishes.settings();
                 state.latency_factor = wishes.latency_factor();
                 state.rate = wishes.rate;
                 state.apply_rate(now);
-            }
-            collector.pause(wishes.paused);
+            });
             collector.switch_off(wishes.off);
         }
         write_json(&self.wishes_file, &kept)
+    }
+
+    /// Pauses `sr` or all attached SRs, or lets them go on: at once, also where
+    /// all merges were aborted a moment ago.
+    ///
+    /// # Errors
+    /// As [`Self::wish`].
+    pub fn pause(&self, sr: Option<Uuid>, paused: bool) -> std::io::Result<()> {
+        let kept = self.wish(sr, |wishes| wishes.paused = paused);
+        for (_, collector) in self.collectors(sr) {
+            collector.pause(paused);
+        }
+        kept
     }
 }
 

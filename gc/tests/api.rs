@@ -4,9 +4,9 @@
 
 mod support;
 
-use serde_json::json;
-use support::Sr;
+use serde_json::{Value, json};
 use support::served::Served;
+use support::{Sr, id, run};
 
 #[test]
 fn a_collection_that_could_not_look_is_an_error_and_not_nothing_done() {
@@ -20,9 +20,7 @@ fn a_collection_that_could_not_look_is_an_error_and_not_nothing_done() {
     // A record that a later version may have written.
     let name = format!("{}.job", uuid::Uuid::from_u128(77));
     sr.repo.volumes.put_record(&name, b"{\"kind\": \"to come\"}", "test").unwrap();
-    for body in
-        [json!({"wait": true}), json!({"dry_run": true}), json!({"wait": true, "vdi": support::id(3)})]
-    {
+    for body in [json!({"wait": true}), json!({"dry_run": true}), json!({"wait": true, "vdi": id(3)})] {
         let answer = served.post("/run", &body);
         assert_eq!(answer.code(), "BAD_JOURNAL", "{body}: {answer:?}");
         let error = &answer.json()["error"];
@@ -35,4 +33,68 @@ fn a_collection_that_could_not_look_is_an_error_and_not_nothing_done() {
     sr.repo.volumes.delete_record(&name, "test").unwrap();
     let answer = served.ok("/run", &json!({"wait": true}));
     assert_eq!(answer["failed"], json!([]));
+}
+
+/// Bytes in the chain that [`busy`] makes: some seconds of work at [`RATE`].
+const BLOCKS: u64 = 16;
+const RATE: u64 = 2 << 20;
+
+/// An SR with one merge that takes its time, and has begun.
+fn busy(sr: &Sr) -> Served {
+    for (n, parent, hidden) in [(1, 0, true), (2, 1, true), (3, 2, false), (4, 2, false)] {
+        sr.image(n, parent, hidden, BLOCKS);
+    }
+    let writes: Vec<_> = (0..BLOCKS as u32).map(|block| (block, run(0, 2048), 7)).collect();
+    sr.write(2, &writes);
+    let served = Served::paused(sr);
+    served.ok("/set", &json!({"rate": RATE}));
+    served.ok("/resume", &json!({}));
+    served.wait("bytes to be moved", moves);
+    served
+}
+
+fn moves(status: &Value) -> bool {
+    let node = &status["nodes"][id(2).to_string()];
+    node["state"] == "merging" && node["bytes_done"].as_u64() > Some(0)
+}
+
+#[test]
+fn after_an_abort_the_quiet_time_is_said_and_ended_by_whoever_asks() {
+    let sr = Sr::new();
+    let served = busy(&sr);
+    for (path, body) in [("/resume", json!({})), ("/run", json!({}))] {
+        assert_eq!(served.ok("/abort", &json!({}))["aborted"], 1);
+        let status = served.wait("the merge to stop and to say why", |status| {
+            let reason = status["nodes"][id(2).to_string()]["reason"].as_str();
+            status["running"] == 0 && reason.is_some_and(|reason| reason.contains("gc abort"))
+        });
+        assert_eq!(
+            (&status["paused"], &status["nodes"][id(2).to_string()]["state"]),
+            (&json!(false), &json!("waiting"))
+        );
+        let left_s = status["quiet_s"].as_u64().unwrap();
+        assert!((1..=31).contains(&left_s), "{status}");
+        // Settings are no word to go on.
+        served.ok("/set", &json!({"rate": RATE + 1}));
+        assert!(served.status()["quiet_s"].as_u64().is_some());
+        served.ok(path, &body);
+        // Nothing was waited for: neither the quiet time nor a retry.
+        let status = served.status();
+        assert_eq!(status["quiet_s"], Value::Null, "{path}: {status}");
+        let status = served.wait("the merge to go on", |status| status["running"] == 1);
+        assert_eq!(status["error"], Value::Null);
+    }
+}
+
+#[test]
+fn what_a_pause_stopped_is_no_failure_when_it_goes_on_at_once() {
+    let sr = Sr::new();
+    let served = busy(&sr);
+    served.ok("/pause", &json!({}));
+    served.ok("/resume", &json!({}));
+    let status = served.wait("the merge to go on, or to wait for another attempt", |status| {
+        let node = &status["nodes"][id(2).to_string()];
+        moves(status) || node["reason"].as_str().is_some_and(|reason| reason.contains("attempt"))
+    });
+    assert!(moves(&status), "{status}");
 }

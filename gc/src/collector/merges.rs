@@ -132,6 +132,7 @@ impl Collector {
 
     fn ended(&self, key: u64, choice: &Choice, outcome: Result<bool>, receipt: Option<Receipt>) {
         let now = self.now();
+        let held = self.state().running.get(&key).is_some_and(|doing| doing.held);
         let intent = self.state().running.get(&key).and_then(|doing| doing.intent);
         let alarm = intent.zip(receipt.as_ref()).and_then(|(id, receipt)| receipt.alarm(&id.to_string()));
         // Before the job ends: until then its tree is its own.
@@ -153,11 +154,8 @@ impl Collector {
                         state.count(key, 0);
                     }
                 }
-                // The pause, the quiet time or the switch holds it anyway.
-                Err(Stop::Aborted)
-                    if state.paused
-                        || state.quiet_until > now
-                        || named.is_some_and(|vdi| state.off.contains(&vdi)) => {}
+                // The pause or the quiet time holds it, for as long as there is one.
+                Err(Stop::Aborted) if held => {}
                 Err(stop) => {
                     for id in named.into_iter().chain(intent) {
                         state.retries.failed(id, stop, now);

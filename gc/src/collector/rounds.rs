@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -14,9 +15,19 @@ use crate::job::Result;
 use crate::job_watch::JobWatch;
 use crate::limits;
 use crate::plan::{Choice, Merge, Settings, View, plan};
-use crate::progress::{Doing, Kind};
+use crate::progress::{Doing, Kind, State};
 use crate::reason::Reason;
 use crate::survey;
+
+/// Why no merge may begin at all, if so.
+fn hold_of(state: &State, now: Duration) -> Option<Reason> {
+    let left = state.quiet_left(now);
+    match (state.paused, left.is_zero()) {
+        (true, _) => Some(Reason::Paused),
+        (false, true) => None,
+        (false, false) => Some(Reason::Quiet { left_s: left.as_secs() + 1 }),
+    }
+}
 
 impl Collector {
     /// Collects until [`Self::close`]. Returns when every merge has ended.
@@ -43,7 +54,7 @@ impl Collector {
             self.changed.notify_all();
             let now = self.now();
             let next = state.retries.next(now).unwrap_or(limits::LOOK_EVERY);
-            let quiet = state.quiet_until.saturating_sub(now);
+            let quiet = state.quiet_left(now);
             let until = now + next.min(limits::LOOK_EVERY).max(quiet.min(limits::LOOK_EVERY));
             while !state.closing && state.asked == asked && !state.dirty && self.now() < until {
                 let left = until.saturating_sub(self.now());
@@ -65,15 +76,15 @@ impl Collector {
         let spoken_for = self.state().spoken_for();
         forest.free_bytes = forest.free_bytes.saturating_sub(spoken_for);
         let running = self.claim_running(&mut forest);
-        let (planned, paused) = {
+        let (planned, held) = {
             let state = self.state();
             let now = self.now();
             let mut holds = state.retries.holds(now);
             holds.extend(state.switched_off());
-            let quiet = state.paused || state.quiet_until > now;
+            let hold = hold_of(&state, now);
             let settings = Settings {
                 // Nothing may start: the planner then says why for each.
-                parallel: if quiet { 0 } else { state.settings.parallel },
+                parallel: if hold.is_some() { 0 } else { state.settings.parallel },
                 ..state.settings
             };
             let focus = state.focus.keys().map(|vdi| forest.root(*vdi)).collect();
@@ -89,15 +100,11 @@ impl Collector {
                 cost: &cost,
             });
             holds.clear();
-            if quiet {
-                let only_paused = |reason: &mut Reason| {
-                    if matches!(reason, Reason::Parallel { .. }) {
-                        *reason = Reason::Paused;
-                    }
-                };
-                planned.waits.values_mut().for_each(only_paused);
+            if let Some(hold) = &hold {
+                let held = planned.waits.values_mut().filter(|why| matches!(why, Reason::Parallel { .. }));
+                held.for_each(|why| *why = hold.clone());
             }
-            (planned, quiet)
+            (planned, hold.is_some())
         };
         let mut active: BTreeSet<Uuid> = BTreeSet::new();
         for choice in &planned.choices {
@@ -109,7 +116,7 @@ impl Collector {
                     }
                     active.extend(nodes.iter().map(|node| forest.root(*node)));
                 }
-                Choice::Resume { .. } | Choice::Begin { .. } if paused => {}
+                Choice::Resume { .. } | Choice::Begin { .. } if held => {}
                 Choice::Resume { .. } | Choice::Begin { .. } => {
                     active.extend(cost::choice_tree(&forest, choice));
                     threads.extend(self.start(choice.clone(), &forest));

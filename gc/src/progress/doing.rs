@@ -52,6 +52,9 @@ pub struct Doing {
     pub ledger: Ledger,
     /// It was told to stop.
     pub aborted: bool,
+    /// All work was told to stop, not this one for its own sake: it begins
+    /// again as soon as anything may.
+    pub held: bool,
     /// VDIs of its tree that somebody waits for.
     pub focus: Vec<Uuid>,
     /// Bytes it may still gain on balance, as forecast.
@@ -86,6 +89,7 @@ impl Doing {
             began_ms: wall_ms(),
             ledger: Ledger::default(),
             aborted: false,
+            held: false,
             focus: Vec::new(),
             room: 0,
             expected: None,

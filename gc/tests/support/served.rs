@@ -1,5 +1,6 @@
 //! gcd's API over a socket, as its callers see it.
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -7,7 +8,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use gc::service::Service;
+use gc::service::{Service, Wishes};
 use serde_json::Value;
 use sm::attached::AttachedSr;
 
@@ -48,7 +49,19 @@ impl Answer {
 }
 
 impl Served {
+    /// Serves at once what stands.
     pub fn new(sr: &Sr) -> Self {
+        Self::with(sr, &Default::default())
+    }
+
+    /// Begins nothing before somebody says so.
+    pub fn paused(sr: &Sr) -> Self {
+        Self::with(sr, &Wishes { paused: true, ..Wishes::default() })
+    }
+
+    fn with(sr: &Sr, wishes: &Wishes) -> Self {
+        let file = sr.run.parent().unwrap().join("gc.json");
+        sm::state::write_json(&file, &BTreeMap::from([(sr.attached.uuid, wishes)])).unwrap();
         sm::state::write_json(&AttachedSr::file(&sr.run, sr.attached.uuid), &sr.attached).unwrap();
         let service = Service::new(sr.run.parent().unwrap(), &sr.run).unwrap();
         let thread = Arc::clone(&service);

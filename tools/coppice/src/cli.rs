@@ -436,13 +436,13 @@ pub enum GcCommand {
         #[arg(value_name = "SR|VDI")]
         what: Option<String>,
     },
-    /// Go on
+    /// Go on at once, after an abort too
     Resume {
         /// Only this storage repository, or only the leaf of this disk
         #[arg(value_name = "SR|VDI")]
         what: Option<String>,
     },
-    /// Stop running merges at the next safe point; after half a minute they may begin again
+    /// Stop running merges at the next safe point; they begin again after half a minute, or with `gc resume` or `gc run`
     Abort(GcScope),
     /// Set limits, also for merges under way
     Set {

@@ -247,6 +247,8 @@ pub struct GcSr {
     pub name: String,
     /// Whether nothing is started.
     pub paused: bool,
+    /// Seconds until merges begin again that somebody aborted.
+    pub quiet_s: Option<u64>,
     /// Merges under way.
     pub running: u64,
     /// Why the last look failed.

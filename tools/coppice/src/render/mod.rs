@@ -122,7 +122,11 @@ pub fn gc_status(status: &GcStatus) -> String {
         let waiting = sr.nodes.values().filter(|node| node.state != "merging").count();
         srs.row([
             sr.name.clone(),
-            if sr.paused { "paused" } else { "collecting" }.to_owned(),
+            match (sr.paused, sr.quiet_s) {
+                (true, _) => "paused".to_owned(),
+                (false, Some(left_s)) => format!("aborted, goes on in {left_s} s"),
+                (false, None) => "collecting".to_owned(),
+            },
             sr.running.to_string(),
             waiting.to_string(),
             sr.error.clone().unwrap_or_else(dash),
