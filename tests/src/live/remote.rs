@@ -1,6 +1,7 @@
 //! A disk served to other hosts: over TCP, with TLS, and again after its
 //! tapdisk died.
 
+use std::io::BufRead;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -142,4 +143,19 @@ fn up_offers_nothing_to_everybody_by_mistake() {
     assert!(refused.json["error"]["message"].as_str().unwrap().contains("--insecure"), "{refused:?}");
     assert_eq!(host.cli(&["up", "--tls-psk", "/x"]).status, 2);
     assert_eq!(host.cli(&["up", "--listen", "somewhere"]).status, 2);
+}
+
+#[test]
+fn up_in_a_folder_stays_in_it_whatever_the_environment_says() {
+    let (host, own) = (Host::without_daemons(), Host::without_daemons());
+    let mut command = Command::new(coppice());
+    command.args(["up", "--json", "--dir"]).arg(own.data());
+    command.env("COPPICE_STATE", host.state()).env("COPPICE_RUN", host.run_dir());
+    let mut up = Up(command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap());
+    let mut said = String::new();
+    std::io::BufReader::new(up.0.stdout.take().unwrap()).read_line(&mut said).unwrap();
+    let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+    for folder in ["state", "run"] {
+        assert_eq!(said[folder], own.data().join(folder).to_str().unwrap(), "{said}");
+    }
 }

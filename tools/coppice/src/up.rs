@@ -1,6 +1,7 @@
 //! `coppice up`: both daemons in the foreground, for development and for a
 //! single machine without services.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::json;
@@ -70,8 +71,8 @@ fn folders(global: &Global, args: &UpArgs) -> Outcome<(Folders, Option<tempfile:
     };
     if let Some(dir) = &args.dir {
         let base = below(dir)?;
-        let state = global.state.clone().unwrap_or(base.state);
-        let run = global.run.clone().unwrap_or(base.run);
+        let state = said(global.state.as_ref(), "COPPICE_STATE").unwrap_or(base.state);
+        let run = said(global.run.as_ref(), "COPPICE_RUN").unwrap_or(base.run);
         return Ok((Folders { state, run }, None));
     }
     if global.state.is_none() && global.run.is_none() {
@@ -81,6 +82,12 @@ fn folders(global: &Global, args: &UpArgs) -> Outcome<(Folders, Option<tempfile:
     let state = global.state.clone().unwrap_or_else(|| STATE_DEFAULT.into());
     let run = global.run.clone().unwrap_or_else(|| RUN_DEFAULT.into());
     Ok((Folders { state: std::path::absolute(state)?, run: std::path::absolute(run)? }, None))
+}
+
+/// A folder that was given as an option. What stands in the environment is
+/// perhaps that of another `up`, and no answer to `--dir`.
+fn said(folder: Option<&PathBuf>, variable: &str) -> Option<PathBuf> {
+    folder.filter(|folder| std::env::var_os(variable).is_none_or(|set| set != folder.as_os_str())).cloned()
 }
 
 fn announce(folders: &Folders, host: &Host, output: Output) {
