@@ -122,6 +122,8 @@ impl Engine {
                 self.merge_begins(*parent, *below, rate_bytes_per_s);
                 self.release();
                 self.answer(token, Ok(CommandReply::Done));
+                // Nothing may be in flight whose end would move it on.
+                self.progress_merge();
             }
             Then::MergeStop(token) => {
                 self.merge_ends();
