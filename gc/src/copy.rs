@@ -343,11 +343,13 @@ pub(crate) const ROOMY_SLICE: WindowLimits = WindowLimits {
     gained_max: limits::ROOMY_SLICE_GAINED_MAX,
 };
 
-/// How a leaf that nobody has attached is emptied where `free_bytes` are free,
-/// and the bytes its parent gains at most before space comes back.
+/// How a leaf is emptied where `free_bytes` are free, and the bytes its parent
+/// gains at most before space comes back. What an attached leaf's parent gains
+/// is not known: `gained_bytes` is all that the leaf has then. There must be room
+/// for as many merges as run at the same time, unless more are asked for.
 pub(crate) fn leaf_slice(free_bytes: u64, gained_bytes: u64) -> (WindowLimits, u64) {
     let roomy = gained_bytes.min(limits::ROOMY_SLICE_BYTES_MAX);
-    if roomy.saturating_add(limits::RESERVE_BYTES) <= free_bytes {
+    if (limits::PARALLEL as u64 * roomy).saturating_add(limits::RESERVE_BYTES) <= free_bytes {
         (ROOMY_SLICE, roomy)
     } else {
         (SLICE, gained_bytes.min(limits::SLICE_BYTES_MAX))
@@ -411,4 +413,30 @@ pub(crate) fn settle_if_needed(repo: &Repo, name: &VolumeName) -> Result<()> {
         image::settle(repo, name)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn a_leaf_goes_in_large_slices_only_where_there_is_room_for_all_merges() {
+        let roomy = limits::PARALLEL as u64 * limits::ROOMY_SLICE_BYTES_MAX + limits::RESERVE_BYTES;
+        // Free, what the parent gains; blocks at a time, room at the peak.
+        for (free, gained, blocks, peak) in [
+            (roomy, 1024 * MIB, 128, 256 * MIB),
+            (roomy - 1, 1024 * MIB, 16, 32 * MIB),
+            (64 * MIB, 1024 * MIB, 16, 32 * MIB),
+            (64 * MIB, 10 * MIB, 16, 10 * MIB),
+            // Little is gained: there is room for it.
+            (104 * MIB, 20 * MIB, 128, 20 * MIB),
+            (0, 20 * MIB, 16, 20 * MIB),
+            (u64::MAX, u64::MAX, 128, 256 * MIB),
+        ] {
+            let (windows, most) = leaf_slice(free, gained);
+            assert_eq!((windows.gained_max, most), (blocks, peak), "{free} free, {gained} gained");
+        }
+    }
 }

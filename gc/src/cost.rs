@@ -56,9 +56,8 @@ pub(crate) fn expected(choice: &Choice) -> Option<Expected> {
         return None;
     };
     let peak_extra_bytes = match (merge, mode) {
-        // Its tapdisk moves a window at a time and does not say how the room
-        // changes within it.
-        (Merge::Leaf { attached: true, .. }, _) => cost.copy_max.min(limits::LIVE_WINDOW_BYTES),
+        // Its tapdisk does not say for which of its blocks the parent takes room.
+        (Merge::Leaf { attached: true, .. }, _) => cost.copy_max.min(limits::ROOMY_SLICE_BYTES_MAX),
         (_, Mode::Shadow) => cost.gained_max,
         (Merge::Leaf { .. }, Mode::Empty) => cost.gained_max.min(limits::ROOMY_SLICE_BYTES_MAX),
         (_, Mode::Empty) => cost.gained_max.min(limits::SLICE_BYTES_MAX),
@@ -245,6 +244,8 @@ impl Model<'_> {
         }
         let own = self.stack(merge.parent())?.clone();
         let gained = self.copied(merge, &images, &present, &own.blocks, &below)?;
+        // What was freed by now is there when this one begins.
+        let free = forest.free_bytes.saturating_add(self.report.bytes_freed);
         self.report.bytes_freed += (held - gained.len() as u64) * BLOCK_BYTES;
         let room = gained.len() as u64 * BLOCK_BYTES;
         let mut stack = own;
@@ -262,11 +263,11 @@ impl Model<'_> {
         }
         let held = present.len() as u64 * BLOCK_BYTES;
         Ok(match (merge, mode) {
-            // Its tapdisk moves a window at a time and does not say how the
-            // room changes within it.
-            (Merge::Leaf { attached: true, .. }, _) => held.min(limits::LIVE_WINDOW_BYTES),
+            // Its tapdisk does not say for which of its blocks the parent takes
+            // room.
+            (Merge::Leaf { attached: true, .. }, _) => leaf_slice(free, held).1,
             (_, Mode::Shadow) => room,
-            (Merge::Leaf { .. }, Mode::Empty) => leaf_slice(forest.free_bytes, room).1,
+            (Merge::Leaf { .. }, Mode::Empty) => leaf_slice(free, room).1,
             (_, Mode::Empty) => room.min(limits::SLICE_BYTES_MAX),
         })
     }

@@ -84,7 +84,8 @@ impl Job<'_> {
         let tap = io("reach a tapdisk", self.repo.host.tap(intent.vdi))?;
         Ok(match tap {
             Some(tap) => {
-                Box::new(Live { job: self, intent: intent.clone(), tap, parent_before: None, rate: None })
+                let intent = intent.clone();
+                Box::new(Live { job: self, intent, tap, parent_before: None, rate: None, extra_bytes: None })
             }
             None => Box::new(Offline { job: self, intent: intent.clone() }),
         })
@@ -122,6 +123,8 @@ struct Live<'a> {
     parent_before: Option<u64>,
     /// Bytes per second its tapdisk was told last.
     rate: Option<u64>,
+    /// Room it may take before it gives any back, in bytes, if we told it.
+    extra_bytes: Option<u64>,
 }
 
 impl Live<'_> {
@@ -133,10 +136,7 @@ impl Live<'_> {
     fn status(&mut self) -> Result<MergeStatus> {
         match self.call(Request::MergeStatus)? {
             Reply::Merge(status) => Ok(status),
-            other => {
-                let source = ClientError::Io(std::io::Error::other(format!("answered {other:?}")));
-                Err(Stop::Tap { vdi: self.intent.vdi, source })
-            }
+            other => Err(self.odd(&other)),
         }
     }
 
@@ -159,14 +159,32 @@ impl Live<'_> {
         let size = image::meta(self.job.repo, &leaf)?.virtual_bytes();
         self.job.grow(&self.intent.parent, &parent, size)?;
         let rate = self.job.watch.rate();
+        let free = io("free space", self.job.repo.volumes.space())?.free;
+        let held = self.leaf_blocks()? * BLOCK_BYTES;
+        let (windows, extra_bytes) = leaf_slice(free, held);
         let order = Request::MergeStart {
             leaf: self.intent.leaf.clone(),
             parent: self.intent.parent.clone(),
             rate_bytes_per_s: rate,
+            extra_blocks_max: windows.gained_max,
         };
         self.call(order)?;
         self.rate = Some(rate);
+        self.extra_bytes = Some(extra_bytes);
         Ok(())
+    }
+
+    /// Blocks the leaf has at this moment, its tapdisk's memory included.
+    fn leaf_blocks(&mut self) -> Result<u64> {
+        match self.call(Request::Stats)? {
+            Reply::Stats(stats) => Ok(stats.leaf_blocks),
+            other => Err(self.odd(&other)),
+        }
+    }
+
+    fn odd(&self, answer: &Reply) -> Stop {
+        let source = ClientError::Io(std::io::Error::other(format!("answered {answer:?}")));
+        Stop::Tap { vdi: self.intent.vdi, source }
     }
 
     /// The budget changes while a merge runs: by a person, with the number of
@@ -218,7 +236,9 @@ impl LeafMerger for Live<'_> {
             if now.blocks_total > last.blocks_total {
                 let more = (now.blocks_total - last.blocks_total) * BLOCK_BYTES;
                 self.job.watch.note(Event::Total(more));
-                self.job.watch.note(Event::Peak(more.min(limits::LIVE_WINDOW_BYTES)));
+                // Of one that was begun before us nobody knows.
+                let most = self.extra_bytes.unwrap_or(limits::ROOMY_SLICE_BYTES_MAX);
+                self.job.watch.note(Event::Peak(more.min(most)));
             }
             if now.blocks_done != last.blocks_done || now.phase != last.phase {
                 moved_at = self.job.watch.now();

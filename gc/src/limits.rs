@@ -43,11 +43,13 @@ pub const LATENCY_FACTOR_MAX: f64 = 1000.0;
 pub const LATENCY_EVERY: Duration = Duration::from_secs(1);
 /// Blocks the parent gains in one slice: no more than its bytes.
 pub const SLICE_GAINED_MAX: u32 = 16;
-/// Bytes of one slice of an offline leaf merge where there is room: each ends
-/// with flushes of both images.
+/// Bytes of one slice of a leaf merge where there is room: each ends with
+/// flushes of both images. Of an attached leaf, what its tapdisk may have in
+/// the parent and not yet given back.
 pub const ROOMY_SLICE_BYTES_MAX: u64 = 256 << 20;
 /// Blocks the parent gains in such a slice.
 pub const ROOMY_SLICE_GAINED_MAX: u32 = 128;
+const _: () = assert!(ROOMY_SLICE_GAINED_MAX <= tapdisk_control::MERGE_EXTRA_BLOCKS_MAX);
 /// Free space the collector leaves to the guests, unless a merge needs none.
 pub const RESERVE_BYTES: u64 = 64 << 20;
 /// Chains at least this near their limit are shortened before others.
@@ -79,9 +81,6 @@ pub const LOOK_EVERY: Duration = Duration::from_secs(30);
 pub const FAILURES_KEPT: usize = 256;
 /// Times an inner merge looks for children that came late.
 pub const RELINK_ROUNDS_MAX: u32 = 8;
-/// Extra room counted for the blocks that a merge run by a tapdisk has under
-/// way at one time.
-pub const LIVE_WINDOW_BYTES: u64 = 32 << 20;
 /// Quiet time after somebody aborted.
 pub const ABORT_QUIET: Duration = Duration::from_secs(30);
 /// Finished jobs kept for the status.

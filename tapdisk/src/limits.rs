@@ -40,6 +40,8 @@ pub const RESOLVED_BLOCKS_MAX: usize = 128;
 pub const COPYING_BLOCKS_FIRST: usize = 2;
 /// Of any batch.
 pub const COPYING_BLOCKS_MAX: usize = 64;
+/// Of one whose extents are shared: there is nothing to be written.
+pub const COPYING_SHARED_BLOCKS_MAX: usize = 512;
 /// A batch that took longer, in microseconds, is followed by smaller ones: for
 /// so long a guest's write to one of its blocks may wait.
 pub const COPY_TIME_US: u64 = 20_000;
@@ -55,15 +57,13 @@ pub const ABOUT_US: u64 = 1_000_000;
 pub const REST_US_MAX: u64 = 100_000;
 /// Blocks that a leaf merge has under way: being copied or waiting for a flush.
 pub const MOVING_BLOCKS_MAX: usize = 192;
-/// Those of them for which the parent takes room, and those that are gone from
-/// the leaf but not yet from its file: so many blocks of extra room it may need.
-pub const GAINED_BLOCKS_MAX: usize = 16;
-/// Copied blocks that are worth a flush of the parent while others are still
-/// being copied: a third of those under way, so that copying, the flush of the
-/// parent and that of the leaf go on at the same time.
-pub const FLUSH_BLOCKS: usize = MOVING_BLOCKS_MAX / 3;
-/// The same of those for which the parent takes room.
-pub const FLUSH_GAINED_BLOCKS: usize = GAINED_BLOCKS_MAX / 3;
+/// The same while extents are shared and no guest is busy: a flush then has
+/// nothing to write but metadata, so it may cover many.
+pub const MOVING_SHARED_BLOCKS_MAX: usize = 1024;
+/// Of those that may be under way, copied blocks that are worth a flush of the
+/// parent while others are still being copied: one in so many, so that copying,
+/// the flush of the parent and that of the leaf go on at the same time.
+pub const FLUSH_SHARE: usize = 3;
 /// Runs up to this long are copied many at a time; about the limit below which
 /// extents are not shared.
 pub const SHORT_RUN_BYTES_MAX: u64 = 60 << 10;

@@ -24,6 +24,15 @@ pub use stats::{CacheStats, Histogram, KindStats, Stats};
 /// Longest line either side accepts.
 pub const LINE_BYTES_MAX: usize = 64 * 1024;
 
+/// Blocks of extra room that a merge may take where nobody says how many.
+pub const MERGE_EXTRA_BLOCKS: u32 = 16;
+/// Most that may be asked for.
+pub const MERGE_EXTRA_BLOCKS_MAX: u32 = 128;
+
+fn merge_extra_blocks() -> u32 {
+    MERGE_EXTRA_BLOCKS
+}
+
 /// One request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Call {
@@ -182,6 +191,11 @@ pub enum Request {
         parent: ImageRef,
         /// Most bytes copied per second; 0 is no limit.
         rate_bytes_per_s: u64,
+        /// Most blocks of 2 MiB for which the parent takes room before the
+        /// leaf gives any back: 1 to [`MERGE_EXTRA_BLOCKS_MAX`],
+        /// [`MERGE_EXTRA_BLOCKS`] unless told.
+        #[serde(default = "merge_extra_blocks")]
+        extra_blocks_max: u32,
     },
     /// Changes the rate of the running merge from now on.
     MergeRate {
@@ -341,4 +355,20 @@ pub struct MergeStatus {
     pub longest_wait_us: u64,
     /// What went wrong, when `phase` is `failed`.
     pub error: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_merge_that_is_not_told_its_room_takes_little() {
+        let image = r#"{"volume": "a.vhd", "footer": "00000000-0000-0000-0000-000000000001"}"#;
+        let order = format!(
+            r#"{{"id": 1, "request": "merge_start", "leaf": {image}, "parent": {image}, "rate_bytes_per_s": 0}}"#
+        );
+        let call: Call = serde_json::from_str(&order).unwrap();
+        let Request::MergeStart { extra_blocks_max, .. } = call.request else { panic!("{call:?}") };
+        assert_eq!(extra_blocks_max, MERGE_EXTRA_BLOCKS);
+    }
 }

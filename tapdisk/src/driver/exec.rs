@@ -17,7 +17,7 @@ use crate::disk::{Files, OpenFile};
 use crate::engine::{BufferRange, Completion, FileId, Op};
 use crate::limits::SHORT_RUN_BYTES_MAX;
 
-/// Largest [`Op::ReadMeta`], in bytes: the BAT of the largest disk has 4 MiB.
+/// Largest [`Op::ReadMeta`] or [`Op::ReadPages`], in bytes: the BAT of the largest disk has 4 MiB.
 const META_BYTES_MAX: u32 = 64 << 20;
 
 /// An operation with all it needs.
@@ -29,6 +29,7 @@ enum Task {
     ReadGuest { id: FileId, file: OpenFile, offset: u64, into: Exclusive },
     WriteGuest { id: FileId, file: OpenFile, offset: u64, from: Shared },
     ReadMeta { file: Arc<dyn Volume>, offset: u64, len: u32 },
+    ReadPages { file: Arc<dyn Volume>, offsets: Arc<[u64]>, len: u32 },
     WriteMeta { file: Arc<dyn Volume>, parts: Vec<(u64, Arc<[u8]>)> },
     Copy { from: Arc<dyn Volume>, to: Arc<dyn Volume>, ranges: Arc<[CopyRange]>, share: bool },
     Zero { file: Arc<dyn Volume>, offset: u64, len: u64, keep: bool },
@@ -74,7 +75,12 @@ pub fn prepare(
         Op::ReadMeta { file: id, offset, len } if len <= META_BYTES_MAX => {
             Task::ReadMeta { file: file(id)?, offset, len }
         }
-        Op::ReadMeta { .. } => return Err(libc::EINVAL),
+        Op::ReadPages { file: id, offsets, len }
+            if offsets.len() as u64 * u64::from(len) <= META_BYTES_MAX.into() =>
+        {
+            Task::ReadPages { file: file(id)?, offsets, len }
+        }
+        Op::ReadMeta { .. } | Op::ReadPages { .. } => return Err(libc::EINVAL),
         Op::WriteMeta { file: id, parts, why: _ } => Task::WriteMeta { file: file(id)?, parts },
         Op::Copy { from, to, ranges, share } => {
             Task::Copy { from: file(from)?, to: file(to)?, ranges, share }
@@ -227,6 +233,10 @@ impl Task {
             Self::ReadGuest { offset, into, .. } => ("read", *offset, into.len() as u64),
             Self::WriteGuest { offset, from, .. } => ("write", *offset, from.len() as u64),
             Self::ReadMeta { offset, len, .. } => ("metadata read", *offset, u64::from(*len)),
+            Self::ReadPages { offsets, len, .. } => {
+                let first = offsets.first().copied().unwrap_or(0);
+                ("metadata read", first, offsets.len() as u64 * u64::from(*len))
+            }
             Self::WriteMeta { parts, .. } => {
                 let bytes = parts.iter().map(|(_, bytes)| bytes.len() as u64).sum();
                 ("metadata write", parts.first().map_or(0, |(offset, _)| *offset), bytes)
@@ -250,6 +260,16 @@ impl Task {
             Self::ReadMeta { file, offset, len } => {
                 let mut bytes = vec![0; len as usize];
                 file.read_at(&mut bytes, offset)?;
+                return Ok(Completion::Bytes(bytes));
+            }
+            Self::ReadPages { file, offsets, len } => {
+                // All of them at the same time, so that one need not wait for
+                // the other.
+                offsets.iter().for_each(|offset| file.will_read(*offset, len.into()));
+                let mut bytes = vec![0; offsets.len() * len as usize];
+                for (offset, page) in offsets.iter().zip(bytes.chunks_mut((len as usize).max(1))) {
+                    file.read_at(page, *offset)?;
+                }
                 return Ok(Completion::Bytes(bytes));
             }
             Self::WriteMeta { file, parts } => {

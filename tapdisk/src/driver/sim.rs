@@ -103,6 +103,8 @@ struct Then {
     into: Option<BufferRange>,
     /// Bytes a copy copies.
     copied_bytes: u64,
+    /// What its reads of metadata have brought so far.
+    bytes: Vec<u8>,
     /// What follows before the operation is complete.
     rest: VecDeque<(SimRequest, Why)>,
 }
@@ -253,17 +255,20 @@ impl SimTap {
 
     fn land(&mut self, mut flying: Flying) {
         let completion = match self.disk.complete(flying.sim) {
-            Ok(_) if !flying.then.rest.is_empty() => {
+            Ok(done) if !flying.then.rest.is_empty() => {
+                if let SimDone::Bytes(bytes) = done {
+                    flying.then.bytes.extend(bytes);
+                }
                 let next = flying.then.rest.pop_front();
                 return self.fly(flying.op, next, flying.then);
             }
-            Ok(done) => self.arrived(done, &flying.then),
+            Ok(done) => self.arrived(done, &mut flying.then),
             Err(error) => Completion::Failed(error.raw_os_error().unwrap_or(libc::EIO)),
         };
         self.core.complete(self.now_us, flying.op, completion);
     }
 
-    fn arrived(&mut self, done: SimDone, then: &Then) -> Completion {
+    fn arrived(&mut self, done: SimDone, then: &mut Then) -> Completion {
         match (done, then.into) {
             (SimDone::Bytes(bytes), Some(range)) => {
                 if let Some(target) = self.target(range) {
@@ -271,7 +276,10 @@ impl SimTap {
                 }
                 Completion::Done
             }
-            (SimDone::Bytes(bytes), None) => Completion::Bytes(bytes),
+            (SimDone::Bytes(bytes), None) => {
+                then.bytes.extend(bytes);
+                Completion::Bytes(std::mem::take(&mut then.bytes))
+            }
             (SimDone::Copied(kind), _) => Completion::Copied {
                 shared_bytes: if kind == CopyKind::Cloned { then.copied_bytes } else { 0 },
             },
@@ -329,7 +337,7 @@ impl SimTap {
         };
         let mut rest = self.requests(what);
         let first = rest.pop_front();
-        self.fly(op, first, Then { into, copied_bytes, rest });
+        self.fly(op, first, Then { into, copied_bytes, bytes: Vec::new(), rest });
     }
 
     fn fly(&mut self, op: OpId, request: Option<(SimRequest, Why)>, mut then: Then) {
@@ -373,6 +381,13 @@ impl SimTap {
             }
             Op::Swap { new, over, why, .. } => VecDeque::from([(rename(&new, &over), why)]),
             Op::Copy { from, to, ranges, .. } => self.copies(from, to, &ranges).unwrap_or_default(),
+            Op::ReadPages { file, offsets, len } => {
+                let Some(file) = self.file(file) else { return VecDeque::new() };
+                let read = |offset: &u64| {
+                    (SimRequest::Read { file, offset: *offset, len: len.into() }, "metadata read")
+                };
+                offsets.iter().map(read).collect()
+            }
             Op::WriteMeta { file, parts, why } => {
                 let Some(file) = self.file(file) else { return VecDeque::new() };
                 let write = |(offset, bytes)| (SimRequest::Write { file, offset, bytes }, why);
@@ -416,7 +431,7 @@ impl SimTap {
             }
             Op::Extend { file, len } => (SimRequest::Extend { file: self.file(file)?, len }, "longer file"),
             Op::Flush { file, why } => (SimRequest::Flush { file: self.file(file)? }, why),
-            Op::Copy { .. } | Op::Swap { .. } | Op::WriteMeta { .. } => return None,
+            Op::Copy { .. } | Op::Swap { .. } | Op::WriteMeta { .. } | Op::ReadPages { .. } => return None,
             Op::SyncNames { why } => (SimRequest::SyncNames { folder: String::new() }, why),
         })
     }

@@ -105,6 +105,16 @@ pub enum Op {
         /// Bytes.
         len: u32,
     },
+    /// Reads pieces of metadata of one length; completes with
+    /// [`Completion::Bytes`], one piece after the other.
+    ReadPages {
+        /// From.
+        file: FileId,
+        /// Where each begins in the file, in bytes.
+        offsets: Arc<[u64]>,
+        /// Bytes of each.
+        len: u32,
+    },
     /// Writes pieces of metadata, in no order that counts.
     WriteMeta {
         /// To.

@@ -6,6 +6,7 @@ use vhd::placed::Placed;
 use vhd::rw::RwImage;
 use vhd::storage::VolumeName;
 
+use super::merge::MergeBounds;
 use super::quiesce::Then;
 use super::{Barrier, CleanWaiter, Engine, FileId, Image, Lower, Second, SettlePlan};
 
@@ -65,8 +66,8 @@ pub enum Command {
         parent: Box<Image>,
         /// Everything below it.
         below: Box<Lower>,
-        /// Most bytes copied per second; 0 is no limit.
-        rate_bytes_per_s: u64,
+        /// How fast, and with how much room.
+        bounds: MergeBounds,
     },
     /// Changes the rate of the merge from now on.
     MergeRate {
@@ -203,12 +204,12 @@ impl Engine {
                 self.after_all_so_far(Barrier::Close(old.files().to_vec()));
                 self.after_all_so_far(Barrier::Answer(token, CommandReply::Done));
             }
-            Command::MergeStart { parent, below, rate_bytes_per_s } => {
+            Command::MergeStart { parent, below, bounds } => {
                 self.single_image()?;
                 if self.stack.is_empty() {
                     return Err(CommandError::Busy("the disk is read-only"));
                 }
-                self.drain_then(Then::MergeStart { token, parent, below, rate_bytes_per_s })?;
+                self.drain_then(Then::MergeStart { token, parent, below, bounds })?;
             }
             Command::MergeRate { rate_bytes_per_s } => {
                 self.merge_rate(rate_bytes_per_s)?;

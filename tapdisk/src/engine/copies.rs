@@ -17,17 +17,16 @@ use std::sync::Arc;
 use vhd::bitmap::SectorBitmap;
 use vhd::record::Entry;
 use vhd::rw::Presence;
+use vhd::slots::BITMAP_PAGE_BYTES;
 use vhd::storage::CopyRange;
-use vhd::units::{BlockNo, SectorRun, Slot};
+use vhd::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockNo, SectorRun, Slot};
 
 use super::image::{Purpose, result};
 use super::merge::{LEAF, PARENT, Phase};
-use super::moves::{Move, Stage};
+use super::pace::AtOnce;
+use super::under_way::{Move, Stage};
 use super::{Completion, Engine, Op, Wait};
-use crate::limits::{
-    BUSY_US, COPYING_BLOCKS_BUSY_MAX, GAINED_BLOCKS_MAX, MOVING_BLOCKS_MAX, POSTPONED_SLOTS_MAX,
-    SHORT_RUN_BYTES_MAX,
-};
+use crate::limits::{BUSY_US, COPYING_BLOCKS_BUSY_MAX, POSTPONED_SLOTS_MAX, SHORT_RUN_BYTES_MAX};
 
 /// One copy of a block.
 #[derive(Debug)]
@@ -36,6 +35,19 @@ pub(crate) struct CopyRun {
     from: Slot,
     to: Slot,
     run: SectorRun,
+    /// It goes on from the copy before it, the block's bitmap between them.
+    with_bitmap: bool,
+}
+
+impl CopyRun {
+    /// The bytes of it, without a bitmap.
+    fn range(&self) -> CopyRange {
+        CopyRange {
+            from: self.from.data_offset(self.run.first),
+            to: self.to.data_offset(self.run.first),
+            len_bytes: self.run.bytes(),
+        }
+    }
 }
 
 /// A batch being copied.
@@ -49,33 +61,45 @@ pub(crate) struct CopyBatch {
 impl Engine {
     /// Takes on the next batch, when none is being copied.
     pub(super) fn take_on(&mut self) {
-        if self.in_stage(|stage| !matches!(stage, Stage::Copied { .. })).next().is_some() {
+        if self.merge.moves.in_window() > 0 {
             return;
         }
-        let busy = self.guests_busy();
-        let most = if busy { COPYING_BLOCKS_BUSY_MAX } else { self.merge.batch.blocks() };
+        let (busy, at_once) = (self.guests_busy(), self.at_once());
+        let most = if busy { COPYING_BLOCKS_BUSY_MAX } else { self.merge.batch.blocks(at_once.copying) };
+        if !busy && self.state.runs() && self.look_at_pages(most) {
+            return;
+        }
+        let mut coming = self.merge.figures.bytes_copied;
         for _ in 0..most {
             let merge = &self.merge;
             let held = self.stack[LEAF].rw.allocated_blocks() as usize;
-            let full = merge.moves.len() >= MOVING_BLOCKS_MAX
+            let full = merge.moves.len() >= at_once.moving
                 || merge.moves.len() >= held
                 || merge.owed.len() >= 2 * POSTPONED_SLOTS_MAX;
             // Held, nothing may begin: a new holder would meet its copies.
-            let may = self.state.runs() && merge.pace.allows(merge.figures.bytes_copied, self.now_us);
+            let may = self.state.runs() && merge.pace.allows(coming, self.now_us);
             if full || !may {
                 return;
             }
             let Some(block) = self.next_block() else { return };
             let gained = self.takes_room(block);
-            if gained && self.merge.gained() >= GAINED_BLOCKS_MAX {
+            if gained && self.merge.gained() >= self.merge.bounds.extra_blocks {
                 return;
             }
+            coming += BLOCK_BYTES;
             self.merge.cursor = block.0 + 1;
             self.merge.moves.insert(block, Move::new(self.now_us, gained));
         }
         if !busy {
             self.look_ahead(most);
+            self.look_at_pages(most);
         }
+    }
+
+    /// How many blocks may be in each stage now.
+    pub(super) fn at_once(&self) -> AtOnce {
+        let shared = self.merge.shares == Some(true) && !self.guests_busy();
+        AtOnce::new(shared, self.merge.bounds.extra_blocks)
     }
 
     /// Whether P grows by a block while L still has it. Extents that are shared
@@ -89,7 +113,7 @@ impl Engine {
         let rw = &self.stack[LEAF].rw;
         let coming = rw.blocks_held_from(BlockNo(self.merge.cursor));
         let coming: Vec<BlockNo> =
-            coming.filter(|block| !self.merge.moves.contains_key(block)).take(blocks).collect();
+            coming.filter(|block| !self.merge.moves.contains(*block)).take(blocks).collect();
         for block in coming {
             self.has_bitmaps(block);
         }
@@ -102,17 +126,23 @@ impl Engine {
     /// The next block of L that is not under way, in a circle.
     fn next_block(&self) -> Option<BlockNo> {
         let rw = &self.stack[LEAF].rw;
-        let free = |block: &BlockNo| !self.merge.moves.contains_key(block);
+        let free = |block: &BlockNo| !self.merge.moves.contains(*block);
         rw.blocks_held_from(BlockNo(self.merge.cursor)).find(free).or_else(|| rw.blocks_held().find(free))
     }
 
     /// Step 2 for the blocks that have drained, once all they need is in memory
     /// and P's file is long enough; what is not is tried again when it is so.
     pub(super) fn copy_drained(&mut self) {
-        let drained = self.in_stage(|stage| *stage == Stage::Draining);
-        let drained: Vec<BlockNo> = drained.filter(|block| !self.merge.writes.contains_key(block)).collect();
+        if self.merge.moves.in_window() == 0 {
+            return;
+        }
+        let mut drained = self.merge.moves.in_stage(|stage| *stage == Stage::Draining);
+        drained.retain(|block| !self.merge.writes.contains_key(block));
         // Asked of each, so that all bitmaps are read at the same time.
         if drained.iter().filter(|block| !self.has_bitmaps(**block)).count() > 0 {
+            return;
+        }
+        if !self.place_in_parent(&drained) {
             return;
         }
         let mut planned = Vec::new();
@@ -127,11 +157,18 @@ impl Engine {
         }
         let mut batch = Vec::new();
         let blocks: Vec<BlockNo> = planned.iter().map(|(block, ..)| *block).collect();
-        for (block, zeroed, copies) in planned {
-            if let Some(moving) = self.merge.moves.get_mut(&block) {
+        let (mut before, mut along) = (None, Vec::new());
+        for block in &blocks {
+            along.push(before.is_some_and(|before| self.comes_along(before, *block)));
+            before = Some(*block);
+        }
+        for ((block, zeroed, mut copies), along) in planned.into_iter().zip(along) {
+            self.merge.pages.remove(&block);
+            self.merge.moves.change(block, |moving| {
                 moving.stage = Stage::Copying { left: copies.len() };
                 moving.zeroed = zeroed;
-            }
+            });
+            copies.iter_mut().for_each(|copy| copy.with_bitmap = along);
             batch.extend(copies);
         }
         if !batch.is_empty() {
@@ -164,27 +201,37 @@ impl Engine {
         Some(Vec::new())
     }
 
-    /// What to copy of a block, with P's slot in place; `None` while something
-    /// is being read or the file grows.
-    fn plan_copies(&mut self, block: BlockNo) -> Option<Vec<CopyRun>> {
-        let (from, present) = self.bitmap_or_load(LEAF, block)?;
-        let to = match self.stack[PARENT].rw.presence(block) {
+    /// Gives every block its slot in P, and makes the file long enough for all
+    /// of them at once; whether it is.
+    fn place_in_parent(&mut self, blocks: &[BlockNo]) -> bool {
+        let mut last = None;
+        for block in blocks.iter().copied().filter(|block| !self.merge.zeroed.contains(block)) {
             // Full at once where nothing lies below P: L's sectors shadow
             // their own, and the others read as zeros either way.
-            Presence::Absent => {
-                let whole = !self.lower.has(block);
-                match self.stack[PARENT].rw.allocate(block, whole) {
-                    Ok(slot) => slot,
-                    Err(full) => {
-                        self.merge_failed(full.to_string());
-                        return None;
-                    }
+            let whole = !self.lower.has(block);
+            let rw = &mut self.stack[PARENT].rw;
+            let slot = match rw.presence(block) {
+                Presence::Absent => rw.allocate(block, whole),
+                Presence::Whole(slot) | Presence::Partial(slot) => Ok(slot),
+            };
+            match slot {
+                Ok(slot) => last = last.max(Some(slot)),
+                Err(full) => {
+                    self.merge_failed(full.to_string());
+                    return false;
                 }
             }
-            Presence::Whole(_) | Presence::Partial(_) => self.bitmap_or_load(PARENT, block)?.0,
-        };
-        let long_enough = self.ensure_length(PARENT, to);
-        long_enough.then(|| present.present().map(|run| CopyRun { block, from, to, run }).collect())
+        }
+        last.is_none_or(|slot| self.ensure_length(PARENT, slot))
+    }
+
+    /// What to copy of a block that has a slot in P; `None` while something is
+    /// being read.
+    fn plan_copies(&mut self, block: BlockNo) -> Option<Vec<CopyRun>> {
+        let (from, present) = self.bitmap_or_load(LEAF, block)?;
+        let to = self.bitmap_or_load(PARENT, block)?.0;
+        let copy = |run| CopyRun { block, from, to, run, with_bitmap: false };
+        Some(present.present().map(copy).collect())
     }
 
     /// Slot and bitmap of a block an image has, if the bitmap is in memory.
@@ -203,15 +250,19 @@ impl Engine {
     }
 
     fn start_copies(&mut self, copies: Vec<CopyRun>, blocks: usize) {
-        let range = |copy: &CopyRun| CopyRange {
-            from: copy.from.data_offset(copy.run.first),
-            to: copy.to.data_offset(copy.run.first),
-            len_bytes: copy.run.bytes(),
-        };
+        let mut ranges: Vec<CopyRange> = Vec::new();
+        for copy in &copies {
+            match ranges.last_mut() {
+                Some(last) if copy.with_bitmap => {
+                    last.len_bytes = copy.to.data_offset(BLOCK_SECTORS) - last.to;
+                }
+                _ => ranges.push(copy.range()),
+            }
+        }
         let op = Op::Copy {
             from: self.stack[LEAF].file,
             to: self.stack[PARENT].file,
-            ranges: copies.iter().map(range).collect::<Arc<[CopyRange]>>(),
+            ranges: Arc::from(ranges),
             share: self.merge.shares != Some(false),
         };
         self.start(op, Purpose::Copy(CopyBatch { copies, blocks, began_us: self.now_us }));
@@ -227,19 +278,21 @@ impl Engine {
             }
             return;
         }
-        self.merge.batch.ended(blocks, self.now_us.saturating_sub(began_us));
+        let most = self.at_once().copying;
+        self.merge.batch.ended(blocks, self.now_us.saturating_sub(began_us), most);
         let bytes =
             |copies: &mut dyn Iterator<Item = &CopyRun>| copies.map(|copy| copy.run.bytes()).sum::<u64>();
         self.merge.figures.bytes_copied += bytes(&mut copies.iter());
         if let Completion::Copied { shared_bytes } = *completion {
-            self.merge.figures.bytes_cloned += shared_bytes;
+            let pages = copies.iter().filter(|copy| copy.with_bitmap).count() as u64 * BITMAP_PAGE_BYTES;
+            self.merge.figures.bytes_cloned += shared_bytes.saturating_sub(pages);
             let long = bytes(&mut copies.iter().filter(|copy| copy.run.bytes() > SHORT_RUN_BYTES_MAX));
             if long > 0 {
                 self.merge.shares = Some(shared_bytes > long / 2);
             }
         }
         for copy in copies {
-            self.record_copy(copy.block, copy.to, copy.run);
+            self.record_copy(copy.block, copy.to, copy.run, copy.with_bitmap);
         }
     }
 
@@ -249,19 +302,21 @@ impl Engine {
             let error = format!("copying block {} failed: errno {errno}", block.0);
             self.merge.figures.error.get_or_insert(error);
         }
-        if let Some(Move { stage: Stage::Copying { left }, .. }) = self.merge.moves.get_mut(&block) {
-            *left -= 1;
-        }
+        self.merge.moves.change(block, |moving| {
+            if let Stage::Copying { left } = &mut moving.stage {
+                *left -= 1;
+            }
+        });
         self.copied_if_done(block);
     }
 
     fn copied_if_done(&mut self, block: BlockNo) {
-        let Some(moving) = self.merge.moves.get_mut(&block) else { return };
+        let Some(moving) = self.merge.moves.get(block) else { return };
         if moving.stage != (Stage::Copying { left: 0 }) {
             return;
         }
-        moving.stage = Stage::Copied { cycle: None };
         let held_us = self.now_us.saturating_sub(moving.since_us);
+        self.merge.moves.change(block, |moving| moving.stage = Stage::Copied { cycle: None });
         if self.parked.contains_key(&Wait::Window(block)) {
             let longest = &mut self.merge.figures.longest_wait_us;
             *longest = held_us.max(*longest);

@@ -113,6 +113,8 @@ pub(crate) enum Purpose {
     WriteBack(FileId),
     /// Released slots were zeroed.
     Released { file: FileId, slots: Vec<Slot> },
+    /// What lies before the data of these blocks of a merge's leaf.
+    Pages(Vec<BlockNo>),
     /// A batch of a merge.
     Copy(CopyBatch),
     /// A step of a merge's commit.
@@ -135,6 +137,7 @@ impl Engine {
             Purpose::Extend { file, len } => self.extended(file, len, result(&completion)),
             Purpose::WriteBack(file) => self.writeback_step(file, result(&completion)),
             Purpose::Released { file, slots } => self.zeroed(file, &slots, result(&completion)),
+            Purpose::Pages(blocks) => self.pages_read(&blocks, &completion),
             Purpose::Copy(batch) => self.copied(batch, &completion),
             Purpose::Commit => self.commit_step(result(&completion)),
             Purpose::Swap => self.swapped(result(&completion)),

@@ -24,17 +24,18 @@ use vhd::storage::VolumeName;
 use vhd::units::{BlockNo, SectorRun, Slot};
 
 use super::command::{CommandError, Token};
-use super::moves::Move;
 use super::pace::{Batch, Pace};
 use super::quiesce::Then;
+use super::under_way::Moves;
 use super::{Barrier, Engine, FileId, Image, Lower, Second, Wait};
 
 /// A leaf merge, or none.
 #[derive(Debug, Default)]
 pub(super) struct Merge {
     pub(super) phase: Phase,
-    /// Blocks under way; at most [`crate::limits::MOVING_BLOCKS_MAX`].
-    pub(super) moves: BTreeMap<BlockNo, Move>,
+    pub(super) bounds: MergeBounds,
+    /// Blocks under way; how many, see [`Engine::bounds_now`].
+    pub(super) moves: Moves,
     /// Writes in flight, by block: what they cover.
     pub(super) writes: HashMap<BlockNo, Vec<SectorRun>>,
     /// Blocks of L that a guest trimmed and did not write again: all that L
@@ -47,6 +48,11 @@ pub(super) struct Merge {
     pub(super) owed: BTreeMap<Slot, bool>,
     /// Whether the filesystem shares extents of L with P, once that was seen.
     pub(super) shares: Option<bool>,
+    /// Blocks that are soon taken on, and whether the page before their data may
+    /// come along; at most [`crate::limits::COPYING_SHARED_BLOCKS_MAX`] of them.
+    pub(super) pages: BTreeMap<BlockNo, bool>,
+    /// Such pages are being looked at.
+    pub(super) reading_pages: bool,
     pub(super) stop: Option<Token>,
     pub(super) figures: MergeFigures,
     pub(super) pace: Pace,
@@ -55,10 +61,24 @@ pub(super) struct Merge {
 
 impl Merge {
     /// Blocks for which P took room and L gave none back yet; at most
-    /// [`crate::limits::GAINED_BLOCKS_MAX`].
+    /// [`MergeBounds::extra_blocks`].
     pub(super) fn gained(&self) -> usize {
-        let moving = self.moves.values().filter(|moving| moving.gained).count();
-        moving + self.owed.values().filter(|gained| **gained).count()
+        self.moves.gained() + self.owed.values().filter(|gained| **gained).count()
+    }
+}
+
+/// How fast a merge may be, and how much room it may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MergeBounds {
+    /// Most bytes copied per second; 0 is no limit.
+    pub rate_bytes_per_s: u64,
+    /// Most blocks that P has gained and L has not given back; at least 1.
+    pub extra_blocks: usize,
+}
+
+impl Default for MergeBounds {
+    fn default() -> Self {
+        Self { rate_bytes_per_s: 0, extra_blocks: tapdisk_control::MERGE_EXTRA_BLOCKS as usize }
     }
 }
 
@@ -136,7 +156,7 @@ impl Engine {
     }
 
     /// The rule takes effect. Nothing is in flight.
-    pub(super) fn merge_begins(&mut self, parent: Image, below: Lower, rate_bytes_per_s: u64) {
+    pub(super) fn merge_begins(&mut self, parent: Image, below: Lower, bounds: MergeBounds) {
         self.stack[LEAF].rw.drop_unwritten();
         self.stack.push(parent);
         self.second = Second::Parent;
@@ -146,7 +166,8 @@ impl Engine {
         self.merge = Merge {
             phase: Phase::Starting,
             figures: MergeFigures { blocks_total, ..MergeFigures::default() },
-            pace: Pace::new(rate_bytes_per_s, self.now_us),
+            pace: Pace::new(bounds.rate_bytes_per_s, self.now_us),
+            bounds,
             ..Merge::default()
         };
     }
@@ -202,8 +223,8 @@ impl Engine {
     /// Waiting requests look again under the rule as it is, then all drain.
     fn drain_for_stop(&mut self) {
         let Some(token) = self.merge.stop else { return };
-        if self.merge.moves.is_empty() && self.state.runs() && self.drain_then(Then::MergeStop(token)).is_ok()
-        {
+        let moves = !self.merge.moves.is_empty() || self.merge.reading_pages;
+        if !moves && self.state.runs() && self.drain_then(Then::MergeStop(token)).is_ok() {
             self.merge.phase = Phase::Failed;
         }
     }

@@ -30,6 +30,7 @@ mod lookup;
 mod lower;
 mod merge;
 mod moves;
+mod neighbours;
 mod owner_cache;
 mod pace;
 mod piece;
@@ -38,6 +39,7 @@ mod relief;
 mod status;
 mod swap;
 mod track;
+mod under_way;
 mod writeback;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -49,7 +51,7 @@ pub use api::*;
 pub use command::{Command, CommandError, CommandReply, NewLeaf, Token};
 pub use image::{Image, SettlePlan};
 pub use lower::{Known, Lower};
-pub use merge::MergeFigures;
+pub use merge::{MergeBounds, MergeFigures};
 pub use quiesce::Holds;
 
 use crate::limits;

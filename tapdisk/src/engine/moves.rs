@@ -14,14 +14,17 @@
 //! flush of P that covers the last, and that the flush of L that clears those
 //! before. Each block makes the steps below by itself, whatever its batch does:
 //! nothing in the argument depends on how many are under way. The batches are
-//! as large as is quick ([`super::pace`]); blocks for which P takes room are
-//! counted apart, as L gives its own back only in step 5.
+//! as large as is quick, and where extents are shared and no guest is busy a
+//! flush covers more of them ([`super::pace`]); blocks for which P takes room
+//! are counted apart, as L gives its own back only in step 5.
 //!
 //! 1. `Draining`: writes to the block in flight end, new ones park.
 //! 2. `Copying`: L's present sectors are copied into P, all runs of a batch at
 //!    the same time and in any order. When the last has landed, P's record
 //!    vouches for them like for a guest's write. P's are shadowed by L's, so a
-//!    crash here changes nothing anybody reads, whichever runs landed.
+//!    crash here changes nothing anybody reads, whichever runs landed. The
+//!    bitmaps of blocks that are shared with their neighbours come along
+//!    ([`super::neighbours`]); no entry on P's file names their slots before 4.
 //! 3. `Copied`: reads come from L as before, and what is written to sectors
 //!    that L has is written to both, so that L and P stay the same. A crash:
 //!    L's sectors win, and L has every acknowledged write. (Two writes to one
@@ -55,66 +58,32 @@ use vhd::rw::Presence;
 use vhd::units::{BLOCK_BYTES, BlockNo, SectorRun, Slot};
 
 use super::merge::{LEAF, Merge, PARENT, Phase};
+use super::pace::AtOnce;
+use super::under_way::Stage;
 use super::{Engine, FileId, Wait};
-use crate::limits::{ABOUT_US, FLUSH_BLOCKS, FLUSH_GAINED_BLOCKS, POSTPONED_SLOTS_MAX};
-
-/// A block under way.
-#[derive(Debug)]
-pub(super) struct Move {
-    pub(super) stage: Stage,
-    pub(super) since_us: u64,
-    /// It moves without a copy.
-    pub(super) zeroed: bool,
-    /// P takes room for it before L gives any back.
-    pub(super) gained: bool,
-}
-
-impl Move {
-    /// One that begins.
-    pub(super) fn new(since_us: u64, gained: bool) -> Self {
-        Self { stage: Stage::Draining, since_us, zeroed: false, gained }
-    }
-}
-
-/// See the module.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Stage {
-    Draining,
-    Copying {
-        /// Copies in flight, or whose record entries are not valid yet.
-        left: usize,
-    },
-    Copied {
-        /// The write-back of P that makes it durable, once that has begun.
-        cycle: Option<u64>,
-    },
-}
+use crate::limits::{ABOUT_US, POSTPONED_SLOTS_MAX};
 
 impl Engine {
     /// Whether writes to the block park until it is copied.
     pub(super) fn in_window(&self, block: BlockNo) -> bool {
-        self.stage(block).is_some_and(|stage| !matches!(stage, Stage::Copied { .. }))
+        self.merge.moves.stage(block).is_some_and(|stage| !matches!(stage, Stage::Copied { .. }))
     }
 
     /// Whether what is written to the block's sectors in L must reach P too;
     /// `None` if that must wait for an overlapping write.
     pub(super) fn mirrored(&mut self, block: BlockNo, run: SectorRun, zeros: bool) -> Option<bool> {
-        if !matches!(self.stage(block), Some(Stage::Copied { .. })) {
+        if !matches!(self.merge.moves.stage(block), Some(Stage::Copied { .. })) {
             return Some(false);
         }
-        if self.merge.moves.get(&block).is_some_and(|moving| moving.zeroed) {
+        if self.merge.moves.get(block).is_some_and(|moving| moving.zeroed) {
             if !zeros {
-                self.merge.moves.remove(&block);
+                self.merge.moves.remove(block);
             }
             return Some(false);
         }
         let busy = self.merge.writes.get(&block);
         let overlaps = |other: &SectorRun| other.first < run.end() && run.first < other.end();
         busy.is_none_or(|busy| !busy.iter().any(overlaps)).then_some(true)
-    }
-
-    fn stage(&self, block: BlockNo) -> Option<Stage> {
-        self.merge.moves.get(&block).map(|moving| moving.stage)
     }
 
     /// A write into an image of a merge started.
@@ -169,28 +138,20 @@ impl Engine {
         self.finish_moving();
     }
 
-    pub(super) fn in_stage(&self, which: impl Fn(&Stage) -> bool) -> impl Iterator<Item = BlockNo> {
-        self.merge.moves.iter().filter(move |(_, moving)| which(&moving.stage)).map(|(block, _)| *block)
-    }
-
     /// Step 4, for every block that P has durably.
     fn leave_leaf(&mut self) {
         let done = self.stack[PARENT].writeback.done();
-        let durable = |stage: &Stage| matches!(stage, Stage::Copied { cycle: Some(c) } if *c <= done);
-        let blocks: Vec<BlockNo> = self.in_stage(durable).collect();
-        for block in blocks {
-            if !self.stage(block).is_some_and(|stage| durable(&stage)) {
-                continue;
-            }
+        for block in self.merge.moves.durable(done) {
+            // Whoever was woken by one that left may have ended another's move.
+            let Some(gained) = self.merge.moves.get(block).map(|moving| moving.gained) else { continue };
             if self.stack[LEAF].record.push(Entry::Freed { block }).is_err() {
                 return self.start_writeback(LEAF);
             }
             if let Presence::Whole(slot) | Presence::Partial(slot) = self.stack[LEAF].rw.presence(block) {
-                let gained = self.merge.moves.get(&block).is_some_and(|moving| moving.gained);
                 self.merge.owed.insert(slot, gained);
             }
             self.stack[LEAF].rw.free(block);
-            self.merge.moves.remove(&block);
+            self.merge.moves.remove(block);
             self.merge.zeroed.remove(&block);
             self.merge.figures.blocks_done += 1;
             self.wake(Wait::Window(block));
@@ -199,21 +160,16 @@ impl Engine {
 
     /// A write-back of P begins with everything it has now.
     pub(super) fn parent_captured(&mut self, number: u64) {
-        for moving in self.merge.moves.values_mut() {
-            if let Stage::Copied { cycle: cycle @ None } = &mut moving.stage {
-                *cycle = Some(number);
-            }
-        }
+        self.merge.moves.captured_by(number);
     }
 
     /// Starts a write-back of P once that covers enough blocks, or nothing
     /// more can be copied before.
     fn flush_parent(&mut self) {
-        let waits = |moving: &&Move| moving.stage == Stage::Copied { cycle: None };
-        let waiting = self.merge.moves.values().filter(waits).count();
-        let gained = self.merge.moves.values().filter(waits).filter(|moving| moving.gained).count();
-        let copying = self.in_stage(|stage| !matches!(stage, Stage::Copied { .. })).next().is_some();
-        if waiting == 0 || (waiting < FLUSH_BLOCKS && gained < FLUSH_GAINED_BLOCKS && copying) {
+        let (waiting, gained) = self.merge.moves.waiting();
+        let AtOnce { flush, flush_gained, .. } = self.at_once();
+        let copying = self.merge.moves.in_window() > 0 || self.merge.reading_pages;
+        if waiting == 0 || (waiting < flush && gained < flush_gained && copying) {
             return;
         }
         let parent = &self.stack[PARENT];
@@ -280,7 +236,7 @@ impl Engine {
     /// Ends every move that has no copy in flight; the block is in L, which
     /// never ceased to have everything.
     pub(super) fn cancel_moves(&mut self) {
-        self.merge.moves.retain(|_, moving| matches!(moving.stage, Stage::Copying { .. }));
+        self.merge.moves.keep_copying();
         for wait in self.windows() {
             if matches!(wait, Wait::Window(block) if !self.in_window(block)) {
                 self.wake(wait);

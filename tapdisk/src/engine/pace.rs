@@ -1,7 +1,36 @@
 //! How much of a live merge goes on at one time: its rate, its rests, and how
 //! many blocks are copied together.
 
-use crate::limits::{COPY_TIME_US, COPYING_BLOCKS_FIRST, COPYING_BLOCKS_MAX, PACE_BURST_BYTES, REST_US_MAX};
+use crate::limits::{
+    COPY_TIME_US, COPYING_BLOCKS_FIRST, COPYING_BLOCKS_MAX, COPYING_SHARED_BLOCKS_MAX, FLUSH_SHARE,
+    MOVING_BLOCKS_MAX, MOVING_SHARED_BLOCKS_MAX, PACE_BURST_BYTES, REST_US_MAX,
+};
+
+/// How many blocks a merge may have in its stages at this moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct AtOnce {
+    /// Under way.
+    pub(super) moving: usize,
+    /// Copied together.
+    pub(super) copying: usize,
+    /// Copied and worth a flush while others are being copied.
+    pub(super) flush: usize,
+    /// The same of those for which P took room.
+    pub(super) flush_gained: usize,
+}
+
+impl AtOnce {
+    /// `shared`: extents are, and no guest is busy, who could have to wait for
+    /// what a flush covers. `extra_blocks`: those that P may take room for.
+    pub(super) fn new(shared: bool, extra_blocks: usize) -> Self {
+        let (moving, copying) = match shared {
+            true => (MOVING_SHARED_BLOCKS_MAX, COPYING_SHARED_BLOCKS_MAX),
+            false => (MOVING_BLOCKS_MAX, COPYING_BLOCKS_MAX),
+        };
+        let flush_gained = (extra_blocks / FLUSH_SHARE).max(1);
+        Self { moving, copying, flush: moving / FLUSH_SHARE, flush_gained }
+    }
+}
 
 /// Keeps the bytes copied within a rate that may change, and lets busy guests
 /// breathe.
@@ -54,17 +83,18 @@ impl Default for Batch {
 }
 
 impl Batch {
-    /// Blocks of the next batch.
-    pub(super) fn blocks(&self) -> usize {
-        self.blocks
+    /// Blocks of the next batch, `most` or fewer.
+    pub(super) fn blocks(&self, most: usize) -> usize {
+        self.blocks.min(most)
     }
 
-    /// One of so many blocks ended.
-    pub(super) fn ended(&mut self, blocks: usize, took_us: u64) {
+    /// One of so many blocks ended; the next has `most` or fewer.
+    pub(super) fn ended(&mut self, blocks: usize, took_us: u64, most: usize) {
         if took_us > COPY_TIME_US {
             self.blocks = (self.blocks.min(blocks) / 2).max(1);
         } else if took_us < COPY_TIME_US / 2 && blocks >= self.blocks {
-            self.blocks = (self.blocks * 2).min(COPYING_BLOCKS_MAX);
+            let times = if took_us < COPY_TIME_US / 8 { 4 } else { 2 };
+            self.blocks = (self.blocks * times).min(most);
         }
     }
 }
@@ -74,6 +104,7 @@ mod tests {
     use super::*;
 
     const S: u64 = 1_000_000;
+    const MOST: usize = COPYING_BLOCKS_MAX;
 
     #[test]
     fn a_changed_rate_counts_from_its_change() {
@@ -103,15 +134,35 @@ mod tests {
     fn batches_grow_while_they_are_quick_and_shrink_at_once_when_they_are_not() {
         let mut batch = Batch::default();
         for _ in 0..20 {
-            batch.ended(batch.blocks(), COPY_TIME_US / 10);
+            batch.ended(batch.blocks(MOST), COPY_TIME_US / 4, MOST);
         }
-        assert_eq!(batch.blocks(), COPYING_BLOCKS_MAX);
-        batch.ended(COPYING_BLOCKS_MAX, COPY_TIME_US + 1);
-        assert_eq!(batch.blocks(), COPYING_BLOCKS_MAX / 2);
+        assert_eq!(batch.blocks(MOST), MOST);
+        batch.ended(MOST, COPY_TIME_US + 1, MOST);
+        assert_eq!(batch.blocks(MOST), MOST / 2);
         // A single block says nothing of many.
-        batch.ended(1, COPY_TIME_US / 10);
-        assert_eq!(batch.blocks(), COPYING_BLOCKS_MAX / 2);
-        batch.ended(1, 100 * COPY_TIME_US);
-        assert_eq!(batch.blocks(), 1);
+        batch.ended(1, COPY_TIME_US / 10, MOST);
+        assert_eq!(batch.blocks(MOST), MOST / 2);
+        batch.ended(1, 100 * COPY_TIME_US, MOST);
+        assert_eq!(batch.blocks(MOST), 1);
+        // The quicker they are, the sooner they are large.
+        for blocks in [4, 16, 64, 64] {
+            batch.ended(batch.blocks(MOST), COPY_TIME_US / 10, MOST);
+            assert_eq!(batch.blocks(MOST), blocks);
+        }
+        let most = COPYING_SHARED_BLOCKS_MAX;
+        (0..20).for_each(|_| batch.ended(batch.blocks(most), 0, most));
+        assert_eq!((batch.blocks(most), batch.blocks(MOST)), (most, MOST));
+    }
+
+    #[test]
+    fn where_extents_are_shared_a_flush_covers_more() {
+        let (copied, shared) = (AtOnce::new(false, 16), AtOnce::new(true, 16));
+        assert_eq!((copied.moving, copied.flush, copied.flush_gained), (192, 64, 5));
+        assert_eq!((shared.moving, shared.flush, shared.flush_gained), (1024, 341, 5));
+        // However little room there is, what took it is flushed at some time.
+        for extra_blocks in 1..200 {
+            let flush = AtOnce::new(false, extra_blocks).flush_gained;
+            assert!((1..=extra_blocks).contains(&flush), "{extra_blocks}");
+        }
     }
 }

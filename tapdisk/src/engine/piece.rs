@@ -57,6 +57,8 @@ pub(crate) struct Part {
     pub(super) block: BlockNo,
     slot: Slot,
     run: SectorRun,
+    /// All of a block that was just given its slot, its full bitmap included.
+    with_bitmap: bool,
 }
 
 /// Where sectors of a block come from, topmost first.
@@ -295,7 +297,8 @@ impl Engine {
         self.note_change(piece.block);
         for ((index, run), slot) in targets.into_iter().zip(slots) {
             let file = self.stack[index].file;
-            let part = Part { request: piece.request, file, block: piece.block, slot, run };
+            let part =
+                Part { request: piece.request, file, block: piece.block, slot, run, with_bitmap: false };
             let offset = slot.data_offset(run.first);
             let op = if piece.zeros() {
                 let keep = piece.action == (Action::Zero { keep: true });
@@ -425,7 +428,10 @@ impl Engine {
                 return false;
             }
         }
-        image.rw.written(part.block, part.slot, part.run);
+        match part.with_bitmap {
+            true => image.rw.written_whole(part.block, part.slot),
+            false => image.rw.written(part.block, part.slot, part.run),
+        }
         if image.record.room() < vhd::record::HALF_ENTRIES / 2 {
             self.start_writeback(index);
         }
@@ -443,9 +449,9 @@ impl Engine {
     }
 
     /// As [`Self::data_written`] for a copy into a merge's parent.
-    pub(super) fn record_copy(&mut self, block: BlockNo, slot: Slot, run: SectorRun) {
+    pub(super) fn record_copy(&mut self, block: BlockNo, slot: Slot, run: SectorRun, with_bitmap: bool) {
         if let Some(parent) = self.stack.get(1) {
-            let part = Part { request: NO_REQUEST, file: parent.file, block, slot, run };
+            let part = Part { request: NO_REQUEST, file: parent.file, block, slot, run, with_bitmap };
             self.data_written(part, Ok(()));
         }
     }

@@ -9,6 +9,7 @@
 //! ```
 
 use super::command::{CommandError, CommandReply, Token};
+use super::merge::MergeBounds;
 use super::swap::Swapping;
 use super::{CleanWaiter, Engine, Image, Lower};
 
@@ -39,7 +40,7 @@ pub(super) enum State {
 #[derive(Debug)]
 pub(super) enum Then {
     Pause(Token),
-    MergeStart { token: Token, parent: Box<Image>, below: Box<Lower>, rate_bytes_per_s: u64 },
+    MergeStart { token: Token, parent: Box<Image>, below: Box<Lower>, bounds: MergeBounds },
     MergeStop(Token),
     Close(Token),
 }
@@ -118,8 +119,8 @@ impl Engine {
                 let leaf_is_empty = self.leaf_blocks() == 0;
                 self.answer(token, Ok(CommandReply::Paused { leaf_is_empty }));
             }
-            Then::MergeStart { token, parent, below, rate_bytes_per_s } => {
-                self.merge_begins(*parent, *below, rate_bytes_per_s);
+            Then::MergeStart { token, parent, below, bounds } => {
+                self.merge_begins(*parent, *below, bounds);
                 self.release();
                 self.answer(token, Ok(CommandReply::Done));
                 // Nothing may be in flight whose end would move it on.

@@ -161,8 +161,8 @@ impl Service {
             (Doing::Rereading, JobResult::Below(lower)) => {
                 self.start(caller, Doing::Refreshing, Command::Refresh { lower })
             }
-            (Doing::OpeningParent { rate_bytes_per_s }, JobResult::Parent(parent, below)) => {
-                let command = Command::MergeStart { parent: Box::new(parent.image), below, rate_bytes_per_s };
+            (Doing::OpeningParent { bounds }, JobResult::Parent(parent, below)) => {
+                let command = Command::MergeStart { parent: Box::new(parent.image), below, bounds };
                 self.start(caller, Doing::StartingMerge(Box::new(parent.meta)), command)
             }
             (Doing::Deciding, JobResult::Decided { swap }) => self.end_pause(caller, swap),

@@ -17,13 +17,15 @@ mod refresh;
 
 use std::collections::HashMap;
 
-use tapdisk_control::{Answer, ImageRef, IntentNames, Refusal, Reply, Request, Stats};
+use tapdisk_control::{
+    Answer, ImageRef, IntentNames, MERGE_EXTRA_BLOCKS_MAX, Refusal, Reply, Request, Stats,
+};
 use vhd::meta::Meta;
 use vhd::storage::VolumeName;
 
 use self::answers::{answer, busy, merge_status, stale, stats, volume_name};
 use crate::disk::{OpenImage, Opener};
-use crate::engine::{Command, Engine, FileId, Known, SettlePlan, Token};
+use crate::engine::{Command, Engine, FileId, Known, MergeBounds, SettlePlan, Token};
 
 /// A control connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -108,7 +110,7 @@ enum Doing {
     Rereading,
     Refreshing,
     OpeningParent {
-        rate_bytes_per_s: u64,
+        bounds: MergeBounds,
     },
     StartingMerge(Box<Meta>),
     StoppingMerge,
@@ -262,8 +264,9 @@ impl Service {
             Request::Resume { intent, swap } => self.resume(caller, &intent, swap),
             Request::SettleBase { base } => self.settle_base(engine, caller, &base),
             Request::Refresh { leaf, parent } => self.refresh(engine, caller, &leaf, parent),
-            Request::MergeStart { leaf, parent, rate_bytes_per_s } => {
-                self.merge_start(caller, &leaf, &parent, rate_bytes_per_s)
+            Request::MergeStart { leaf, parent, rate_bytes_per_s, extra_blocks_max } => {
+                let bounds = MergeBounds { rate_bytes_per_s, extra_blocks: extra_blocks_max as usize };
+                self.merge_start(caller, &leaf, &parent, bounds)
             }
             Request::MergeStop if engine.merge_status().0 == tapdisk_control::MergePhase::None => {
                 Ok(vec![answer(caller, Ok(Reply::Done))])
@@ -341,8 +344,13 @@ impl Service {
         caller: (Connection, u64),
         leaf: &ImageRef,
         parent: &ImageRef,
-        rate_bytes_per_s: u64,
+        bounds: MergeBounds,
     ) -> Result<Vec<Step>, Refusal> {
+        let most = MERGE_EXTRA_BLOCKS_MAX as usize;
+        if !(1..=most).contains(&bounds.extra_blocks) {
+            let detail = format!("{} extra blocks: a merge takes room for 1 to {most}", bounds.extra_blocks);
+            return Err(Refusal::Bad { detail });
+        }
         let meta = &self.leaf_checked(leaf)?.1;
         if meta.parent.as_ref().is_none_or(|own| own.uuid != parent.footer) {
             return Err(stale("that image is not the leaf's parent"));
@@ -362,7 +370,7 @@ impl Service {
                 Err(error) => JobResult::Failed(error.to_string()),
             },
         };
-        Ok(self.job(caller, Doing::OpeningParent { rate_bytes_per_s }, job))
+        Ok(self.job(caller, Doing::OpeningParent { bounds }, job))
     }
 
     fn merge_commit(

@@ -241,6 +241,12 @@ impl RwImage {
         Ok(slot)
     }
 
+    /// Whether the block was just given a slot: no write into it has completed.
+    #[must_use]
+    pub fn is_unwritten(&self, block: BlockNo) -> bool {
+        self.unwritten.contains(&block)
+    }
+
     /// The record entries a completed write of `run` needs before it may be
     /// acknowledged. Nothing changes yet: see [`Self::written`].
     ///

@@ -11,13 +11,14 @@ use vhd::storage::{Access, VolumeName};
 use vhd::units::Slot;
 
 use super::guest::Guest;
-use super::scenarios::{Play, Scenario, begin_leaf_merge, collect_garbage};
+use super::scenarios::{Play, Scenario, begin_leaf_merge, begin_leaf_merge_with, collect_garbage};
 use super::world::{BLOCKS, Backend, locked};
 
 /// All of them.
-pub(super) const ALL: [Scenario; 7] = [
+pub(super) const ALL: [Scenario; 8] = [
     Scenario { name: "garbage", go: garbage },
     Scenario { name: "blocks side by side", go: side_by_side },
+    Scenario { name: "attached side by side", go: attached_side_by_side },
     Scenario { name: "one generation", go: one_generation },
     Scenario { name: "slices", go: slices },
     Scenario { name: "inner merge aborted", go: inner_aborted },
@@ -71,6 +72,29 @@ fn side_by_side(play: &mut Play) {
     play.traffic(10);
     play.delete(first);
     play.meanwhile(20);
+    play.collect();
+    play.traffic(5);
+}
+
+/// The leaf goes into its parent, run by its tapdisk, with blocks that lie side
+/// by side (on files, where new space is zeros). With room for one block the
+/// first goes alone; then it is known that extents are shared.
+fn attached_side_by_side(play: &mut Play) {
+    play.attach();
+    // The parent has one block, beyond those that the guest knows, and no other.
+    play.resize((BLOCKS + 1) << 21);
+    let guest = play.guest.clone();
+    let with = |go: &dyn Fn(&mut Guest)| guest.iter().for_each(|guest| go(&mut locked(guest)));
+    with(&|guest| guest.take_block(BLOCKS));
+    let first = play.snapshot();
+    with(&|guest| (0..BLOCKS).for_each(|block| guest.write_block(block)));
+    play.delete(first);
+    // No guest is busy when it begins; in half of the plays one is later.
+    with(&|guest| guest.idle(50));
+    let _ = begin_leaf_merge_with(play, 1);
+    if play.world.host.seed.is_multiple_of(2) {
+        play.meanwhile(20);
+    }
     play.collect();
     play.traffic(5);
 }

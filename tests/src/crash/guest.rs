@@ -129,7 +129,14 @@ impl Guest {
         self.drain();
     }
 
-    /// The same without waiting.
+    /// Has a block take room, with zeros in it, and waits for the answer.
+    pub fn take_block(&mut self, block: u64) {
+        self.drain();
+        self.submit(RequestKind::Write { fua: false }, block * 4096, 1, 0, false, vec![0; 512]);
+        self.drain();
+    }
+
+    /// The same as [`Self::write_block`] without waiting.
     pub fn begin_write(&mut self, block: u64) {
         self.next_value += 1;
         let first = block * 4096;

@@ -356,6 +356,13 @@ fn merge_stopped(play: &mut Play) {
 
 /// Starts a leaf merge and leaves it running, as if the collector died.
 pub(super) fn begin_leaf_merge(play: &mut Play) -> Option<LeafMergeIntent> {
+    // From one block, so a flush for each, to more than the disk has.
+    let extra_blocks = (play.world.host.seed % (BLOCKS + 1)) as u32 + 1;
+    begin_leaf_merge_with(play, extra_blocks)
+}
+
+/// The same with so much extra room, in blocks.
+pub(super) fn begin_leaf_merge_with(play: &mut Play, extra_blocks_max: u32) -> Option<LeafMergeIntent> {
     let repo = play.world.repo.clone();
     let forest = survey::glance(&repo).expect("survey");
     let Some((merge, _)) = candidates(&forest).into_iter().find(|(_, against)| against.is_none()) else {
@@ -369,7 +376,8 @@ pub(super) fn begin_leaf_merge(play: &mut Play) -> Option<LeafMergeIntent> {
     };
     let mut tap = repo.host.tap(intent.vdi).expect("tap").expect("a live tapdisk");
     let (leaf, parent) = (intent.leaf.clone(), intent.parent.clone());
-    if let Err(error) = tap.call(Request::MergeStart { leaf, parent, rate_bytes_per_s: 0 }) {
+    if let Err(error) = tap.call(Request::MergeStart { leaf, parent, rate_bytes_per_s: 0, extra_blocks_max })
+    {
         play.failures.push(format!("merge start: {error}"));
     }
     let guest = play.guest.as_ref().map(Arc::clone);

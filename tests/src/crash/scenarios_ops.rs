@@ -27,7 +27,7 @@ pub const ALL: [Scenario; 5] = [
 const SIZES: [u64; 3] = [32 * BLOCK_BYTES, 300 * BLOCK_BYTES, 1000 * BLOCK_BYTES];
 
 impl Play {
-    fn resize(&mut self, virtual_bytes: u64) {
+    pub fn resize(&mut self, virtual_bytes: u64) {
         let began = self.world.disk.log_len();
         if let Err(error) = ops::resize(&self.world.repo, self.vdi, virtual_bytes) {
             self.failures.push(format!("resize to {virtual_bytes}: {error}"));

@@ -95,12 +95,11 @@ fn all_steps() -> BTreeMap<(Step, &'static str), Vec<Backend>> {
         }
         met.into_iter().for_each(|step| steps.entry(step).or_default().push(backend));
     }
-    let played = |wanted: &(Step, &str)| steps.contains_key(wanted);
-    // Which is only met where the collector shares blocks that lie side by side.
-    assert!(
-        played(&(Step::Neighbours, "a copy of blocks side by side")),
-        "no scenario copies several at once"
-    );
+    // Which are only met where the collector, and a tapdisk, share blocks that
+    // lie side by side.
+    for why in ["a copy of blocks side by side", "a copy in flight of blocks side by side"] {
+        assert!(steps.contains_key(&(Step::Neighbours, why)), "no scenario plays {why}");
+    }
     steps
 }
 

@@ -185,7 +185,7 @@ struct Inner {
 pub struct SimHost {
     disk: SimDisk,
     records: SimRecords,
-    seed: u64,
+    pub seed: u64,
     inner: Arc<Mutex<Inner>>,
 }
 

@@ -198,8 +198,13 @@ fn once(tap: &Tap, chain: &[ImageRef], order: Order) -> Option<()> {
         Order::Settle => drop(control.call(Request::Settle).ok()?),
         Order::Merge => {
             let parent = chain[1].clone();
-            let start =
-                Request::MergeStart { leaf: leaf.clone(), parent: parent.clone(), rate_bytes_per_s: 0 };
+            let start = Request::MergeStart {
+                leaf: leaf.clone(),
+                parent: parent.clone(),
+                rate_bytes_per_s: 0,
+                // One limit after the other, as the tapdisks follow each other.
+                extra_blocks_max: 1 + leaf.footer.as_u128() as u32 % tapdisk_control::MERGE_EXTRA_BLOCKS_MAX,
+            };
             control.call(start).ok()?;
             loop {
                 let Reply::Merge(status) = control.call(Request::MergeStatus).ok()? else { return None };

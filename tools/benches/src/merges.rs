@@ -149,7 +149,9 @@ fn by_tapdisk(bench: &Bench, images: &Images, leaf: &Image, parent: &Image) -> a
     let mut control = server.control()?;
     let began = Instant::now();
     let (l, p) = (leaf.clone(), parent.clone());
-    control.call(Request::MergeStart { leaf: l, parent: p, rate_bytes_per_s: 0 })?;
+    // As the collector does where there is room.
+    let extra_blocks_max = gc::limits::ROOMY_SLICE_GAINED_MAX;
+    control.call(Request::MergeStart { leaf: l, parent: p, rate_bytes_per_s: 0, extra_blocks_max })?;
     loop {
         let Reply::Merge(status) = control.call(Request::MergeStatus)? else { bail!("no status of a merge") };
         match status.phase {

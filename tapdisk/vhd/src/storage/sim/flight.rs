@@ -14,6 +14,7 @@ use super::effect::{Ino, Lasting};
 use super::log::{OpNo, What};
 use super::sabotage::{OpClass, Step};
 use super::volume::{SimVolume, copy_kind};
+use crate::units::BLOCK_BYTES;
 
 /// Which file an operation is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -167,6 +168,12 @@ impl SimDisk {
             SimRequest::Copy { from, from_offset, to, to_offset, len } => {
                 done = SimDone::Copied(copy_kind(from_offset, to_offset, len));
                 let (from_at, to_at) = (from_offset, to_offset);
+                let several = len > BLOCK_BYTES;
+                let short = several
+                    && self.with(|live| {
+                        live.family.meets(Step::Neighbours, "a copy in flight of blocks side by side")
+                    });
+                let len = if short { BLOCK_BYTES } else { len };
                 What::Copy { from: from.0, from_at, to: to.0, to_at, len }
             }
             SimRequest::Flush { file } => What::Flush { ino: file.0 },
