@@ -1,5 +1,7 @@
 use super::*;
-use crate::journal::{ImageRef, Member, RecordName, Sibling, SiblingKind, SnapshotIntent};
+use crate::journal::{
+    ImageRef, Intent, Member, RecordName, RecordState, Shape, Sibling, SiblingKind, SnapshotIntent,
+};
 
 fn id(n: u128) -> Uuid {
     Uuid::from_u128(n)
