@@ -13,6 +13,7 @@
 //! | `GET /metrics` | | Prometheus text |
 //! | `GET /openapi.json` | | all of this, described ([`crate::openapi`]) |
 
+mod metrics;
 mod receipts;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -31,18 +32,22 @@ use uuid::Uuid;
 
 use crate::collector::{Collector, Scope};
 use crate::limits;
-use crate::progress::{Doing, Done, LookFailed};
+use crate::progress::{Doing, Done, LookFailed, Totals};
+use crate::reason::Reason;
 use crate::report::Report;
 use crate::service::{Service, Wishes};
 
 /// What the collector does with a node, as the contract says it.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct NodeStatus {
     /// `waiting`, `merging` or `blocked`.
     pub state: &'static str,
     /// Why it waits.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// The same as a stable word.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub code: Option<&'static str>,
     /// Bytes moved.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes_done: Option<u64>,
@@ -57,8 +62,19 @@ pub struct NodeStatus {
     pub eta_s: Option<f64>,
 }
 
+impl NodeStatus {
+    fn waits(reason: &Reason) -> Self {
+        Self {
+            state: if reason.is_blocked() { "blocked" } else { "waiting" },
+            reason: Some(reason.to_string()),
+            code: Some(reason.code()),
+            ..Self::default()
+        }
+    }
+}
+
 /// One SR.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct SrStatus {
     /// Its uuid.
     pub uuid: Uuid,
@@ -96,7 +112,7 @@ pub struct SrStatus {
     /// Nodes that wait or are being merged.
     pub nodes: BTreeMap<Uuid, NodeStatus>,
     /// Sums since gcd began with this SR.
-    pub totals: Report,
+    pub totals: Totals,
 }
 
 /// The whole answer.
@@ -239,11 +255,7 @@ fn sr_status(name: &str, collector: &Collector) -> SrStatus {
     let state = collector.state();
     let mut nodes: BTreeMap<Uuid, NodeStatus> = BTreeMap::new();
     for (node, reason) in &state.waits {
-        let state = if reason.is_blocked() { "blocked" } else { "waiting" };
-        let reason = Some(reason.to_string());
-        let waits =
-            NodeStatus { state, reason, bytes_done: None, bytes_total: None, rate: None, eta_s: None };
-        nodes.insert(*node, waits);
+        nodes.insert(*node, NodeStatus::waits(reason));
     }
     for doing in state.running.values() {
         let (_, sources) = doing.nodes.split_last().map_or((None, &[][..]), |(p, s)| (Some(p), s));
@@ -266,7 +278,7 @@ fn sr_status(name: &str, collector: &Collector) -> SrStatus {
         held_back_to: state.backoff.limit(),
         error: state.round_error.as_ref().map(ToString::to_string),
         nodes,
-        totals: state.totals.clone(),
+        totals: state.so_far(),
     }
 }
 
@@ -278,6 +290,7 @@ fn merging(doing: &Doing, now: std::time::Duration) -> NodeStatus {
         reason: doing.reading.map(|reading| {
             format!("content receipt: {}, disk {} of {}", reading.what, reading.disk, reading.disks)
         }),
+        code: doing.reading.map(|_| "CONTENT_RECEIPT"),
         bytes_done: Some(doing.ledger.done),
         bytes_total: Some(doing.ledger.total),
         rate: Some(rate),
@@ -447,38 +460,7 @@ async fn abort(State(app): State<App>, Json(which): Json<Which>) -> Answer<Json<
 async fn metrics(State(app): State<App>) -> Answer<Response> {
     blocking(move || {
         let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
-        Ok((kind, metrics_text(&app.service)).into_response())
+        Ok((kind, metrics::text(&app.service)).into_response())
     })
     .await
-}
-
-/// Picks one figure of a report.
-type Sum = fn(&Report) -> u64;
-
-fn metrics_text(service: &Service) -> String {
-    let mut text = String::new();
-    let mut counter = |name: &str, help: &str, kind: &str, of: &dyn Fn(&Collector) -> u64| {
-        text.push_str(&format!("# HELP {name} {help}\n# TYPE {name} {kind}\n"));
-        for (_, collector) in service.collectors(None) {
-            text.push_str(&format!("{name}{{sr=\"{}\"}} {}\n", collector.repo().uuid, of(&collector)));
-        }
-    };
-    counter("coppice_gc_running", "Merges under way", "gauge", &|c| c.state().running.len() as u64);
-    counter("coppice_gc_waiting", "Nodes that wait", "gauge", &|c| c.state().waits.len() as u64);
-    let rate = "Bytes per second allowed, 0 is no limit";
-    counter("coppice_gc_rate_bytes", rate, "gauge", &|c| c.state().budget.rate());
-    let sums: [(&str, &str, Sum); 6] = [
-        ("coalesced", "Hidden nodes merged", |t| t.coalesced),
-        ("leaf_coalesced", "Leaves merged", |t| t.leaf_coalesced),
-        ("deleted", "Hidden nodes deleted", |t| t.deleted),
-        ("bytes_copied", "Bytes read and written", |t| t.bytes_copied),
-        ("bytes_cloned", "Bytes shared", |t| t.bytes_cloned),
-        ("bytes_freed", "Bytes of blocks given back", |t| t.bytes_freed),
-    ];
-    for (name, help, of) in sums {
-        let name = format!("coppice_gc_{name}_total");
-        counter(&name, help, "counter", &|c| of(&c.state().totals));
-    }
-    receipts::metrics(&mut counter);
-    text
 }

@@ -118,3 +118,7 @@ pub const RECEIPT_LOOK: Duration = Duration::from_millis(250);
 pub const AWAITED_LOOKS: u32 = 3;
 /// Between two of them.
 pub const AWAITED_LOOK_WAIT: Duration = Duration::from_secs(1);
+/// Nodes that the page of metrics tells of one by one, of all SRs together:
+/// those being merged first, then what is blocked, then what waits. Each has
+/// at most five series; how many are left out is one of its own.
+pub const METRIC_NODES_MAX: usize = 2000;

@@ -2,6 +2,7 @@
 
 mod doing;
 mod looked;
+mod totals;
 mod waiting;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -26,6 +27,7 @@ use crate::watch::Event;
 use self::doing::wall_ms;
 pub use self::doing::{Doing, Done, Kind, Reading};
 pub use self::looked::{BrokenOff, LookFailed};
+pub use self::totals::Totals;
 pub use self::waiting::Focus;
 use self::waiting::Waiter;
 

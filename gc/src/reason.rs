@@ -152,6 +152,34 @@ pub enum Reason {
 }
 
 impl Reason {
+    /// A stable word for programs.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::BrokenTree { .. } => "BROKEN_TREE",
+            Self::UnknownParents { .. } => "UNKNOWN_PARENTS",
+            Self::Differs { .. } => "DIFFERS",
+            Self::ParentTakesNothing { .. } => "PARENT_TAKES_NOTHING",
+            Self::OtherBlocks { .. } => "OTHER_BLOCKS",
+            Self::SmallerThanParent { .. } => "SMALLER_THAN_PARENT",
+            Self::Uncovers { .. } => "UNCOVERS",
+            Self::NoSpace { .. } => "NO_SPACE",
+            Self::NoCost { .. } => "NO_COST",
+            Self::SetAside { .. } => "SET_ASIDE",
+            Self::SwitchedOff { .. } => "SWITCHED_OFF",
+            Self::Retry { .. } => "RETRY",
+            Self::Unsettled { .. } => "UNSETTLED",
+            Self::Read { .. } => "READ",
+            Self::AttachedReadOnly => "ATTACHED_READ_ONLY",
+            Self::Claimed { .. } => "CLAIMED",
+            Self::ParentFirst { .. } => "PARENT_FIRST",
+            Self::TreeBusy => "TREE_BUSY",
+            Self::Parallel { .. } => "PARALLEL",
+            Self::Paused => "PAUSED",
+            Self::Quiet { .. } => "QUIET",
+        }
+    }
+
     /// Whether it goes away by itself, or needs a person (or a reader, or
     /// room) to act.
     #[must_use]

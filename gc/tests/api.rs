@@ -98,3 +98,40 @@ fn what_a_pause_stopped_is_no_failure_when_it_goes_on_at_once() {
     });
     assert!(moves(&status), "{status}");
 }
+
+#[test]
+fn metrics_tell_of_each_node_and_grow_while_a_merge_runs() {
+    let sr = Sr::new();
+    let served = busy(&sr);
+    let value = |page: &str, series: &str| -> Option<f64> {
+        let line = page.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        line.map(|value| value.parse().unwrap())
+    };
+    let uuid = sr.attached.uuid;
+    let moved = |page: &str| -> f64 {
+        let of = |how: &str| value(page, &format!("coppice_gc_bytes_{how}_total{{sr=\"{uuid}\"}}")).unwrap();
+        of("copied") + of("cloned")
+    };
+    let node =
+        |name: &str, more: &str| format!("coppice_gc_node_{name}{{sr=\"{uuid}\",vdi=\"{}\",{more}}}", id(2));
+    let page = served.get("/metrics").body;
+    assert!(moved(&page) > 0.0, "{page}");
+    assert_eq!(value(&page, &node("state", "state=\"merging\",reason=\"\"")), Some(1.0), "{page}");
+    let done = value(&page, &node("bytes_done", "state=\"merging\"")).unwrap();
+    let total = value(&page, &node("bytes_total", "state=\"merging\"")).unwrap();
+    assert!(done > 0.0 && done <= total && total >= (BLOCKS << 20) as f64, "{page}");
+    for name in ["bytes_per_second", "eta_seconds"] {
+        assert!(value(&page, &node(name, "state=\"merging\"")) > Some(0.0), "{name}: {page}");
+    }
+    served.ok("/pause", &json!({}));
+    served.wait("the merge to stop", |status| status["running"] == 0);
+    let page = served.get("/metrics").body;
+    assert_eq!(value(&page, &node("bytes_done", "state=\"merging\"")), None, "{page}");
+    let totals = served.status()["totals"].clone();
+    assert!(moved(&page) >= done, "{page}");
+    assert!(totals.get("seconds").is_none() && totals.get("failed").is_none(), "{totals}");
+    served
+        .wait("the pause to be the reason", |status| status["nodes"][id(2).to_string()]["code"] == "PAUSED");
+    let page = served.get("/metrics").body;
+    assert_eq!(value(&page, &node("state", "state=\"waiting\",reason=\"PAUSED\"")), Some(1.0), "{page}");
+}

@@ -5,6 +5,7 @@ use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use sm::api::page::Kind;
 use uuid::Uuid;
 
 use super::{Answer, App, Refused, blocking};
@@ -65,22 +66,22 @@ pub(super) async fn acknowledge(State(app): State<App>, Json(which): Json<Which>
 }
 
 /// Writes one metric of every SR: name, help, type, value.
-pub(super) type Counter<'a> = &'a mut dyn FnMut(&str, &str, &str, &dyn Fn(&Collector) -> u64);
+pub(super) type Counter<'a> = &'a mut dyn FnMut(&str, &str, Kind, &dyn Fn(&Collector) -> u64);
 
 /// Adds the metrics of receipts.
 pub(super) fn metrics(counter: Counter<'_>) {
-    let alarms = "Merges after which a disk is not what it was, and nobody has said anything yet";
-    counter("coppice_gc_receipt_alarms", alarms, "gauge", &|c| c.state().alarms.len() as u64);
+    let alarms = "Merges after which a disk is not what it was, and nobody has said anything yet.";
+    counter("coppice_gc_receipt_alarms", alarms, Kind::Gauge, &|c| c.state().alarms.len() as u64);
     type Sum = fn(&ReceiptTotals) -> u64;
     let sums: [(&str, &str, Sum); 5] = [
-        ("blocks_matched", "Blocks that read the same before and after a merge", |t| t.matched),
-        ("blocks_written", "Blocks that guests wrote during a merge", |t| t.written),
-        ("blocks_different", "Blocks that a merge changed", |t| t.different),
-        ("disks_unreadable", "Disks that cannot be read any more after a merge", |t| t.unreadable),
-        ("disks_void", "Disks whose receipt says nothing", |t| t.void),
+        ("blocks_matched", "Blocks that read the same before and after a merge.", |t| t.matched),
+        ("blocks_written", "Blocks that guests wrote during a merge.", |t| t.written),
+        ("blocks_different", "Blocks that a merge changed.", |t| t.different),
+        ("disks_unreadable", "Disks that cannot be read any more after a merge.", |t| t.unreadable),
+        ("disks_void", "Disks whose receipt says nothing.", |t| t.void),
     ];
     for (name, help, of) in sums {
         let name = format!("coppice_gc_receipt_{name}_total");
-        counter(&name, help, "counter", &|c| of(&c.state().receipt_totals));
+        counter(&name, help, Kind::Counter, &|c| of(&c.state().receipt_totals));
     }
 }

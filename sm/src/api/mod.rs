@@ -30,6 +30,8 @@ mod status;
 mod streams;
 mod vdis;
 
+pub use self::metrics::page;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;

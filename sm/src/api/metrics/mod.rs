@@ -7,7 +7,7 @@
 //! ```
 
 mod disks;
-mod page;
+pub mod page;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -5,13 +5,13 @@ use std::fmt::{Display, Write};
 
 /// A page being written.
 #[derive(Debug, Default)]
-pub(super) struct Page {
+pub struct Page {
     text: String,
 }
 
 /// What a family's values mean.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Kind {
+pub enum Kind {
     /// Only grows; its name ends in `_total`.
     Counter,
     /// Goes up and down.
@@ -21,13 +21,15 @@ pub(super) enum Kind {
 }
 
 /// One family; its samples stand together.
-pub(super) struct Family<'a> {
+#[derive(Debug)]
+pub struct Family<'a> {
     text: &'a mut String,
     name: &'a str,
 }
 
 impl Page {
-    pub(super) fn family<'a>(&'a mut self, kind: Kind, name: &'a str, help: &str) -> Family<'a> {
+    /// Begins a family; its samples are written before the next one begins.
+    pub fn family<'a>(&'a mut self, kind: Kind, name: &'a str, help: &str) -> Family<'a> {
         let kind = match kind {
             Kind::Counter => "counter",
             Kind::Gauge => "gauge",
@@ -39,22 +41,25 @@ impl Page {
     }
 
     /// A family of one sample without labels.
-    pub(super) fn single(&mut self, kind: Kind, name: &str, help: &str, value: impl Display) {
+    pub fn single(&mut self, kind: Kind, name: &str, help: &str, value: impl Display) {
         self.family(kind, name, help).sample(&[], value);
     }
 
-    pub(super) fn text(self) -> String {
+    /// The whole page.
+    #[must_use]
+    pub fn text(self) -> String {
         self.text
     }
 }
 
 impl Family<'_> {
-    pub(super) fn sample(&mut self, labels: &[(&str, &str)], value: impl Display) {
+    /// A sample; what the labels say is escaped.
+    pub fn sample(&mut self, labels: &[(&str, &str)], value: impl Display) {
         self.suffixed("", labels, value);
     }
 
     /// A sample of a histogram.
-    pub(super) fn suffixed(&mut self, suffix: &str, labels: &[(&str, &str)], value: impl Display) {
+    pub fn suffixed(&mut self, suffix: &str, labels: &[(&str, &str)], value: impl Display) {
         let _ = write!(self.text, "{}{suffix}", self.name);
         for (ix, (label, value)) in labels.iter().enumerate() {
             let begin = if ix == 0 { '{' } else { ',' };
