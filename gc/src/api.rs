@@ -22,6 +22,7 @@ use std::sync::Arc;
 
 use axum::extract::{DefaultBodyLimit, Query, State};
 use axum::http::{StatusCode, header};
+use axum::middleware::map_response;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -224,6 +225,7 @@ pub fn router(service: Arc<Service>) -> Router {
         .route("/receipt", get(receipts::receipt))
         .route("/acknowledge", post(receipts::acknowledge))
         .layer(DefaultBodyLimit::max(limits::BODY_BYTES_MAX))
+        .layer(map_response(sm::api::in_json))
         .with_state(app)
 }
 

@@ -135,3 +135,25 @@ fn metrics_tell_of_each_node_and_grow_while_a_merge_runs() {
     let page = served.get("/metrics").body;
     assert_eq!(value(&page, &node("state", "state=\"waiting\",reason=\"PAUSED\"")), Some(1.0), "{page}");
 }
+
+#[test]
+fn every_refusal_is_json_with_a_code() {
+    let sr = Sr::new();
+    let served = Served::new(&sr);
+    let json = "content-type: application/json\r\n";
+    let long = format!("{{\"sr\": \"{}\"}}", "x".repeat(gc::limits::BODY_BYTES_MAX));
+    for (method, path, kind, body, status, code) in [
+        ("POST", "/run", json, "{", 400, "BAD_REQUEST"),
+        ("POST", "/run", json, "{\"sr\": 7}", 422, "BAD_REQUEST"),
+        ("POST", "/run", "", "{}", 415, "BAD_REQUEST"),
+        ("POST", "/run", json, long.as_str(), 413, "BAD_REQUEST"),
+        ("GET", "/run", "", "", 405, "BAD_REQUEST"),
+        ("GET", "/status?sr=7", "", "", 400, "BAD_REQUEST"),
+        ("GET", "/nothing", "", "", 404, "NOT_FOUND"),
+    ] {
+        let answer = served.ask(method, path, kind, body);
+        assert_eq!((answer.status, answer.code().as_str()), (status, code), "{method} {path}: {answer:?}");
+    }
+    let other = served.ask("GET", "/run", "", "");
+    assert!(other.head.to_lowercase().contains("allow: post"), "{other:?}");
+}

@@ -75,6 +75,8 @@ pub const KNOWN_IMAGES_MAX: usize = 200_000;
 pub const STAMP_SETTLES_NS: i128 = 1_100_000_000;
 /// Rows of the last verified record written in one hold of the SR lock.
 pub const NOTED_PER_LOCK_MAX: usize = 500;
+/// Longest text of a refusal by the router that is handed on, in bytes.
+pub const REFUSAL_BYTES_MAX: usize = 4 << 10;
 /// Bytes of an API request body.
 pub const BODY_BYTES_MAX: usize = 1 << 20;
 /// Requests the API works on at once; more wait.

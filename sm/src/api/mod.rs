@@ -30,6 +30,7 @@ mod status;
 mod streams;
 mod vdis;
 
+pub use self::answer::in_json;
 pub use self::metrics::page;
 
 use std::path::Path;

@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::DefaultBodyLimit;
+use axum::middleware::map_response;
 use axum::routing::{get, post};
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
-use super::answer::{Failure, document};
+use super::answer::{Failure, document, in_json};
 use super::{App, disks, jobs, metrics, snapshots, srs, status, streams, vdis};
 use crate::error::{Error, Result};
 use crate::limits::{BODY_BYTES_MAX, BUSY_RETRY_MS_MAX, TURN_WAIT_MS_MAX};
@@ -59,6 +60,7 @@ pub fn router(app: App) -> Router {
         .route("/metrics", get(metrics::metrics))
         .fallback(async || Failure(Error::NotFound { what: "such request; see /openapi.json".into() }))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(map_response(in_json))
         .with_state(app)
 }
 
