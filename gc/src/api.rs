@@ -15,6 +15,7 @@
 
 mod metrics;
 mod receipts;
+mod settings;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -31,6 +32,7 @@ use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use uuid::Uuid;
 
+use self::settings::Settings;
 use crate::collector::{Collector, Scope};
 use crate::limits;
 use crate::progress::{Doing, Done, LookFailed, Totals};
@@ -151,16 +153,6 @@ struct Offline {
     name: String,
 }
 
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-struct SetBody {
-    sr: Option<Uuid>,
-    rate: Option<u64>,
-    parallel: Option<usize>,
-    latency_factor: Option<f64>,
-    receipts: Option<bool>,
-}
-
 /// An answer that something could not be done.
 #[derive(Debug)]
 struct Refused {
@@ -188,6 +180,10 @@ impl Refused {
 
     fn new(status: StatusCode, code: &'static str, message: String) -> Self {
         Self { status, code, message, report: None }
+    }
+
+    fn bad_request(message: String) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "BAD_REQUEST", message)
     }
 
     fn io(message: String) -> Self {
@@ -423,14 +419,9 @@ async fn pause(State(app): State<App>, Json(which): Json<Which>, paused: bool) -
     steer(app, Some(sr), move |service, sr| service.wish(sr, switch)).await
 }
 
-async fn set(State(app): State<App>, Json(body): Json<SetBody>) -> Answer<Json<Value>> {
-    let change = move |wishes: &mut Wishes| {
-        wishes.rate = body.rate.unwrap_or(wishes.rate);
-        wishes.parallel = body.parallel.unwrap_or(wishes.parallel);
-        wishes.latency_factor = body.latency_factor.or(wishes.latency_factor);
-        wishes.receipts = body.receipts.unwrap_or(wishes.receipts);
-    };
-    steer(app, body.sr, move |service, sr| service.wish(sr, change)).await
+async fn set(State(app): State<App>, Json(body): Json<Settings>) -> Answer<Json<Value>> {
+    body.check()?;
+    steer(app, body.sr, move |service, sr| service.wish(sr, |wishes| body.change(wishes))).await
 }
 
 /// Changes what is wished for an SR, or all.

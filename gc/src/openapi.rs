@@ -30,7 +30,7 @@ const ROUTES: &[Route] = &[
     (
         "post",
         "/set",
-        "Limits, also of what runs: bytes per second (0: none), merges at one time, how slow disks may get; and whether disks are read before and after each merge that begins from now on",
+        "Limits, also of what runs, at least one of: bytes per second (0: none), merges at one time (up to 16; 0: the default), how slow disks may get (0: any, up to 1000); whether disks are read before and after each merge that begins from now on. Anything else is refused",
         &["sr?", "rate?", "parallel?", "latency_factor?", "receipts?"],
     ),
     ("get", "/receipt", "The hashes of every block that the receipt of ?job= in ?sr= compared", &[]),

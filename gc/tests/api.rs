@@ -157,3 +157,27 @@ fn every_refusal_is_json_with_a_code() {
     let other = served.ask("GET", "/run", "", "");
     assert!(other.head.to_lowercase().contains("allow: post"), "{other:?}");
 }
+
+#[test]
+fn settings_that_cannot_be_kept_are_refused_and_change_nothing() {
+    let sr = Sr::new();
+    let served = Served::new(&sr);
+    let before = served.status();
+    for (body, word) in [
+        (json!({"parallel": 999}), "parallel"),
+        (json!({"rate": 5, "latency_factor": 1e9}), "latency_factor"),
+        (json!({"latency_factor": -1}), "latency_factor"),
+        (json!({}), "nothing"),
+    ] {
+        let answer = served.post("/set", &body);
+        assert_eq!((answer.status, answer.code().as_str()), (400, "BAD_REQUEST"), "{body}");
+        assert!(answer.json()["error"]["message"].as_str().unwrap().contains(word), "{answer:?}");
+    }
+    let after = served.status();
+    for setting in ["rate", "parallel", "latency_factor", "receipts"] {
+        assert_eq!(after[setting], before[setting]);
+    }
+    served.ok("/set", &json!({"parallel": 16, "latency_factor": 1000, "rate": 7}));
+    let after = served.status();
+    assert_eq!((&after["parallel"], &after["rate"]), (&json!(16), &json!(7)));
+}

@@ -445,18 +445,20 @@ pub enum GcCommand {
     /// Stop running merges at the next safe point; they begin again after half a minute, or with `gc resume` or `gc run`
     Abort(GcScope),
     /// Set limits, also for merges under way
+    #[command(group = clap::ArgGroup::new("setting").required(true).multiple(true)
+        .args(["rate", "parallel", "latency_factor", "receipts"]))]
     Set {
         /// Storage repository
         sr: String,
         /// Bytes per second of all merges together; 0 is no limit
         #[arg(long, value_name = "SIZE")]
         rate: Option<Size>,
-        /// Merges at one time
-        #[arg(long)]
+        /// Merges at one time, up to 16; 0 is the default, 2
+        #[arg(long, value_name = "N", value_parser = parallel)]
         parallel: Option<usize>,
         /// Merges slow down while an attached disk takes this many times
-        /// longer to answer than it does without them; 0 is never [default: 4]
-        #[arg(long, value_name = "FACTOR")]
+        /// longer to answer than it does without them, up to 1000; 0 is never [default: 4]
+        #[arg(long, value_name = "FACTOR", value_parser = latency_factor)]
         latency_factor: Option<f64>,
         /// Read every disk on a merge before and after it, and compare [default: off]
         #[arg(long, value_name = "on|off", value_enum)]
@@ -487,6 +489,18 @@ pub enum Switch {
     Off,
 }
 
+fn parallel(text: &str) -> Result<usize, String> {
+    let most = gc::limits::PARALLEL_MAX;
+    let number = text.parse().map_err(|_| format!("not a number from 0 to {most}"))?;
+    if number > most { Err(format!("at most {most} merges may run at one time")) } else { Ok(number) }
+}
+
+fn latency_factor(text: &str) -> Result<f64, String> {
+    let most = gc::limits::LATENCY_FACTOR_MAX;
+    let factor = text.parse().ok().filter(|factor| (0.0..=most).contains(factor));
+    factor.ok_or_else(|| format!("not a number from 0 to {most}"))
+}
+
 /// One storage repository or all.
 #[derive(Debug, Args)]
 pub struct GcScope {
@@ -502,6 +516,27 @@ mod tests {
     #[test]
     fn the_definition_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn settings_out_of_range_or_none_at_all_are_wrong_usage() {
+        let set = |more: &[&str]| Cli::try_parse_from([&["coppice", "gc", "set", "store"], more].concat());
+        for more in [
+            &["--parallel", "999"][..],
+            &["--parallel", "x"],
+            &["--latency-factor", "1e9"],
+            &["--latency-factor", "nan"],
+            &["--latency-factor=-1"],
+            &[],
+        ] {
+            let error = set(more).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{more:?}: {error}");
+        }
+        for more in
+            [&["--parallel", "16", "--rate", "1MiB"][..], &["--latency-factor", "0"], &["--receipts", "on"]]
+        {
+            assert!(set(more).is_ok(), "{more:?}");
+        }
     }
 
     #[test]
