@@ -182,6 +182,21 @@ impl Refused {
         Self { status, code, message, report: None }
     }
 
+    /// Why there is no collector of what was asked for.
+    fn missing(service: &Service, sr: Uuid, what: &str) -> Self {
+        if let Some(why) = service.refused().get(&sr) {
+            return Self::io(format!("SR {sr} is attached, but cannot be collected: {why}"));
+        }
+        match service.known(sr) {
+            Ok(Some(name)) => {
+                let message = format!("SR {name} ({sr}) is not attached");
+                Self::new(StatusCode::CONFLICT, "SR_DETACHED", message)
+            }
+            Ok(None) => Self::not_found(what),
+            Err(error) => Self::io(error.to_string()),
+        }
+    }
+
     fn bad_request(message: String) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "BAD_REQUEST", message)
     }
@@ -235,7 +250,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Answer<T> + Send + '
 
 async fn status(State(app): State<App>, Query(which): Query<Which>) -> Answer<Json<Status>> {
     blocking(move || {
-        let collectors = app.service.collectors(which.sr);
+        let collectors = named(&app.service, which.sr)?;
         let mut done: Vec<Done> = Vec::new();
         let mut srs = Vec::new();
         for (name, collector) in &collectors {
@@ -246,6 +261,18 @@ async fn status(State(app): State<App>, Query(which): Query<Which>) -> Answer<Js
         Ok(Json(Status { srs, refused: app.service.refused(), done }))
     })
     .await
+}
+
+/// Of one SR, which must be there, or of all.
+fn named(service: &Service, sr: Option<Uuid>) -> Answer<Vec<(String, Arc<Collector>)>> {
+    let found = service.collectors_now(sr).map_err(|error| Refused::io(error.to_string()))?;
+    match sr {
+        // Its reason is part of the answer.
+        Some(sr) if found.is_empty() && !service.refused().contains_key(&sr) => {
+            Err(Refused::missing(service, sr, &format!("SR {sr}")))
+        }
+        _ => Ok(found),
+    }
 }
 
 fn sr_status(name: &str, collector: &Collector) -> SrStatus {
@@ -373,7 +400,8 @@ fn choose(service: &Service, sr: Option<Uuid>, vdi: Option<Uuid>) -> Answer<Chos
     let all = if srs.is_empty() { service.collectors(None) } else { srs };
     match all.into_iter().find(|(_, collector)| has(collector, vdi)) {
         Some((_, collector)) => Ok(vec![(collector, Scope::Vdi(vdi))]),
-        None => Err(Refused::not_found(&format!("SR or VDI {vdi}"))),
+        // It may have been meant as the SR's uuid.
+        None => Err(Refused::missing(service, sr.unwrap_or(vdi), &format!("SR or VDI {vdi}"))),
     }
 }
 
@@ -433,7 +461,7 @@ async fn steer(
     blocking(move || {
         let found = app.service.collectors_now(sr).map_err(|error| Refused::io(error.to_string()))?;
         if let (Some(sr), true) = (sr, found.is_empty()) {
-            return Err(Refused::not_found(&format!("SR {sr}")));
+            return Err(Refused::missing(&app.service, sr, &format!("SR {sr}")));
         }
         change(&app.service, sr).map_err(|error| Refused::io(error.to_string()))?;
         Ok(Json(json!({})))

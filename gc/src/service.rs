@@ -1,7 +1,8 @@
 //! gcd: one collector per attached SR, and an API over them.
 //!
 //! The SRs are those smd says are attached, in `<run>/sr/`; nothing else is
-//! shared with smd. An SR that is not attached any more loses its collector,
+//! shared with smd, but that its list of all SRs tells one that is detached
+//! from none. An SR that is not attached any more loses its collector,
 //! and with it our share of the host's ownership.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -74,6 +75,7 @@ struct Attending {
 #[derive(Debug)]
 pub struct Service {
     run: PathBuf,
+    state: PathBuf,
     wishes_file: PathBuf,
     attending: Mutex<Attending>,
     changed: Condvar,
@@ -88,7 +90,13 @@ impl Service {
         let wishes_file = state.join("gc.json");
         let wishes = read_json(&wishes_file)?.unwrap_or_default();
         let attending = Mutex::new(Attending { wishes, ..Attending::default() });
-        Ok(Arc::new(Self { run: run.into(), wishes_file, attending, changed: Condvar::new() }))
+        Ok(Arc::new(Self {
+            run: run.into(),
+            state: state.into(),
+            wishes_file,
+            attending,
+            changed: Condvar::new(),
+        }))
     }
 
     fn attending(&self) -> MutexGuard<'_, Attending> {
@@ -215,6 +223,15 @@ impl Service {
     #[must_use]
     pub fn refused(&self) -> BTreeMap<Uuid, String> {
         self.attending().refused.clone()
+    }
+
+    /// What an SR is called that this host knows, attached or not.
+    ///
+    /// # Errors
+    /// The list of SRs cannot be read.
+    pub fn known(&self, sr: Uuid) -> sm::Result<Option<String>> {
+        let known = sm::state::known(&self.state)?;
+        Ok(known.into_iter().find(|known| known.uuid == sr).map(|known| known.name))
     }
 
     /// What is wished for an SR.

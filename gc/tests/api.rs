@@ -181,3 +181,36 @@ fn settings_that_cannot_be_kept_are_refused_and_change_nothing() {
     let after = served.status();
     assert_eq!((&after["parallel"], &after["rate"]), (&json!(16), &json!(7)));
 }
+
+#[test]
+fn an_sr_that_is_known_and_detached_is_said_to_be_so() {
+    let sr = Sr::new();
+    let served = Served::new(&sr);
+    let detached = id(0xDE);
+    let known = sm::state::KnownSr {
+        uuid: detached,
+        name: "away".into(),
+        kind: sm::state::SrType::File,
+        path: sr.path().into(),
+        attached: false,
+    };
+    sm::state::write_json(&sr.run.parent().unwrap().join("srs.json"), &[known]).unwrap();
+    for (uuid, code, word) in [(detached, "SR_DETACHED", "away"), (id(0xDF), "NOT_FOUND", "SR")] {
+        for (path, more) in [
+            ("/pause", json!({})),
+            ("/resume", json!({})),
+            ("/run", json!({})),
+            ("/run", json!({"wait": true})),
+            ("/abort", json!({})),
+            ("/set", json!({"rate": 1})),
+            ("/acknowledge", json!({})),
+        ] {
+            let mut body = more.clone();
+            body["sr"] = json!(uuid);
+            let answer = served.post(path, &body);
+            assert_eq!(answer.code(), code, "{path}: {answer:?}");
+            assert!(answer.json()["error"]["message"].as_str().unwrap().contains(word), "{answer:?}");
+        }
+        assert_eq!(served.get(&format!("/status?sr={uuid}")).code(), code);
+    }
+}

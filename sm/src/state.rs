@@ -89,8 +89,7 @@ impl State {
     /// # Errors
     /// I/O errors, and a file that is not ours.
     pub fn load(&self) -> Result<Vec<KnownSr>> {
-        let path = self.folder.join("srs.json");
-        read_json(&path).map(Option::unwrap_or_default).during(|| path.display().to_string())
+        known(&self.folder)
     }
 
     /// Notes the SRs, durably.
@@ -101,6 +100,15 @@ impl State {
         let path = self.folder.join("srs.json");
         write_json(&path, &srs).during(|| path.display().to_string())
     }
+}
+
+/// The SRs noted last in a state folder, whoever holds it.
+///
+/// # Errors
+/// I/O errors, and a file that is not ours.
+pub fn known(folder: &Path) -> Result<Vec<KnownSr>> {
+    let path = folder.join("srs.json");
+    read_json(&path).map(Option::unwrap_or_default).during(|| path.display().to_string())
 }
 
 fn host_id(path: &Path) -> io::Result<Uuid> {

@@ -47,7 +47,7 @@ pub(super) async fn acknowledge(State(app): State<App>, Json(which): Json<Which>
     blocking(move || {
         let srs = app.service.collectors_now(which.sr).map_err(|error| Refused::io(error.to_string()))?;
         if let (Some(sr), true) = (which.sr, srs.is_empty()) {
-            return Err(Refused::not_found(&format!("SR {sr}")));
+            return Err(Refused::missing(&app.service, sr, &format!("SR {sr}")));
         }
         let mut down = Vec::new();
         for (_, collector) in srs {
