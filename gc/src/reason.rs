@@ -7,7 +7,9 @@ use uuid::Uuid;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Reason {
     /// An image of its tree is broken (invariant 11).
-    #[error("image {node} of its tree is broken: {why}")]
+    #[error(
+        "image {node} of its tree is broken: {why}; `coppice sr check` names all that are: restore it from a backup, or delete the disks that need it"
+    )]
     BrokenTree {
         /// Which image.
         node: Uuid,
@@ -61,7 +63,9 @@ pub enum Reason {
         ancestor: Uuid,
     },
     /// Not enough room for even one slice.
-    #[error("no space: {needed} bytes are needed, {free} are free")]
+    #[error(
+        "no space: {needed} bytes are needed, {free} are free: make room on the SR, or delete snapshots; it goes on by itself then"
+    )]
     NoSpace {
         /// Bytes.
         needed: u64,
@@ -69,13 +73,17 @@ pub enum Reason {
         free: u64,
     },
     /// Its block table could not be read.
-    #[error("its blocks cannot be counted: {why}")]
+    #[error(
+        "its blocks cannot be counted: {why}; `coppice sr check` names what is broken, it is tried again by itself"
+    )]
     NoCost {
         /// What reading says.
         why: String,
     },
     /// It failed too often; a person should look.
-    #[error("set aside after {attempts} attempts: {why}")]
+    #[error(
+        "set aside after {attempts} attempts: {why}; mend that, then `coppice gc run` tries again at once"
+    )]
     SetAside {
         /// How often it was tried.
         attempts: u32,
@@ -139,7 +147,7 @@ pub enum Reason {
         vdi: Uuid,
     },
     /// The collector is paused.
-    #[error("the collector is paused")]
+    #[error("the collector is paused: `coppice gc resume` lets it go on")]
     Paused,
     /// Somebody stopped all merges a moment ago.
     #[error(
@@ -206,6 +214,29 @@ impl Reason {
             | Self::Parallel { .. }
             | Self::Paused
             | Self::Quiet { .. } => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a person must act on says how.
+    #[test]
+    fn reasons_that_need_somebody_name_the_next_step() {
+        let (node, why) = (Uuid::nil(), String::new());
+        for (reason, step) in [
+            (Reason::BrokenTree { node, why: why.clone() }, "sr check"),
+            (Reason::NoSpace { needed: 2, free: 1 }, "make room"),
+            (Reason::NoCost { why: why.clone() }, "sr check"),
+            (Reason::SetAside { attempts: 6, why }, "gc run"),
+            (Reason::Differs { vdi: node, job: String::new() }, "gc acknowledge"),
+            (Reason::SwitchedOff { vdi: node }, "gc resume"),
+            (Reason::Paused, "gc resume"),
+            (Reason::Quiet { left_s: 1 }, "gc resume"),
+        ] {
+            assert!(reason.to_string().contains(step), "{reason}");
         }
     }
 }
