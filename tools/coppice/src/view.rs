@@ -187,14 +187,42 @@ pub struct GcStatus {
     pub done: Vec<GcDone>,
 }
 
-/// A job of the collector that ended, as far as its receipt is concerned.
+/// A job of the collector that ended. Sizes in bytes.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct GcDone {
     /// Names it.
     pub job: String,
+    /// The node that names it.
+    pub vdi: String,
+    /// `inner`, `leaf` or `delete`.
+    pub kind: String,
+    /// Read and written.
+    pub bytes_copied: u64,
+    /// Shared.
+    pub bytes_cloned: u64,
+    /// Given back on balance.
+    pub bytes_freed: u64,
+    /// Most room needed beyond what was in use.
+    pub peak_extra_bytes: u64,
+    /// What it was expected to come to.
+    pub predicted: Option<GcExpected>,
+    /// Why it ended early, or what is wrong after it.
+    pub error: Option<String>,
     /// What became of the disks on it, if that was asked for.
     pub receipt: Option<GcReceipt>,
+}
+
+/// What a job was expected to come to. Sizes in bytes.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct GcExpected {
+    /// At most so much is copied or shared.
+    pub bytes_copied: u64,
+    /// At least so much is given back.
+    pub bytes_freed: u64,
+    /// At most so much room is needed.
+    pub peak_extra_bytes: u64,
 }
 
 /// What became of the disks on a merge.
@@ -251,6 +279,12 @@ pub struct GcSr {
     pub quiet_s: Option<u64>,
     /// Merges under way.
     pub running: u64,
+    /// Merges allowed at one time.
+    pub parallel: u64,
+    /// Bytes per second allowed; 0 is no limit.
+    pub rate: u64,
+    /// Bytes per second allowed while attached disks are slow.
+    pub held_back_to: Option<u64>,
     /// Why the last look failed.
     pub error: Option<String>,
     /// Nodes that wait or are being merged.

@@ -2,6 +2,7 @@
 //!
 //! Pure: documents in, strings out. Printing is the commands' business.
 
+pub mod jobs;
 pub mod places;
 pub mod receipts;
 pub mod report;
@@ -12,7 +13,7 @@ pub mod tree;
 use serde_json::Value;
 
 use crate::size::human;
-use crate::view::{GcStatus, Sr, Vdi};
+use crate::view::{GcSr, GcStatus, Sr, Vdi};
 
 /// A table of storage repositories.
 pub fn srs(list: &[Sr]) -> String {
@@ -115,7 +116,7 @@ pub fn health(status: Option<&Value>) -> String {
 /// The collector's state: one line per storage repository, then one per node
 /// with something to tell.
 pub fn gc_status(status: &GcStatus) -> String {
-    let mut srs = table::Table::new(["SR", "STATE", "RUNNING", "WAITING", "LAST ERROR"]);
+    let mut srs = table::Table::new(["SR", "STATE", "RUNNING", "WAITING", "RATE", "LAST ERROR"]);
     let mut nodes = table::Table::new(["NODE", "SR", "STATE"]);
     let mut any = false;
     for sr in &status.srs {
@@ -127,8 +128,9 @@ pub fn gc_status(status: &GcStatus) -> String {
                 (false, Some(left_s)) => format!("aborted, goes on in {left_s} s"),
                 (false, None) => "collecting".to_owned(),
             },
-            sr.running.to_string(),
+            format!("{} of {}", sr.running, sr.parallel),
             waiting.to_string(),
+            gc_rate(sr),
             sr.error.clone().unwrap_or_else(dash),
         ]);
         for (node, state) in &sr.nodes {
@@ -137,15 +139,26 @@ pub fn gc_status(status: &GcStatus) -> String {
         }
     }
     for (sr, why) in &status.refused {
-        srs.row([sr.clone(), "refused".to_owned(), dash(), dash(), why.clone()]);
+        srs.row([sr.clone(), "refused".to_owned(), dash(), dash(), dash(), why.clone()]);
     }
     let mut text = receipts::alarms(status);
     text.push_str(&srs.to_string());
     if any {
         text.push_str(&format!("\n{nodes}"));
     }
+    text.push_str(&jobs::ended(status));
     text.push_str(&receipts::of_jobs(status));
     text
+}
+
+/// What merges may take in a second, and what they are held back to while
+/// disks in use are slow.
+fn gc_rate(sr: &GcSr) -> String {
+    let set = if sr.rate == 0 { "no limit".to_owned() } else { format!("{}/s", human(sr.rate)) };
+    match sr.held_back_to {
+        Some(limit) => format!("{set}, held back to {}/s", human(limit)),
+        None => set,
+    }
 }
 
 /// Any object as `name  value` lines, nested ones left out.
@@ -226,6 +239,29 @@ mod tests {
         let text = object(&json!({"name": "a", "virtual_size": 2048, "parent": null}));
         assert!(text.contains("virtual_size  2 KiB (2048)"), "{text}");
         assert!(text.contains("parent        -"), "{text}");
+    }
+
+    #[test]
+    fn the_collectors_limits_and_what_its_jobs_came_to_are_shown() {
+        let status = crate::view::read(&json!({
+            "srs": [{"name": "store", "running": 1, "parallel": 3, "rate": 1 << 20, "held_back_to": 2048}],
+            "done": [
+                {"job": "j1", "kind": "leaf", "vdi": "x", "bytes_copied": 1024, "bytes_freed": 4096,
+                    "predicted": {"bytes_copied": 8192, "bytes_freed": 512, "peak_extra_bytes": 0}},
+                {"job": "j2", "kind": "inner", "vdi": "y", "error": "aborted"},
+            ],
+        }));
+        let text = anstream::adapter::strip_str(&gc_status(&status.unwrap())).to_string();
+        for words in [
+            "1 of 3",
+            "1 MiB/s, held back to 2 KiB/s",
+            "1 KiB (at most 8 KiB)",
+            "4 KiB (at least 512",
+            "aborted",
+            "done",
+        ] {
+            assert!(text.contains(words), "{words}: {text}");
+        }
     }
 
     #[test]
