@@ -131,6 +131,9 @@ fn the_life_of_disks_and_of_an_sr() {
     assert_eq!(smd.code("GET", "/vdis/web", Value::Null), "AMBIGUOUS");
     assert_eq!(smd.code("GET", "/vdis/nobody", Value::Null), "NOT_FOUND");
     assert_eq!(smd.code("POST", "/vdis", json!({ "sr": "one" })), "BAD_REQUEST");
+    assert_eq!(smd.code("PUT", "/vdis", Value::Null), "BAD_REQUEST");
+    assert_eq!(smd.code("GET", "/srs/one/history?rows=many", Value::Null), "BAD_REQUEST");
+    assert_eq!(smd.code("GET", "/nothing", Value::Null), "NOT_FOUND");
     assert_eq!(smd.code("POST", "/srs/one/nonsense", Value::Null), "NOT_FOUND");
     assert_eq!(smd.code("POST", "/vdis/monday/attach", Value::Null), "READ_ONLY");
     assert_eq!(smd.code("POST", "/srs/one/destroy", Value::Null), "IN_USE");
