@@ -5,6 +5,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
@@ -13,6 +14,7 @@ use sm::sd_notify::Notifier;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::api;
+use crate::limits;
 use crate::service::Service;
 
 /// Collects garbage and merges chains in the attached repositories.
@@ -28,6 +30,10 @@ struct Args {
     /// Group whose members may use the API, besides root and ourselves
     #[arg(long)]
     group: Option<String>,
+    /// Seconds between two looks of its own at a repository, at most a day; who
+    /// changes one kicks, and is not waited for
+    #[arg(long, value_name = "SECONDS", default_value_t = limits::LOOK_EVERY.as_secs(), value_parser = clap::value_parser!(u64).range(1..=limits::LOOK_EVERY_MAX_S))]
+    look_every: u64,
 }
 
 /// Becomes gcd; returns when it is told to end. `args` begin with the
@@ -64,7 +70,8 @@ fn serve(args: &Args) -> anyhow::Result<()> {
         std::fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
     }
     let _lock = only_one(args)?;
-    let service = Service::new(&args.state, &args.run).context("read the settings")?;
+    let service = Service::new(&args.state, &args.run, Duration::from_secs(args.look_every))
+        .context("read the settings")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let attending = service.clone();
     let thread = std::thread::Builder::new().name("attend".into()).spawn(move || attending.attend())?;

@@ -75,8 +75,10 @@ pub const ATTEMPTS_MAX: u32 = 6;
 pub const RETRY_FIRST: Duration = Duration::from_secs(5);
 /// Longest wait between attempts.
 pub const RETRY_MAX: Duration = Duration::from_secs(600);
-/// Between two looks of its own at each repository.
+/// Between two looks of its own at each repository, by default.
 pub const LOOK_EVERY: Duration = Duration::from_secs(30);
+/// Most seconds between two of them that can be asked for.
+pub const LOOK_EVERY_MAX_S: u64 = 24 * 3600;
 /// Failures kept for the report.
 pub const FAILURES_KEPT: usize = 256;
 /// Times an inner merge looks for children that came late.

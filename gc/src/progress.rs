@@ -81,6 +81,8 @@ pub struct State {
     pub alarms: BTreeMap<String, Alarm>,
     /// What all receipts came to.
     pub receipt_totals: ReceiptTotals,
+    /// Between two rounds that nobody asked for.
+    pub look_every: Duration,
     /// Nothing is started.
     pub paused: bool,
     /// Disks whose leaves are left alone.
@@ -134,6 +136,7 @@ impl State {
             backoff: Backoff::default(),
             alarms: BTreeMap::new(),
             receipt_totals: ReceiptTotals::default(),
+            look_every: limits::LOOK_EVERY,
             paused: false,
             off: BTreeSet::new(),
             closing: false,

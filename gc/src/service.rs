@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sm::attached::AttachedSr;
@@ -77,16 +78,18 @@ pub struct Service {
     run: PathBuf,
     state: PathBuf,
     wishes_file: PathBuf,
+    look_every: Duration,
     attending: Mutex<Attending>,
     changed: Condvar,
 }
 
 impl Service {
-    /// For the SRs attached in `run`; wishes are kept in `state`.
+    /// For the SRs attached in `run`, each looked at so often though nobody
+    /// kicks; wishes are kept in `state`.
     ///
     /// # Errors
     /// The wishes cannot be read.
-    pub fn new(state: &Path, run: &Path) -> std::io::Result<Arc<Self>> {
+    pub fn new(state: &Path, run: &Path, look_every: Duration) -> std::io::Result<Arc<Self>> {
         let wishes_file = state.join("gc.json");
         let wishes = read_json(&wishes_file)?.unwrap_or_default();
         let attending = Mutex::new(Attending { wishes, ..Attending::default() });
@@ -94,6 +97,7 @@ impl Service {
             run: run.into(),
             state: state.into(),
             wishes_file,
+            look_every,
             attending,
             changed: Condvar::new(),
         }))
@@ -172,6 +176,7 @@ impl Service {
             let mut state = collector.state();
             state.paused = wishes.paused;
             state.off.clone_from(&wishes.off);
+            state.look_every = self.look_every;
             state.latency_factor = wishes.latency_factor();
         }
         let spawn = |what: &str, body: fn(&Arc<Collector>)| {

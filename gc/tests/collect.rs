@@ -269,7 +269,8 @@ fn the_service_follows_attached_srs_and_answers() {
     sr.image(2, 1, false, 1);
     let record = AttachedSr::file(&sr.run, sr.attached.uuid);
     sm::state::write_json(&record, &sr.attached).unwrap();
-    let service = gc::service::Service::new(sr.run.parent().unwrap(), &sr.run).unwrap();
+    let service =
+        gc::service::Service::new(sr.run.parent().unwrap(), &sr.run, gc::limits::LOOK_EVERY).unwrap();
     let attending = Arc::clone(&service);
     let thread = std::thread::spawn(move || attending.attend());
     let found = service.collectors_now(Some(sr.attached.uuid)).unwrap();

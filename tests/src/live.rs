@@ -12,6 +12,7 @@ mod exclusive;
 mod filesystems;
 mod groups;
 mod inspect;
+mod kicked;
 mod killed;
 mod kills;
 mod main_job;

@@ -53,9 +53,9 @@ impl Collector {
             state.looking = false;
             self.changed.notify_all();
             let now = self.now();
-            let next = state.retries.next(now).unwrap_or(limits::LOOK_EVERY);
+            let next = state.retries.next(now).unwrap_or(state.look_every);
             let quiet = state.quiet_left(now);
-            let until = now + next.min(limits::LOOK_EVERY).max(quiet.min(limits::LOOK_EVERY));
+            let until = now + next.min(state.look_every).max(quiet.min(limits::LOOK_EVERY));
             while !state.closing && state.asked == asked && !state.dirty && self.now() < until {
                 let left = until.saturating_sub(self.now());
                 let waited = self.changed.wait_timeout(state, left);

@@ -63,7 +63,7 @@ impl Served {
         let file = sr.run.parent().unwrap().join("gc.json");
         sm::state::write_json(&file, &BTreeMap::from([(sr.attached.uuid, wishes)])).unwrap();
         sm::state::write_json(&AttachedSr::file(&sr.run, sr.attached.uuid), &sr.attached).unwrap();
-        let service = Service::new(sr.run.parent().unwrap(), &sr.run).unwrap();
+        let service = Service::new(sr.run.parent().unwrap(), &sr.run, gc::limits::LOOK_EVERY).unwrap();
         let thread = Arc::clone(&service);
         let attending = std::thread::spawn(move || thread.attend());
         assert_eq!(service.collectors_now(Some(sr.attached.uuid)).unwrap().len(), 1);

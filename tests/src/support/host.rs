@@ -62,12 +62,23 @@ pub struct Host {
     run: TempDir,
     smd: Option<Child>,
     gcd: Option<Child>,
+    /// What gcd is given besides its folders.
+    gcd_args: &'static [&'static str],
 }
 
 impl Host {
     /// Both daemons up on new folders.
     pub fn new() -> Self {
         let mut host = Self::without_daemons();
+        host.start(Daemon::Smd);
+        host.start(Daemon::Gcd);
+        host
+    }
+
+    /// Both daemons, gcd looking only when it is kicked.
+    pub fn without_rounds() -> Self {
+        let mut host = Self::without_daemons();
+        host.gcd_args = &["--look-every", "86400"];
         host.start(Daemon::Smd);
         host.start(Daemon::Gcd);
         host
@@ -80,7 +91,7 @@ impl Host {
         // Images on a real disk, sockets where paths are short.
         let data = builder.tempdir_in("/var/tmp").unwrap();
         let run = builder.tempdir_in("/dev/shm").or_else(|_| builder.tempdir()).unwrap();
-        let host = Self { data, run, smd: None, gcd: None };
+        let host = Self { data, run, smd: None, gcd: None, gcd_args: &[] };
         std::fs::create_dir(host.state()).unwrap();
         host
     }
@@ -125,6 +136,9 @@ impl Host {
         if daemon == Daemon::Smd {
             command.arg("--tapdisk").arg(coppice());
             command.args(["--tapdisk-arg", "daemon", "--tapdisk-arg", "tapdisk"]);
+        }
+        if daemon == Daemon::Gcd {
+            command.args(self.gcd_args);
         }
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log.unwrap());
         command.spawn().unwrap()
