@@ -4,10 +4,11 @@
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use coppice::nbd_client::Client;
-use tapdisk_control::{Reply, Request};
+use tapdisk_control::{MergePhase, Reply, Request};
 
 use crate::support::host::{Attached, Host, wait_until};
 use crate::support::pace::Writer;
@@ -40,6 +41,28 @@ fn fill(at: &Attached) {
 /// Longest a settle may take on a machine that is busy with other tests:
 /// generously more than the two write-backs it waits for.
 const SETTLE_MAX: Duration = Duration::from_secs(20);
+
+/// What the times of a leaf merge are told of: the commit, in which the parent
+/// takes the leaf's place, apart from the windows before it.
+const PERIODS: [&str; 4] = ["before", "in windows", "at commit", "after"];
+
+/// Watches the merge of a leaf and begins a period with its windows, one when
+/// the leaf is empty and to be committed, and one when it has been; `over` is
+/// set when it has, whether all of them were noticed or not.
+fn by_period(control: &mut tapdisk_control::Client, writer: &Writer, over: &AtomicBool) {
+    let mut phase = || match control.call(Request::MergeStatus).unwrap() {
+        Reply::Merge(status) => status.phase,
+        other => panic!("{other:?}"),
+    };
+    let mut wait = |what: &str, done: &[MergePhase]| {
+        wait_until(what, || over.load(Ordering::SeqCst) || done.contains(&phase()));
+    };
+    let ending = [MergePhase::Empty, MergePhase::Committing];
+    wait("the leaf to be empty", &ending);
+    writer.next_period();
+    wait("the merge to be committed", &[MergePhase::None]);
+    writer.next_period();
+}
 
 /// Writes the tapdisk has answered.
 fn writes(control: &mut tapdisk_control::Client) -> u64 {
@@ -102,14 +125,20 @@ fn a_leaf_merges_under_a_guest_that_never_stops() {
     let held = mib() << 20;
     let mut lengths = vec![leaf.metadata().unwrap().len()];
     let began = Instant::now();
+    let socket = host.run_dir().join("tap").join(&vdi).join("ctl.sock");
+    let mut control = tapdisk_control::Client::connect(&socket, Duration::from_secs(60)).unwrap();
+    let over = AtomicBool::new(false);
     writer.next_period();
     host.ok(&["gc", "resume", "store"]);
-    wait_until("the leaf to be merged", || {
-        lengths.push(leaf.metadata().unwrap().len());
-        host.ok(&["sr", "tree", "store"])["roots"][0]["kind"] == "leaf"
+    std::thread::scope(|scope| {
+        scope.spawn(|| by_period(&mut control, &writer, &over));
+        wait_until("the leaf to be merged", || {
+            lengths.push(leaf.metadata().unwrap().len());
+            host.ok(&["sr", "tree", "store"])["roots"][0]["kind"] == "leaf"
+        });
+        over.store(true, Ordering::SeqCst);
     });
     let took = began.elapsed();
-    writer.next_period();
     std::thread::sleep(Duration::from_secs(1));
     let times = writer.stop();
     let status = host.ok(&["gc", "status", "store"]);
@@ -117,12 +146,13 @@ fn a_leaf_merges_under_a_guest_that_never_stops() {
     let cloned = status["srs"][0]["totals"]["bytes_cloned"].as_u64().unwrap();
 
     println!("{} MiB of leaf merged in {took:.1?}; copied {copied}, cloned {cloned} bytes", held >> 20);
-    for (name, times) in ["before", "during", "after"].iter().zip(&times) {
-        println!("{name:>7}: {times}");
+    for (name, times) in PERIODS.iter().zip(&times) {
+        println!("{name:>10}: {times}");
     }
-    let ratio = times[1].rate() / times[0].rate();
-    println!("guest's rate during the merge: {:.0} % of before", 100.0 * ratio);
+    assert_eq!(times.len(), PERIODS.len());
     assert!(times[1].count() > 0, "the guest was stopped");
+    let ratio = times[1].rate() / times[0].rate();
+    println!("guest's rate in windows: {:.0} % of before", 100.0 * ratio);
     assert!(copied + cloned <= held, "copied {copied} and cloned {cloned} of {held} bytes");
     assert!(lengths.is_sorted_by(|a, b| a >= b), "the leaf grew: {lengths:?}");
     // What is left of it is headers: every slot was given back.

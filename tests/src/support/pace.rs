@@ -49,6 +49,9 @@ impl Times {
 impl std::fmt::Display for Times {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let at = |rank| self.per_ten_thousand(rank);
+        if self.us.is_empty() {
+            return write!(f, "no request: over too soon to be told apart");
+        }
         write!(
             f,
             "{} requests in {:.1?}, {:.0}/s; p50 {:?}, p99 {:?}, p99.9 {:?}, longest {:?}",
@@ -108,7 +111,8 @@ fn write(mut client: Client, seed: u64, period: &AtomicUsize, ends: &AtomicBool,
     while !ends.load(Ordering::SeqCst) || !sent.is_empty() {
         let now = period.load(Ordering::SeqCst);
         if now >= own.len() {
-            own[now - 1].lasted = began.elapsed();
+            // One that was over before it was noticed has no requests.
+            own.last_mut().unwrap().lasted = began.elapsed();
             own.resize(now + 1, Times::default());
             began = Instant::now();
         }
