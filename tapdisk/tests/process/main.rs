@@ -8,6 +8,7 @@ mod interop;
 mod life;
 mod oversize;
 mod peer;
+mod refresh;
 mod stuck;
 mod support;
 mod tls;
