@@ -9,7 +9,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use crate::support::forge::Forged;
-use crate::support::host::{Daemon, Host};
+use crate::support::host::{Daemon, Host, wait_until};
 use crate::support::programs::{am_root, coppice, output, run};
 
 pub(super) const VDI: &[&str] = &[
@@ -122,7 +122,16 @@ fn every_command_works_and_answers_one_document() {
     }
     ok(&["gc", "set", "one", "--rate", "100MiB", "--parallel", "2"]);
 
+    for wrong in [&["--parallel", "999"][..], &["--latency-factor", "nan"], &[]] {
+        let said = host.cli(&[&["gc", "set", "one"], wrong].concat());
+        assert_eq!(said.status, 2, "{wrong:?}: {said:?}");
+    }
+
     ok(&["sr", "detach", "two"]);
+    wait_until("the collector to leave it", || host.cli(&["gc", "status", "two"]).code() == "SR_DETACHED");
+    for verb in ["run", "pause", "resume", "abort"] {
+        assert!(host.refused(&["gc", verb, "two"], "SR_DETACHED").stderr.contains("sr attach"), "{verb}");
+    }
     ok(&["sr", "attach", "two"]);
     ok(&["sr", "detach", "two"]);
     ok(&["sr", "forget", "two"]);
