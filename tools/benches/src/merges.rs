@@ -18,6 +18,7 @@ use uuid::Uuid;
 
 use crate::bench::Bench;
 use crate::images::{Fill, Image, Images, drop_from_cache};
+use crate::procs::Server;
 
 /// Between two looks at a merge that a tapdisk runs.
 const POLL: Duration = Duration::from_millis(1);
@@ -52,15 +53,9 @@ pub struct Content {
 /// What the disk or the merge said.
 pub fn time(bench: &Bench, dir: &Path, content: &Content, way: Way) -> anyhow::Result<Duration> {
     let images = Images::new(dir)?;
-    let make = |fill, parent: Option<&Image>| {
-        images.image(&format!("{}.vhd", Uuid::new_v4()), content.virtual_bytes, fill, parent)
-    };
-    let parent = make(content.parent, None)?;
-    let source = make(content.source, Some(&parent))?;
-    let repo = repo(&images)?;
-    sm::image::set_hidden(&repo, &parent.volume, true)?;
+    let (source, parent, repo) = pair(&images, content)?;
     if way == Way::Inner {
-        make(Fill::Empty, Some(&source))?;
+        make(&images, content, Fill::Empty, Some(&source))?;
         sm::image::set_hidden(&repo, &source.volume, true)?;
     }
     for image in [&parent, &source] {
@@ -80,6 +75,28 @@ pub fn time(bench: &Bench, dir: &Path, content: &Content, way: Way) -> anyhow::R
             by_tapdisk(bench, &images, &source, &parent)
         }
     }
+}
+
+fn make(images: &Images, content: &Content, fill: Fill, parent: Option<&Image>) -> anyhow::Result<Image> {
+    images.image(&format!("{}.vhd", Uuid::new_v4()), content.virtual_bytes, fill, parent)
+}
+
+/// What is merged, what it goes into, which is hidden, and the repository.
+fn pair(images: &Images, content: &Content) -> anyhow::Result<(Image, Image, Repo)> {
+    let parent = make(images, content, content.parent, None)?;
+    let source = make(images, content, content.source, Some(&parent))?;
+    let repo = repo(images)?;
+    sm::image::set_hidden(&repo, &parent.volume, true)?;
+    Ok((source, parent, repo))
+}
+
+/// A leaf that can be merged by its tapdisk, and its parent.
+///
+/// # Errors
+/// What the disk said.
+pub fn leaf_and_parent(images: &Images, content: &Content) -> anyhow::Result<(Image, Image)> {
+    let (leaf, parent, _repo) = pair(images, content)?;
+    Ok((leaf, parent))
 }
 
 fn by_collector(repo: &Repo, merge: &Merge) -> anyhow::Result<Duration> {
@@ -143,7 +160,27 @@ impl Watch for CopyWatch {
 }
 
 fn by_tapdisk(bench: &Bench, images: &Images, leaf: &Image, parent: &Image) -> anyhow::Result<Duration> {
-    let server = crate::procs::Server::tapdisk(&bench.tap, images, leaf, &[])?;
+    let server = Server::tapdisk(&bench.tap, images, leaf, &[])?;
+    let phases = of_served(&server, leaf, parent)?;
+    Ok(phases.committed - phases.began)
+}
+
+/// When what of a tapdisk's merge happened.
+#[derive(Debug, Clone, Copy)]
+pub struct Phases {
+    /// It was ordered.
+    pub began: Instant,
+    /// All was found to have moved, and the commit was ordered.
+    pub empty: Instant,
+    /// That was answered.
+    pub committed: Instant,
+}
+
+/// Merges a served leaf into its parent, at full speed.
+///
+/// # Errors
+/// What its tapdisk said.
+pub fn of_served(server: &Server, leaf: &Image, parent: &Image) -> anyhow::Result<Phases> {
     let named = |image: &Image| ImageRef { volume: image.volume.as_str().to_owned(), footer: image.footer };
     let (leaf, parent) = (named(leaf), named(parent));
     let mut control = server.control()?;
@@ -160,8 +197,9 @@ fn by_tapdisk(bench: &Bench, images: &Images, leaf: &Image, parent: &Image) -> a
             other => bail!("the merge is {other:?}: {:?}", status.error),
         }
     }
+    let empty = Instant::now();
     control.call(Request::MergeCommit { leaf, parent, aside: None })?;
-    Ok(began.elapsed())
+    Ok(Phases { began, empty, committed: Instant::now() })
 }
 
 /// The folder as the SR it would be.

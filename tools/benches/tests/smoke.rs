@@ -3,7 +3,7 @@
 use std::process::Command;
 
 /// Groups of measures with the number of rows each has when nothing is missing.
-const GROUPS: [(&str, usize); 8] = [
+const GROUPS: [(&str, usize); 9] = [
     ("reads", 12),
     ("sequential", 4),
     ("tls", 1),
@@ -11,6 +11,7 @@ const GROUPS: [(&str, usize); 8] = [
     ("swap", 4),
     ("refresh", 3),
     ("copy", 9),
+    ("merge-stall", 9),
     ("memory", 2),
 ];
 

@@ -8,6 +8,7 @@ use crate::report::Report;
 mod copy;
 mod large;
 mod memory;
+mod merge_stall;
 mod reads;
 mod refresh;
 mod sequential;
@@ -41,6 +42,12 @@ pub const GROUPS: &[Group] = &[
     Group { name: "swap", about: "guest stall of a snapshot", large: false, run: swap::run },
     Group { name: "refresh", about: "latency while the chain is re-read", large: false, run: refresh::run },
     Group { name: "copy", about: "merges against cp and run by run", large: false, run: copy::run },
+    Group {
+        name: "merge-stall",
+        about: "a guest that writes while its leaf is merged",
+        large: false,
+        run: merge_stall::run,
+    },
     Group { name: "memory", about: "resident memory, 2040 GiB, 30 nodes", large: false, run: memory::run },
     Group { name: "large-reads", about: "reads on 100 GiB", large: true, run: large::reads },
     Group { name: "large-writes", about: "writes on 100 GiB", large: true, run: large::writes },
