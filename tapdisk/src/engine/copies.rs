@@ -14,6 +14,7 @@
 
 use std::sync::Arc;
 
+use tapdisk_control::MERGE_EXTRA_BLOCKS;
 use vhd::bitmap::SectorBitmap;
 use vhd::record::Entry;
 use vhd::rw::Presence;
@@ -83,7 +84,7 @@ impl Engine {
             }
             let Some(block) = self.next_block() else { return };
             let gained = self.takes_room(block);
-            if gained && self.merge.gained() >= self.merge.bounds.extra_blocks {
+            if gained && self.merge.gained() >= at_once.gained {
                 return;
             }
             coming += BLOCK_BYTES;
@@ -98,8 +99,10 @@ impl Engine {
 
     /// How many blocks may be in each stage now.
     pub(super) fn at_once(&self) -> AtOnce {
-        let shared = self.merge.shares == Some(true) && !self.guests_busy();
-        AtOnce::new(shared, self.merge.bounds.extra_blocks)
+        let (busy, most) = (self.guests_busy(), self.merge.bounds.extra_blocks);
+        // What was copied and not flushed is written twice when it is written.
+        let extra_blocks = if busy { most.min(MERGE_EXTRA_BLOCKS as usize) } else { most };
+        AtOnce::new(self.merge.shares == Some(true) && !busy, extra_blocks)
     }
 
     /// Whether P grows by a block while L still has it. Extents that are shared

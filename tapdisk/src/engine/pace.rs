@@ -11,6 +11,8 @@ use crate::limits::{
 pub(super) struct AtOnce {
     /// Under way.
     pub(super) moving: usize,
+    /// Those for which P took room and L gave none back.
+    pub(super) gained: usize,
     /// Copied together.
     pub(super) copying: usize,
     /// Copied and worth a flush while others are being copied.
@@ -28,7 +30,7 @@ impl AtOnce {
             false => (MOVING_BLOCKS_MAX, COPYING_BLOCKS_MAX),
         };
         let flush_gained = (extra_blocks / FLUSH_SHARE).max(1);
-        Self { moving, copying, flush: moving / FLUSH_SHARE, flush_gained }
+        Self { moving, gained: extra_blocks, copying, flush: moving / FLUSH_SHARE, flush_gained }
     }
 }
 
