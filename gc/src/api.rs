@@ -130,14 +130,14 @@ pub struct Status {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 struct Which {
     sr: Option<Uuid>,
     vdi: Option<Uuid>,
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 struct RunBody {
     sr: Option<Uuid>,
     vdi: Option<Uuid>,

@@ -81,13 +81,10 @@ impl Collector {
         self.began.elapsed()
     }
 
-    /// Has it look now.
+    /// Has it look now. What was aborted stays so for its while: whoever kicks
+    /// did something else to the repository.
     pub fn kick(&self) {
-        {
-            let mut state = self.state();
-            state.quiet_until = Duration::ZERO;
-            state.asked += 1;
-        }
+        self.state().asked += 1;
         self.changed.notify_all();
     }
 

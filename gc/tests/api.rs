@@ -74,8 +74,9 @@ fn after_an_abort_the_quiet_time_is_said_and_ended_by_whoever_asks() {
         );
         let left_s = status["quiet_s"].as_u64().unwrap();
         assert!((1..=31).contains(&left_s), "{status}");
-        // Settings are no word to go on.
+        // Settings are no word to go on, nor is what else happens in the SR.
         served.ok("/set", &json!({"rate": RATE + 1}));
+        served.ok("/kick", &json!({}));
         assert!(served.status()["quiet_s"].as_u64().is_some());
         served.ok(path, &body);
         // Nothing was waited for: neither the quiet time nor a retry.
@@ -213,4 +214,16 @@ fn an_sr_that_is_known_and_detached_is_said_to_be_so() {
         }
         assert_eq!(served.get(&format!("/status?sr={uuid}")).code(), code);
     }
+}
+
+#[test]
+fn a_misspelt_sr_is_refused_and_not_taken_for_all() {
+    let sr = Sr::new();
+    let served = Served::new(&sr);
+    for path in ["/pause", "/abort", "/run", "/set", "/acknowledge"] {
+        let answer = served.post(path, &json!({"srs": sr.attached.uuid, "rate": 1}));
+        assert_eq!(answer.code(), "BAD_REQUEST", "{path}: {answer:?}");
+    }
+    let status = served.status();
+    assert_eq!((&status["paused"], &status["rate"]), (&json!(false), &json!(0)));
 }

@@ -13,7 +13,7 @@ use crate::collector::Collector;
 use crate::progress::ReceiptTotals;
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub(super) struct Which {
     sr: Option<Uuid>,
     job: Option<String>,

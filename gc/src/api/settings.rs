@@ -8,7 +8,7 @@ use crate::limits::{LATENCY_FACTOR_MAX, PARALLEL_MAX};
 use crate::service::Wishes;
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub(super) struct Settings {
     pub(super) sr: Option<Uuid>,
     rate: Option<u64>,
