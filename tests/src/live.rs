@@ -9,6 +9,7 @@ mod contract;
 mod deep_chain;
 mod disks;
 mod exclusive;
+mod exported;
 mod filesystems;
 mod groups;
 mod inspect;
