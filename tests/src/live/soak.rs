@@ -54,7 +54,14 @@ struct Seen {
     checks: u64,
     deletes: u64,
     kills: u64,
-    fio_runs: u64,
+    fio: FioSeen,
+}
+
+/// What fio went through.
+#[derive(Debug, Default)]
+struct FioSeen {
+    runs: u64,
+    kills: u64,
 }
 
 #[test]
@@ -72,7 +79,7 @@ fn nothing_is_lost_or_changed_while_everything_happens() {
     let end = Instant::now() + Duration::from_secs(seconds);
     let (marks, heard) = channel();
     let (mut seen, mut guest) = (Seen::default(), Verifier::new(DISK.1, seeds().random()));
-    let (snapshots, kills, fios) = (seeds(), seeds(), seeds());
+    let (snapshots, kills, fios, verifies) = (seeds(), seeds(), seeds(), seeds());
     let mut receipts = Receipts::new("store");
     std::thread::scope(|scope| {
         // Dropped with this scope, also by a panic: it ends the guest.
@@ -80,13 +87,13 @@ fn nothing_is_lost_or_changed_while_everything_happens() {
         let (guest, at) = (&mut guest, &at);
         let guest = scope.spawn(move || live(guest, at, &heard, end));
         let killer = scope.spawn(|| kill(&host, &vdi, kills, end));
-        let fio = scope.spawn(|| fio_runs(&fio_at, end));
+        let fio = scope.spawn(|| fio_runs(&host, &fio, &fio_at, verifies, end));
         let second = scope.spawn(|| churn(&host, fios, end));
         let watcher = scope.spawn(|| watch_merges(&host, &mut receipts, end));
         shoot_pictures(&host, snapshots, &marks, &mut seen, end);
         drop(marks);
         seen.kills = killer.join().unwrap();
-        seen.fio_runs = fio.join().unwrap();
+        seen.fio = fio.join().unwrap();
         second.join().unwrap();
         watcher.join().unwrap();
         guest.join().unwrap();
@@ -101,6 +108,12 @@ fn nothing_is_lost_or_changed_while_everything_happens() {
     eprintln!("{seen:?}; {reads} reads, {writes} writes, {zeroes} zeroes, {trims} trims, {flushes} flushes");
     eprintln!("{:?}", receipts.report());
     assert!(seen.snapshots > 0 && seen.checks > 0 && seen.kills > 0 && guest.tally.all() > 1000, "{seen:?}");
+    if seconds >= SECONDS {
+        // On a slow machine few, but of each kind some.
+        let Seen { deletes, fio: FioSeen { runs, kills }, .. } = seen;
+        assert!(deletes > 0 && trims > 0 && zeroes > 0 && flushes > 0, "{seen:?}");
+        assert!(!have("fio") || (runs > 1 && kills > 0), "{seen:?}");
+    }
 }
 
 /// Tries until the disk lives through it.
@@ -173,15 +186,16 @@ fn kill(host: &Host, vdi: &str, mut rng: SmallRng, end: Instant) -> u64 {
             Attached::of(&shown).kill();
             kills += 1;
         }
-        let mut said = host.cli(&["vdi", "attach", vdi]);
-        until_served(|| {
-            if said.status != 0 {
-                assert!(IN_THE_WAY.contains(&said.code()), "{said:?}");
-                said = host.cli(&["vdi", "attach", vdi]);
-            }
-            said.status == 0
-        });
+        attach_again(host, vdi);
     }
+}
+
+fn attach_again(host: &Host, vdi: &str) {
+    until_served(|| {
+        let said = host.cli(&["vdi", "attach", vdi]);
+        assert!(said.status == 0 || IN_THE_WAY.contains(&said.code()), "{said:?}");
+        said.status == 0
+    });
 }
 
 /// Takes snapshots under load, looks at them again and again, deletes them.
@@ -267,25 +281,48 @@ fn churn(host: &Host, mut rng: SmallRng, end: Instant) {
     }
 }
 
-/// fio trims and writes blocks of all sizes and verifies, again and again.
-fn fio_runs(at: &Attached, end: Instant) -> u64 {
+/// fio trims and writes blocks of all sizes and verifies, again and again;
+/// every other time its tapdisk is killed between the two, so that what it
+/// verifies is what was acknowledged before.
+fn fio_runs(host: &Host, vdi: &str, at: &Attached, mut rng: SmallRng, end: Instant) -> FioSeen {
+    let mut seen = FioSeen::default();
     if !have("fio") {
-        return 0;
+        return seen;
     }
-    let mut runs = 0;
     while Instant::now() < end {
-        let mut fio = Command::new("fio");
-        // Each block is trimmed, then written; the two must not be in flight
-        // at once, for then either may come last.
-        fio.args(["--name=v", "--ioengine=nbd", "--rw=randtrimwrite", "--bsrange=4k-128k", "--iodepth=8"])
-            .args(["--serialize_overlap=1", "--size=48m", "--randrepeat=0", "--verify_state_save=0"])
-            .args(["--verify=crc32c", "--do_verify=1", "--verify_fatal=1"])
-            .arg(format!("--uri={}", at.uri));
-        let said = output(&mut fio);
-        assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
-        runs += 1;
+        let seed = rng.random();
+        if seen.runs % 2 == 1 {
+            fio(at, seed, &["--do_verify=1"]);
+        } else {
+            fio(at, seed, &["--do_verify=0"]);
+            let shown = host.ok(&["vdi", "show", vdi]);
+            if !shown["nbd"].is_null() {
+                Attached::of(&shown).kill();
+                seen.kills += 1;
+            }
+            attach_again(host, vdi);
+            fio(at, seed, &["--do_verify=1", "--verify_only"]);
+        }
+        seen.runs += 1;
     }
-    runs
+    seen
+}
+
+/// One pass over a disk. Each block holds the seed and its offset: what another
+/// pass wrote is not taken for what this one did.
+fn fio(at: &Attached, seed: u32, what: &[&str]) {
+    let mut fio = Command::new("fio");
+    // Each block is trimmed, then written; the two must not be in flight at
+    // once, for then either may come last.
+    fio.args(["--name=v", "--ioengine=nbd", "--rw=randtrimwrite", "--bsrange=4k-128k", "--iodepth=8"])
+        .args(["--serialize_overlap=1", "--size=48m", "--verify_state_save=0"])
+        .args(["--verify=pattern", "--verify_fatal=1"])
+        .arg(format!("--verify_pattern=0x{seed:08x}%o"))
+        .arg(format!("--randseed={seed}"))
+        .arg(format!("--uri={}", at.uri))
+        .args(what);
+    let said = output(&mut fio);
+    assert!(said.status.success(), "{what:?}: {}", String::from_utf8_lossy(&said.stderr));
 }
 
 /// Looks whether a merge changed what a disk reads; now and then nobody asks.
