@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper of tests fails by panicking")]
 
-use std::io::{Read, Write};
+#[path = "support/socket.rs"]
+mod socket;
+
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -12,9 +14,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
-
-/// How long anything may take.
-const LIMIT: Duration = Duration::from_secs(30);
+use socket::{LIMIT, ask};
 
 /// Says that it serves, and lives until it is killed.
 const FAKE_TAPDISK: &str = "#!/bin/sh\necho '{\"ready\": true}'\nexec sleep 600\n";
@@ -59,20 +59,7 @@ impl Smd {
     }
 
     fn ask(&self, method: &str, path: &str, body: &Value) -> (u16, String) {
-        let mut stream = UnixStream::connect(self.socket()).unwrap();
-        stream.set_read_timeout(Some(LIMIT)).unwrap();
-        let body = if body.is_null() { String::new() } else { body.to_string() };
-        let len = body.len();
-        write!(
-            stream,
-            "{method} {path} HTTP/1.1\r\nhost: smd\r\nconnection: close\r\n\
-             content-length: {len}\r\n\r\n{body}"
-        )
-        .unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        let status = answer.split(' ').nth(1).unwrap().parse().unwrap();
-        (status, answer.split_once("\r\n\r\n").unwrap().1.to_owned())
+        ask(&self.socket(), method, path, body)
     }
 
     fn ok(&self, method: &str, path: &str, body: Value) -> Value {

@@ -3,6 +3,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper of tests fails by panicking")]
 
+#[path = "support/socket.rs"]
+mod socket;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -13,9 +16,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
-
-/// How long anything may take.
-const LIMIT: Duration = Duration::from_secs(60);
+use socket::{LIMIT, ask};
 
 /// smd, and in the collector's place somebody who writes down what he is told.
 struct Nudged {
@@ -82,20 +83,9 @@ impl Nudged {
     }
 
     fn ok(&self, method: &str, path: &str, body: Value) -> Value {
-        let mut stream = UnixStream::connect(self.socket()).unwrap();
-        stream.set_read_timeout(Some(LIMIT)).unwrap();
-        let body = if body.is_null() { String::new() } else { body.to_string() };
-        let len = body.len();
-        write!(
-            stream,
-            "{method} {path} HTTP/1.1\r\nhost: smd\r\nconnection: close\r\n\
-             content-length: {len}\r\n\r\n{body}"
-        )
-        .unwrap();
-        let mut said = String::new();
-        stream.read_to_string(&mut said).unwrap();
-        assert!(said.starts_with("HTTP/1.1 200"), "{method} {path}: {said}");
-        serde_json::from_str(said.split_once("\r\n\r\n").unwrap().1).unwrap()
+        let (status, said) = ask(&self.socket(), method, path, &body);
+        assert_eq!(status, 200, "{method} {path}: {said}");
+        serde_json::from_str(&said).unwrap()
     }
 
     /// The collector is told to look at `sr`, once, and nothing else.
