@@ -34,7 +34,7 @@ use super::{Barrier, Engine, FileId, Image, Lower, Second, Wait};
 pub(super) struct Merge {
     pub(super) phase: Phase,
     pub(super) bounds: MergeBounds,
-    /// Blocks under way; how many, see [`Engine::bounds_now`].
+    /// Blocks under way; how many, see [`Engine::at_once`].
     pub(super) moves: Moves,
     /// Writes in flight, by block: what they cover.
     pub(super) writes: HashMap<BlockNo, Vec<SectorRun>>,

@@ -46,7 +46,7 @@ pub struct OpenRw {
 /// 3. A flush: that copy must be durable before the end is cut, and what the
 ///    BAT says now before space it does not name is given away (a killed
 ///    holder may have cleared an entry that a power cut would bring back).
-/// 4. The tail is cut behind the last block (see [`cut`]), gaps are zeroed and
+/// 4. The tail is cut behind the last block (see `cut`), gaps are zeroed and
 ///    the BATmap is zeroed as a whole: what the BAT does not name is never
 ///    trusted to read as zeros (invariant 6), and no BATmap bit may outlive a
 ///    block that is freed later (invariant 7). No flush follows here: the first
