@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use axum::extract::{DefaultBodyLimit, Query, State};
 use axum::http::{StatusCode, header};
-use axum::middleware::map_response;
+use axum::middleware::{from_fn, map_response};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -237,6 +237,7 @@ pub fn router(service: Arc<Service>) -> Router {
         .route("/acknowledge", post(receipts::acknowledge))
         .layer(DefaultBodyLimit::max(limits::BODY_BYTES_MAX))
         .layer(map_response(sm::api::in_json))
+        .layer(from_fn(sm::api::read_rest))
         .with_state(app)
 }
 

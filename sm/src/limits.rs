@@ -77,6 +77,11 @@ pub const STAMP_SETTLES_NS: i128 = 1_100_000_000;
 pub const NOTED_PER_LOCK_MAX: usize = 500;
 /// Longest text of a refusal by the router that is handed on, in bytes.
 pub const REFUSAL_BYTES_MAX: usize = 4 << 10;
+/// Bytes of a refused request that are read and thrown away, so that its sender
+/// lives to read the answer.
+pub const UNREAD_BYTES_MAX: usize = 4 << 20;
+/// And for how long, in milliseconds.
+pub const UNREAD_MS_MAX: u64 = 1_000;
 /// Bytes of an API request body.
 pub const BODY_BYTES_MAX: usize = 1 << 20;
 /// Requests the API works on at once; more wait.

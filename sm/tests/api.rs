@@ -119,6 +119,9 @@ fn the_life_of_disks_and_of_an_sr() {
     assert_eq!(smd.code("GET", "/vdis/nobody", Value::Null), "NOT_FOUND");
     assert_eq!(smd.code("POST", "/vdis", json!({ "sr": "one" })), "BAD_REQUEST");
     assert_eq!(smd.code("PUT", "/vdis", Value::Null), "BAD_REQUEST");
+    // More than a socket holds: it is refused while it is still being sent.
+    let long = json!({ "sr": "x".repeat(sm::limits::BODY_BYTES_MAX + (1 << 20)) });
+    assert_eq!(smd.code("POST", "/vdis", long), "BAD_REQUEST");
     assert_eq!(smd.code("GET", "/srs/one/history?rows=many", Value::Null), "BAD_REQUEST");
     assert_eq!(smd.code("GET", "/nothing", Value::Null), "NOT_FOUND");
     assert_eq!(smd.code("POST", "/srs/one/nonsense", Value::Null), "NOT_FOUND");

@@ -9,6 +9,7 @@
 //!   jobs.rs       long operations: begun, looked at, stopped
 //!   answer.rs     results and errors as JSON
 //!   streams.rs    exports and imports
+//!   unread.rs     what a refused request still sends
 //!   status.rs     how we do
 //!   figures.rs    what tapdisks count, and what is wrong with them
 //!   metrics/      Prometheus text, of attached disks too
@@ -28,10 +29,12 @@ mod snapshots;
 mod srs;
 mod status;
 mod streams;
+mod unread;
 mod vdis;
 
 pub use self::answer::in_json;
 pub use self::metrics::page;
+pub use self::unread::read_rest;
 
 use std::path::Path;
 use std::sync::Arc;

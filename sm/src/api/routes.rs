@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::DefaultBodyLimit;
-use axum::middleware::map_response;
+use axum::middleware::{from_fn, map_response};
 use axum::routing::{get, post};
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
 use super::answer::{Failure, document, in_json};
+use super::unread::read_rest;
 use super::{App, disks, jobs, metrics, snapshots, srs, status, streams, vdis};
 use crate::error::{Error, Result};
 use crate::limits::{BODY_BYTES_MAX, BUSY_RETRY_MS_MAX, TURN_WAIT_MS_MAX};
@@ -61,6 +62,7 @@ pub fn router(app: App) -> Router {
         .fallback(async || Failure(Error::NotFound { what: "such request; see /openapi.json".into() }))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .layer(map_response(in_json))
+        .layer(from_fn(read_rest))
         .with_state(app)
 }
 
