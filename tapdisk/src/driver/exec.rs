@@ -283,7 +283,7 @@ impl Task {
             }
             Self::Zero { file, offset, len, keep: false } => file.zero(offset, len)?,
             Self::Zero { file, offset, len, keep: true } => file.zero_keeping_space(offset, len)?,
-            Self::Extend { file, len } => file.extend(len)?,
+            Self::Extend { file, len } => file.extend_with_room(len)?,
             Self::Flush { file, why } => file.flush(why)?,
             Self::Swap { volumes, new, over, aside } => volumes.swap(&new, &over, &aside)?,
             Self::SyncNames { volumes, why } => volumes.sync(why)?,

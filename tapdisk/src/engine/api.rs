@@ -150,7 +150,8 @@ pub enum Op {
         /// Names the step.
         why: Why,
     },
-    /// Makes a volume longer: see [`vhd::storage::Volume::extend`].
+    /// Makes a volume longer, for writes all over what it gains: see
+    /// [`vhd::storage::Volume::extend_with_room`].
     Extend {
         /// The volume.
         file: FileId,

@@ -188,7 +188,9 @@ impl Engine {
     /// it. A file being written to can be made longer only between two writes
     /// that need space, so each wait for that is a long one.
     pub(super) fn extend_ahead(&mut self, index: usize) {
-        if let Some(len) = self.stack[index].rw.slots().extension_ahead() {
+        let rw = &mut self.stack[index].rw;
+        let left = u64::from(rw.blocks().saturating_sub(rw.allocated_blocks()));
+        if let Some(len) = rw.slots().extension_ahead(left) {
             self.extend(index, len);
         }
     }

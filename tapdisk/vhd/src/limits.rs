@@ -4,6 +4,9 @@
 pub const CHAIN_NODES_MAX: usize = 200;
 /// Clean bitmaps an image open for writing keeps in memory (512 bytes each).
 pub const CLEAN_BITMAPS_MAX: usize = 16 * 1024;
+/// A filesystem has plenty of space while one part in so many is free: only then
+/// is any taken that may never be written.
+pub const PLENTY_SHARE: u64 = 8;
 /// Bytes of a parent locator's text.
 pub const LOCATOR_BYTES_MAX: u32 = 4096;
 /// Bytes of a BAT or BATmap read at once while looking for something.

@@ -19,10 +19,13 @@ use crate::units::{BLOCK_SECTORS, SECTOR_BYTES, Slot, round_up};
 pub const GUARD_BYTES: u64 = SECTOR_BYTES;
 /// Slots by which a volume is extended at once.
 pub const EXTEND_SLOTS: u64 = 16;
-/// The same of a file that guests write to, where length takes no space.
+/// The same of a file that guests write to; but as what it gains may take space
+/// at once, only as many as were taken, until those are [`BUSY_SLOTS`].
 const EXTEND_FILE_SLOTS: u64 = 64;
-/// Such a file is extended while it has room for so many more: as many first
-/// writes as a guest may well have in flight.
+/// Whoever took so many slots may well take many more.
+const BUSY_SLOTS: u64 = 16;
+/// Such a file is extended while it has room for so many more, or for as many as
+/// were taken: as many first writes as a guest may well have in flight.
 const AHEAD_SLOTS: u64 = 32;
 const GUARD_SECTORS: u64 = GUARD_BYTES / SECTOR_BYTES;
 /// Sectors from one slot to the next.
@@ -61,6 +64,8 @@ pub struct Slots {
     end_sector: u64,
     /// Length of the file, or device.
     len_bytes: u64,
+    /// Slots taken since the image was opened.
+    taken: u64,
     /// See [`Self::fresh_is_zero`].
     fresh_is_zero: bool,
     /// See [`Self::page_aligned`].
@@ -92,7 +97,7 @@ impl Slots {
         }
         let end_sector = at + GUARD_SECTORS;
         let len_bytes = end_sector * SECTOR_BYTES;
-        (Self { free, end_sector, len_bytes, fresh_is_zero: true, page_aligned }, gaps)
+        (Self { free, end_sector, len_bytes, taken: 0, fresh_is_zero: true, page_aligned }, gaps)
     }
 
     /// The same on a device of some length, where a slot holds whatever was
@@ -129,13 +134,15 @@ impl Slots {
         (end > self.len_bytes).then(|| self.longer(end, EXTEND_SLOTS - 1))
     }
 
-    /// A length that spares the next slots that are taken the wait for one, if
-    /// there are few left. Of a file only: a device would be given space for
-    /// what perhaps nobody writes.
+    /// A length that spares the next slots that are taken, `most` of them at
+    /// most, the wait for one, if there are few left. Of a file only: a device
+    /// would be given space for what perhaps nobody writes.
     #[must_use]
-    pub fn extension_ahead(&self) -> Option<u64> {
-        let low = self.end_sector * SECTOR_BYTES + AHEAD_SLOTS * STRIDE_SECTORS * SECTOR_BYTES;
-        (self.fresh_is_zero && low > self.len_bytes).then(|| self.longer(0, EXTEND_FILE_SLOTS))
+    pub fn extension_ahead(&self, most: u64) -> Option<u64> {
+        let ahead = self.taken.min(AHEAD_SLOTS).min(most);
+        let low = self.end_sector * SECTOR_BYTES + ahead * STRIDE_SECTORS * SECTOR_BYTES;
+        let more = if self.taken < BUSY_SLOTS { self.taken } else { EXTEND_FILE_SLOTS };
+        (self.fresh_is_zero && low > self.len_bytes).then(|| self.longer(0, more.min(most)))
     }
 
     /// At least `end`, room for all slots that are taken, and for `more`.
@@ -164,6 +171,7 @@ impl Slots {
     /// # Errors
     /// [`NoRoom`].
     pub fn take(&mut self) -> Result<Slot, NoRoom> {
+        self.taken += 1;
         if let Some(slot) = self.free.pop_first() {
             return Ok(slot);
         }
@@ -241,7 +249,7 @@ mod tests {
             let mut taken = Vec::new();
             for _ in 0..100 {
                 let slot = slots.take().unwrap();
-                let ahead = slots.extension_ahead().filter(|_| taken.len() % 3 == 0);
+                let ahead = slots.extension_ahead(100).filter(|_| taken.len() % 3 == 0);
                 if let Some(len) = slots.extension_for(slot).or(ahead) {
                     slots.extended(len);
                     lengths.push(len);
@@ -261,18 +269,42 @@ mod tests {
         let first = slots.take().unwrap();
         slots.extended(slots.extension_for(first).unwrap());
         for _ in 0..1000 {
-            if let Some(len) = slots.extension_ahead() {
+            if let Some(len) = slots.extension_ahead(u64::MAX) {
                 assert!(len > slots.len_bytes());
                 slots.extended(len);
             }
             let slot = slots.take().unwrap();
             assert_eq!(slots.extension_for(slot), None);
         }
-        let long = slots.extension_ahead().unwrap_or(slots.len_bytes());
+        let long = slots.extension_ahead(u64::MAX).unwrap_or(slots.len_bytes());
         slots.extended(long);
-        assert_eq!(slots.extension_ahead(), None);
+        assert_eq!(slots.extension_ahead(u64::MAX), None);
         let (device, _) = Slots::survey(&[], 2048);
-        assert_eq!(device.on_device(1 << 20).extension_ahead(), None);
+        assert_eq!(device.on_device(1 << 20).extension_ahead(u64::MAX), None);
+    }
+
+    #[test]
+    fn space_ahead_is_as_little_as_what_was_taken_or_can_be() {
+        const STRIDE: u64 = STRIDE_SECTORS * SECTOR_BYTES;
+        let (mut slots, _) = Slots::survey(&[], 2048);
+        // (taken, slots ahead at most) as it goes on.
+        for (taken, most) in [(1, 15), (8, 15), (15, 16), (40, 96), (1000, 96)] {
+            while slots.taken < taken {
+                let slot = slots.take().unwrap();
+                let len = slots.extension_for(slot).or(slots.extension_ahead(u64::MAX));
+                slots.extended(len.unwrap_or(0));
+            }
+            let ahead = (slots.len_bytes - slots.end_sector * SECTOR_BYTES) / STRIDE;
+            assert!((1..=most).contains(&ahead), "{ahead} slots ahead after {taken}");
+        }
+        // The disk has three blocks left, then none.
+        let end = slots.len_bytes;
+        let len = |slots: &Slots, most| slots.extension_ahead(most).map_or(end, |len| len.max(end));
+        while (slots.len_bytes - slots.end_sector * SECTOR_BYTES) / STRIDE > 1 {
+            slots.take().unwrap();
+        }
+        assert_eq!(len(&slots, 3) - slots.end_sector * SECTOR_BYTES, 3 * STRIDE);
+        assert_eq!(slots.extension_ahead(0), None);
     }
 
     #[test]

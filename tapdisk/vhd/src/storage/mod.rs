@@ -93,6 +93,13 @@ pub trait Volume: Send + Sync + Debug {
         }
         Ok(())
     }
+    /// As [`Volume::extend`], for what is soon written in small pieces all over:
+    /// a file takes the space of what it gains at once, where the filesystem
+    /// has plenty, so that finding some is not part of each write and the
+    /// pieces lie side by side. Where it cannot, this is `extend`.
+    fn extend_with_room(&self, len_bytes: u64) -> io::Result<()> {
+        self.extend(len_bytes)
+    }
     /// Length that [`Volume::reduce`] would leave: for a device whole extents,
     /// or what it has if nobody can take any of it.
     fn reduced_len(&self, len_bytes: u64) -> io::Result<u64> {

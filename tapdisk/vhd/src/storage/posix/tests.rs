@@ -9,6 +9,7 @@ use std::process::Command;
 
 use super::super::{Access, CopyKind, Fs, Volume};
 use super::{PosixFs, PosixVolume};
+use crate::limits::PLENTY_SHARE;
 
 fn folder() -> (tempfile::TempDir, PosixFs) {
     let folder = tempfile::tempdir().unwrap();
@@ -60,6 +61,28 @@ fn sockets_and_folders_are_no_volumes() {
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
     }
     assert!(fs.list("").unwrap().is_empty());
+}
+
+#[test]
+fn what_is_soon_written_all_over_takes_its_space_at_once() {
+    const MIB: u64 = 1 << 20;
+    let (_folder, fs) = folder();
+    let volume = fs.create("a").unwrap();
+    volume.write_at(&[7; 4096], 0).unwrap();
+    volume.extend_with_room(8 * MIB).unwrap();
+    volume.extend_with_room(MIB).unwrap();
+    assert_eq!(volume.len().unwrap(), 8 * MIB);
+    let mut bytes = vec![1; (8 * MIB) as usize];
+    volume.read_at(&mut bytes, 0).unwrap();
+    assert!(bytes[..4096].iter().all(|byte| *byte == 7) && bytes[4096..].iter().all(|byte| *byte == 0));
+    let space = fs.space().unwrap();
+    if space.free > space.total / PLENTY_SHARE + 64 * MIB {
+        assert!(volume.allocated().unwrap() >= 8 * MIB);
+    }
+    // What cannot be had does not stand in the way of the length.
+    volume.extend_with_room(space.total + 8 * MIB).unwrap();
+    assert_eq!(volume.len().unwrap(), space.total + 8 * MIB);
+    assert!(volume.allocated().unwrap() < 64 * MIB);
 }
 
 #[test]

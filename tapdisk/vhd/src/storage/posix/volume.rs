@@ -12,11 +12,13 @@ use std::sync::{Mutex, OnceLock};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise};
 use nix::sys::statfs::fstatfs;
+use nix::sys::statvfs::fstatvfs;
 
 use super::super::{Access, CopyKind, CopyRange, Volume, Why};
 use super::features::is_network;
 use super::removed::OpenFile;
 use super::ring::Movers;
+use crate::limits::PLENTY_SHARE;
 
 /// Zeros written at a time where the filesystem cannot punch holes.
 const ZERO_BUFFER_BYTES: usize = 256 << 10;
@@ -145,6 +147,16 @@ impl PosixVolume {
         }
     }
 
+    /// Whether the filesystem can spare so many bytes for what may never be
+    /// written.
+    fn has_plenty(&self, bytes: u64) -> bool {
+        fstatvfs(&self.file).is_ok_and(|found| {
+            let unit = found.fragment_size();
+            let free = found.blocks_available().saturating_mul(unit);
+            free.saturating_sub(bytes) >= found.blocks().saturating_mul(unit) / PLENTY_SHARE
+        })
+    }
+
     fn write_zeros(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
         let end = offset.saturating_add(len_bytes);
         let run_max = ZERO_BUFFER_BYTES.min(usize_of(len_bytes));
@@ -213,6 +225,15 @@ impl Volume for PosixVolume {
             _ if self.device => Err(Errno::ENOSPC.into()),
             _ => self.set_len(len_bytes),
         }
+    }
+
+    fn extend_with_room(&self, len_bytes: u64) -> io::Result<()> {
+        let old = self.len()?;
+        self.extend(len_bytes)?;
+        if !self.device && len_bytes > old && self.has_plenty(len_bytes - old) {
+            self.find_room(old, len_bytes - old);
+        }
+        Ok(())
     }
 
     fn reduced_len(&self, len_bytes: u64) -> io::Result<u64> {
