@@ -136,10 +136,14 @@ impl Connection {
             return Step::Wait; // out of step
         };
         let decision = transmission::decide(&header, agreed, &self.export);
+        let (offset, len) = match decision {
+            Decision::Submit(RequestKind::Flush) => (0, 0),
+            _ => (header.offset, header.len),
+        };
         let asked = Asked {
             cookie: header.cookie,
-            offset: header.offset,
-            len: header.len,
+            offset,
+            len,
             expects: match decision {
                 Decision::Submit(RequestKind::Read) => Expects::Data,
                 Decision::Submit(RequestKind::BlockStatus) => {

@@ -74,3 +74,16 @@ fn a_request_above_the_limit_is_refused_and_simple_replies_stay_in_step() {
 fn a_request_above_the_limit_is_refused_and_structured_replies_stay_in_step() {
     in_step(true);
 }
+
+/// The reference's tester leaves the length of the write before in its flushes.
+#[test]
+fn a_flush_covers_the_disk_whatever_range_it_names() {
+    let place = Place::new();
+    let _tapdisk = place.ready();
+    let (mut peer, most) = Peer::ready(&place, false);
+    let ranges = [(0, 1024), (DISK_BYTES, 0), (u64::MAX, u32::MAX), (0, most + 1)];
+    for (cookie, range) in (0..).zip(ranges) {
+        peer.ask([0, FLUSH], cookie, range, &[]).unwrap();
+        assert_eq!(peer.answer(|_| None).unwrap(), Answer { cookie, error: 0, data: vec![] }, "{range:?}");
+    }
+}
