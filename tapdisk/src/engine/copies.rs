@@ -12,6 +12,7 @@
 //! are read meanwhile. A block in which a guest's write is still in flight
 //! holds up nobody else and is copied by itself.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use tapdisk_control::MERGE_EXTRA_BLOCKS;
@@ -243,7 +244,7 @@ impl Engine {
             Presence::Absent => Some((Slot(0), SectorBitmap::EMPTY)),
             Presence::Whole(slot) => Some((slot, SectorBitmap::FULL)),
             Presence::Partial(slot) => {
-                let bitmap = self.stack[index].rw.bitmap(block).cloned();
+                let bitmap = self.stack[index].rw.bitmap(block).map(Cow::into_owned);
                 if bitmap.is_none() {
                     self.load_bitmap(index, block, slot);
                 }

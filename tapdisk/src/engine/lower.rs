@@ -268,7 +268,7 @@ impl Engine {
             let top = lower.map.places(block).next();
             if let (Some(place), Some(bitmap)) = (top, rw.known_bitmap(block)) {
                 let runs: Vec<_> = owners.runs().collect();
-                lower.owners.insert(block, &overlay(place, bitmap, &runs));
+                lower.owners.insert(block, &overlay(place, &bitmap, &runs));
             }
         }
         // What is being read was to be resolved without the new level.

@@ -2,8 +2,13 @@
 
 /// Levels a chain may have.
 pub const CHAIN_NODES_MAX: usize = 200;
-/// Clean bitmaps an image open for writing keeps in memory (512 bytes each).
-pub const CLEAN_BITMAPS_MAX: usize = 16 * 1024;
+/// Memory for bitmaps that an image open for writing keeps although the file has
+/// them: room for a disk of 100 GiB with a few runs in every block, or for some
+/// 19,000 blocks as scattered as can be.
+pub const CLEAN_BITMAPS_BYTES_MAX: usize = 12 << 20;
+/// What each takes of it besides its bits: its place in the table and in the order
+/// of use, and what two allocations cost.
+pub const CLEAN_BITMAP_BYTES: usize = 128;
 /// A filesystem has plenty of space while one part in so many is free: only then
 /// is any taken that may never be written.
 pub const PLENTY_SHARE: u64 = 8;

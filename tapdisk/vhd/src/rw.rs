@@ -32,20 +32,19 @@
 //! sector never carries along a neighbour whose data is not durable yet.
 
 mod capture;
+mod clean;
 mod relief;
 
+use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
-use std::num::NonZeroUsize;
-
-use lru::LruCache;
 
 use crate::bat::{BAT_FREE, Layout};
 use crate::bitmap::SectorBitmap;
-use crate::limits::CLEAN_BITMAPS_MAX;
 use crate::record::Entry;
 use crate::slots::{NoRoom, Slots};
 use crate::units::{BlockNo, SectorRun, Slot};
 pub use capture::Captured;
+use clean::CleanBitmaps;
 
 /// What an image has of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,7 +71,7 @@ pub struct RwImage {
     unwritten: BTreeSet<BlockNo>,
     /// Bitmaps that differ from the file's, or are being written.
     pinned: HashMap<BlockNo, SectorBitmap>,
-    clean: LruCache<BlockNo, SectorBitmap>,
+    clean: CleanBitmaps,
     dirty_bitmaps: BTreeSet<BlockNo>,
     dirty_entries: BTreeSet<BlockNo>,
     freed: Vec<(BlockNo, Slot)>,
@@ -93,7 +92,6 @@ impl RwImage {
                 set.put(block, whole(block));
             }
         }
-        let capacity = NonZeroUsize::new(CLEAN_BITMAPS_MAX).unwrap_or(NonZeroUsize::MIN);
         Self {
             layout,
             bat,
@@ -102,7 +100,7 @@ impl RwImage {
             on_file: HashMap::new(),
             unwritten: BTreeSet::new(),
             pinned: HashMap::new(),
-            clean: LruCache::new(capacity),
+            clean: CleanBitmaps::default(),
             dirty_bitmaps: BTreeSet::new(),
             dirty_entries: BTreeSet::new(),
             freed: Vec::new(),
@@ -151,17 +149,20 @@ impl RwImage {
     }
 
     /// The bitmap of a partial block, if it is in memory.
-    pub fn bitmap(&mut self, block: BlockNo) -> Option<&SectorBitmap> {
+    pub fn bitmap(&mut self, block: BlockNo) -> Option<Cow<'_, SectorBitmap>> {
         match self.pinned.get(&block) {
-            Some(bitmap) => Some(bitmap),
-            None => self.clean.get(&block),
+            Some(bitmap) => Some(Cow::Borrowed(bitmap)),
+            None => self.clean.get(block).map(Cow::Owned),
         }
     }
 
     /// The same without a claim to keep it in memory for longer.
     #[must_use]
-    pub fn known_bitmap(&self, block: BlockNo) -> Option<&SectorBitmap> {
-        self.pinned.get(&block).or_else(|| self.clean.peek(&block))
+    pub fn known_bitmap(&self, block: BlockNo) -> Option<Cow<'_, SectorBitmap>> {
+        match self.pinned.get(&block) {
+            Some(bitmap) => Some(Cow::Borrowed(bitmap)),
+            None => self.clean.peek(block).map(Cow::Owned),
+        }
     }
 
     /// Takes in a bitmap read from the file for `slot`. Refused (false) when
@@ -174,7 +175,7 @@ impl RwImage {
         if bitmap.is_full() {
             self.whole.put(block, true);
         } else {
-            self.clean.put(block, bitmap);
+            self.clean.put(block, &bitmap);
         }
         true
     }
@@ -243,7 +244,7 @@ impl RwImage {
             let bitmap = match self.pinned.get_mut(&block) {
                 Some(bitmap) => bitmap,
                 None => {
-                    let clean = self.clean.pop(&block);
+                    let clean = self.clean.pop(block);
                     debug_assert!(clean.is_some(), "the bitmap of {block:?} is not in memory");
                     self.pinned.entry(block).or_insert(clean.unwrap_or_default())
                 }
@@ -284,7 +285,7 @@ impl RwImage {
         self.allocated -= 1;
         self.whole.put(block, false);
         self.pinned.remove(&block);
-        self.clean.pop(&block);
+        self.clean.pop(block);
         self.dirty_bitmaps.remove(&block);
         self.unwritten.remove(&block);
         self.dirty_entries.insert(block);

@@ -217,7 +217,7 @@ impl Writer {
             Presence::Partial(slot) => slot,
         };
         if let Some(bitmap) = self.open.rw.bitmap(block) {
-            return Ok(bitmap.clone());
+            return Ok(bitmap.into_owned());
         }
         let mut bytes = [0; 512];
         self.open

@@ -137,7 +137,7 @@ impl RwImage {
             if let Some(bitmap) = self.pinned.remove(&block)
                 && matches!(self.presence(block), Presence::Partial(_))
             {
-                self.clean.put(block, bitmap);
+                self.clean.put(block, &bitmap);
             }
         }
         captured.freed.into_iter().map(|(_, slot)| slot).collect()
