@@ -17,10 +17,10 @@ use crate::units::{BLOCK_SECTORS, SECTOR_BYTES, Slot, round_up};
 
 /// Zero bytes at the end of every length.
 pub const GUARD_BYTES: u64 = SECTOR_BYTES;
-/// Slots by which a volume is extended at once.
+/// Slots by which a volume is extended at once; a file, as what it gains may take
+/// space, by no more than were taken.
 pub const EXTEND_SLOTS: u64 = 16;
-/// The same of a file that guests write to; but as what it gains may take space
-/// at once, only as many as were taken, until those are [`BUSY_SLOTS`].
+/// The same of a file that guests write to, once they took [`BUSY_SLOTS`].
 const EXTEND_FILE_SLOTS: u64 = 64;
 /// Whoever took so many slots may well take many more.
 const BUSY_SLOTS: u64 = 16;
@@ -131,7 +131,8 @@ impl Slots {
     #[must_use]
     pub fn extension_for(&self, slot: Slot) -> Option<u64> {
         let end = slot.data_offset(BLOCK_SECTORS) + GUARD_BYTES;
-        (end > self.len_bytes).then(|| self.longer(end, EXTEND_SLOTS - 1))
+        let most = if self.fresh_is_zero { self.taken } else { u64::MAX };
+        (end > self.len_bytes).then(|| self.longer(end, most.min(EXTEND_SLOTS - 1)))
     }
 
     /// A length that spares the next slots that are taken, `most` of them at
@@ -288,7 +289,7 @@ mod tests {
         const STRIDE: u64 = STRIDE_SECTORS * SECTOR_BYTES;
         let (mut slots, _) = Slots::survey(&[], 2048);
         // (taken, slots ahead at most) as it goes on.
-        for (taken, most) in [(1, 15), (8, 15), (15, 16), (40, 96), (1000, 96)] {
+        for (taken, most) in [(1, 1), (2, 3), (8, 12), (15, 22), (40, 96), (1000, 96)] {
             while slots.taken < taken {
                 let slot = slots.take().unwrap();
                 let len = slots.extension_for(slot).or(slots.extension_ahead(u64::MAX));
