@@ -39,7 +39,8 @@ pub struct Image {
     pub(super) unmapped: bool,
     /// Length being set.
     pub(super) extending_to: Option<u64>,
-    /// Writes that completed but found the record full.
+    /// Writes that completed but found the record full, or the bitmap of their
+    /// block forgotten: it is being read again.
     pub(super) unrecorded: Vec<Part>,
     /// Freed slots that are to be zeroed, side by side ones together.
     pub(super) to_zero: VecDeque<Vec<Slot>>,
@@ -167,12 +168,26 @@ impl Engine {
                     // looks again either way.
                     self.stack[index].rw.bitmap_read(block, slot, bitmap);
                 }
+                self.unrecorded_again(file, block, Ok(()));
                 self.wake(wait);
             }
             Err(errno) => {
+                self.unrecorded_again(file, block, Err(errno));
                 self.fail_parked(wait, errno);
                 self.merge_read_failed(file, block, errno);
             }
+        }
+    }
+
+    /// Looks again at writes into a block that completed and could not be
+    /// recorded.
+    fn unrecorded_again(&mut self, file: FileId, block: BlockNo, result: Result<(), i32>) {
+        let Some(index) = self.index_of(file) else { return };
+        let unrecorded = std::mem::take(&mut self.stack[index].unrecorded);
+        let (again, rest): (Vec<_>, _) = unrecorded.into_iter().partition(|part| part.block == block);
+        self.stack[index].unrecorded = rest;
+        for part in again {
+            self.data_written(part, result);
         }
     }
 

@@ -409,10 +409,21 @@ impl Engine {
             return self.part_landed(part, Err(libc::EIO));
         };
         self.stack[index].unflushed = true;
-        if !self.record_part(index, part) {
+        if self.has_forgotten(index, part) {
+            self.stack[index].unrecorded.push(part);
+            self.load_bitmap(index, part.block, part.slot);
+        } else if !self.record_part(index, part) {
             self.stack[index].unrecorded.push(part);
             self.start_writeback(index);
         }
+    }
+
+    /// Whether the bitmap that a write's bits go into was forgotten for others
+    /// since the write began. Without it nobody knows what else the block has.
+    fn has_forgotten(&mut self, index: usize, part: Part) -> bool {
+        let rw = &mut self.stack[index].rw;
+        let partial = rw.presence(part.block) == Presence::Partial(part.slot);
+        partial && !part.with_bitmap && rw.bitmap(part.block).is_none()
     }
 
     /// Makes a completed write's entries valid and answers it; false if the
