@@ -171,14 +171,6 @@ pub const RING_TRANSFERS_MAX: usize = 2048;
 /// Transfers that are handed to the kernel together, so that the disk is at
 /// work while the rest of a turn is still looked at.
 pub const RING_SUBMIT_BATCH: usize = 4;
-/// Longest wait for the disk without going to sleep.
-pub const POLL_TIME_MAX: Duration = Duration::from_micros(200);
-/// Transfers in flight that make a deep queue.
-pub const POLL_DEPTH_MIN: usize = 16;
-/// How long such waits go on after a deep queue ran dry.
-pub const POLL_SPELL: Duration = Duration::from_millis(100);
-/// Such waits in a row that brought nothing before the spell ends.
-pub const POLL_VAIN_MAX: u32 = 4;
 /// Files registered with the ring; more are used by descriptor.
 pub const RING_FILES_MAX: u32 = 128;
 /// Bytes of the disk that one lookup of a control peer looks at.

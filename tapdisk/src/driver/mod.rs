@@ -18,7 +18,6 @@ use crate::engine::{Completion, OpId, Output, Request};
 
 pub mod cached;
 pub mod exec;
-mod patience;
 #[cfg(feature = "sim")]
 pub mod sim;
 pub mod threads;

@@ -17,7 +17,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
@@ -25,7 +25,6 @@ use nix::poll::PollFlags;
 use rustc_hash::FxHashMap;
 
 use super::exec::{Failure, Memory, Transfer, Work};
-use super::patience::Patience;
 use crate::buffer::Arena;
 use crate::engine::{Completion, FileId, OpId};
 use crate::limits::{RING_ENTRIES, RING_FILES_MAX, RING_SUBMIT_BATCH, RING_TRANSFERS_MAX};
@@ -79,7 +78,6 @@ pub struct Uring {
     files: RegisteredFiles,
     /// The registered memory, kept as long as the ring.
     arena: Option<Arc<Arena>>,
-    patience: Patience,
 }
 
 impl Uring {
@@ -91,7 +89,7 @@ impl Uring {
         // Completions are taken when we ask, on this thread: no interrupt of
         // a turn that is busy anyway.
         let mut builder = IoUring::builder();
-        builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
+        builder.setup_single_issuer().setup_defer_taskrun();
         builder.setup_cqsize(RING_ENTRIES * 8);
         let ring = builder
             .build(RING_ENTRIES)
@@ -110,7 +108,7 @@ impl Uring {
             registered.inspect_err(|error| tracing::info!(%error, "guest memory is not registered")).is_ok()
         });
         let (flights, vacant, watched) = (Vec::new(), Vec::new(), FxHashMap::default());
-        Ok(Self { ring, flights, vacant, watched, files, arena, patience: Patience::default() })
+        Ok(Self { ring, flights, vacant, watched, files, arena })
     }
 
     /// Starts a transfer with the next [`Uring::wait`]; gives the work back if
@@ -190,57 +188,22 @@ impl Uring {
     /// # Errors
     /// What the kernel says; an interruption is none.
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        if let Some(window) = self.patience.before_wait(self.in_flight(), Instant::now()) {
-            let arrived = unless_momentary(self.poll(window.min(timeout.unwrap_or(window))))?;
-            self.patience.waited(arrived == Some(true));
-            if arrived == Some(true) {
-                return Ok(());
-            }
+        let limit = timeout.map(Timespec::from);
+        let mut args = SubmitArgs::new();
+        if let Some(limit) = &limit {
+            args = args.timespec(limit);
         }
-        unless_momentary(self.sleep(timeout)).map(drop)
+        unless_momentary(self.ring.submitter().submit_with_args(1, &args))
     }
 
     fn in_flight(&self) -> usize {
         self.flights.len() - self.vacant.len()
     }
 
-    /// Submits everything and looks for a completion without going to sleep;
-    /// whether there is one.
-    fn poll(&mut self, window: Duration) -> io::Result<bool> {
-        self.ring.submit()?;
-        let end = Instant::now() + window;
-        loop {
-            if self.ring.submission().taskrun() {
-                // What ended is only put into the queue by such a call.
-                // SAFETY: it is given no memory.
-                unsafe { self.ring.submitter().enter::<libc::sigset_t>(0, 0, ENTER_GETEVENTS, None)? };
-            }
-            if !self.ring.completion().is_empty() {
-                return Ok(true);
-            }
-            if Instant::now() >= end {
-                return Ok(false);
-            }
-            std::hint::spin_loop();
-        }
-    }
-
-    fn sleep(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        let limit = timeout.map(Timespec::from);
-        let mut args = SubmitArgs::new();
-        if let Some(limit) = &limit {
-            args = args.timespec(limit);
-        }
-        self.ring.submitter().submit_with_args(1, &args).map(drop)
-    }
-
     /// The next thing that ended or is ready, until there is none.
     pub fn next_event(&mut self) -> Option<Event> {
         loop {
-            let Some(entry) = self.ring.completion().next() else {
-                self.patience.after_wait(self.in_flight(), Instant::now);
-                return None;
-            };
+            let entry = self.ring.completion().next()?;
             let (tag, name) = (entry.user_data() >> NAME_BITS, entry.user_data() & ((1 << NAME_BITS) - 1));
             if tag == TAG_TRANSFER {
                 if let Some(event) = usize::try_from(name).ok().and_then(|at| self.ended(at, &entry)) {
@@ -303,18 +266,12 @@ impl Drop for Uring {
     }
 }
 
-/// `IORING_ENTER_GETEVENTS`, which the crate does not name.
-const ENTER_GETEVENTS: u32 = 1;
-
-/// `None` for what is over by the next wait: a time limit, an interruption,
+/// Passes over what is over by the next wait: a time limit, an interruption,
 /// or completions that are to be taken first (`EBUSY`).
-fn unless_momentary<T>(result: io::Result<T>) -> io::Result<Option<T>> {
-    match result {
-        Ok(value) => Ok(Some(value)),
-        Err(error) => match error.raw_os_error() {
-            Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(None),
-            _ => Err(error),
-        },
+fn unless_momentary(result: io::Result<usize>) -> io::Result<()> {
+    match result.as_ref().err().and_then(io::Error::raw_os_error) {
+        Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
+        _ => result.map(drop),
     }
 }
 
