@@ -94,14 +94,15 @@ impl Engine {
     }
 
     /// Notes what a guest's write makes of a block: `trimmed` if it gives all
-    /// of it up.
+    /// of it up. While another write into the block is in flight nobody knows
+    /// which of the two will have been the last.
     pub(super) fn note_content(&mut self, block: BlockNo, zeros: bool, trimmed: bool) {
         if !self.merging() {
             return;
         }
         if !zeros {
             self.merge.zeroed.remove(&block);
-        } else if trimmed && !self.lower.has(block) {
+        } else if trimmed && !self.lower.has(block) && !self.merge.writes.contains_key(&block) {
             self.merge.zeroed.insert(block);
         }
     }
