@@ -18,7 +18,9 @@ impl Engine {
     ///    first. A crash: L's name leads to P, to the empty L or nowhere; in the
     ///    two latter cases P is still there, and recovery goes on from there.
     /// 4. The names are synced, L leaves the map, the caller deletes what stepped
-    ///    aside and drops the intent.
+    ///    aside and drops the intent, after it synced the names itself. Where they
+    ///    could not be synced here P is the leaf all the same: before the next
+    ///    flush of a guest is answered it is tried again.
     pub(super) fn merge_commit(
         &mut self,
         token: Token,
@@ -48,9 +50,9 @@ impl Engine {
             if step == CommitStep::RenameSync {
                 self.names_owed = true;
                 self.drop_leaf();
-            } else {
-                self.merge.phase = Phase::Empty;
+                return self.answer(token, Ok(CommandReply::Done));
             }
+            self.merge.phase = Phase::Empty;
             let detail = format!("committing the merge failed at {step:?}: errno {errno}");
             return self.answer(token, Err(CommandError::Failed(detail)));
         }

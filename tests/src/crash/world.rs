@@ -179,6 +179,7 @@ struct Inner {
     doomed: BTreeSet<Uuid>,
     oracles: BTreeMap<Uuid, Oracle>,
     peers: u64,
+    busy_lock: Option<u64>,
 }
 
 /// The run folder of the simulated machine.
@@ -213,6 +214,14 @@ impl Drop for Reading {
     }
 }
 
+impl SimHost {
+    /// The SR lock cannot be had once, after so many times from now; `None`: it
+    /// can always. Returns whether that was still to come.
+    pub fn set_busy_lock(&self, after: Option<u64>) -> bool {
+        std::mem::replace(&mut locked(&self.inner).busy_lock, after).is_some()
+    }
+}
+
 impl std::fmt::Debug for SimHost {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("SimHost")
@@ -225,7 +234,18 @@ pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Host for SimHost {
     fn lock_sr(&self) -> io::Result<Guard> {
-        Ok(Box::new(()))
+        let mut inner = locked(&self.inner);
+        match inner.busy_lock.map(|left| left.checked_sub(1)) {
+            Some(None) => {
+                inner.busy_lock = None;
+                Err(io::ErrorKind::WouldBlock.into())
+            }
+            Some(left) => {
+                inner.busy_lock = left;
+                Ok(Box::new(()))
+            }
+            None => Ok(Box::new(())),
+        }
     }
 
     fn hold_intent(&self, id: Uuid) -> io::Result<Option<Guard>> {
