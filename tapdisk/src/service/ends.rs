@@ -51,8 +51,8 @@ impl Service {
                 said(caller, Reply::Done)
             }
             (Doing::Refreshing, _) => said(caller, Reply::Drained),
-            (Doing::StartingMerge(meta), _) => {
-                self.second = Some(*meta);
+            (Doing::StartingMerge { parent, .. }, _) => {
+                self.second = Some(*parent);
                 said(caller, Reply::Done)
             }
             (Doing::StoppingMerge, _) => self.fold_parent(caller),
@@ -75,6 +75,9 @@ impl Service {
         if let Doing::Growing(step, _) = &doing {
             return self.growth_failed(caller, step, error);
         }
+        if let Doing::StartingMerge { file, .. } = &doing {
+            self.opener.files.close(*file);
+        }
         let refused = |caller| answer(caller, Err(refusal(error)));
         let mut steps = caller.map(refused).into_iter().collect::<Vec<_>>();
         // A disk whose flush failed must still be able to end; its record stays
@@ -86,7 +89,7 @@ impl Service {
     }
 
     /// A stopped merge: the parent is frozen now; settle and fold it.
-    fn fold_parent(&mut self, caller: Option<(Connection, u64)>) -> Vec<Step> {
+    pub(super) fn fold_parent(&mut self, caller: Option<(Connection, u64)>) -> Vec<Step> {
         let name = self
             .leaf
             .as_ref()
@@ -162,8 +165,9 @@ impl Service {
                 self.start(caller, Doing::Refreshing, Command::Refresh { lower })
             }
             (Doing::OpeningParent { bounds }, JobResult::Parent(parent, below)) => {
+                let doing = Doing::StartingMerge { parent: Box::new(parent.meta), file: parent.image.file };
                 let command = Command::MergeStart { parent: Box::new(parent.image), below, bounds };
-                self.start(caller, Doing::StartingMerge(Box::new(parent.meta)), command)
+                self.start(caller, doing, command)
             }
             (Doing::Deciding, JobResult::Decided { swap }) => self.end_pause(caller, swap),
             (_, other) => self.fail(caller, &format!("a job brought {other:?}")),

@@ -112,7 +112,10 @@ enum Doing {
     OpeningParent {
         bounds: MergeBounds,
     },
-    StartingMerge(Box<Meta>),
+    StartingMerge {
+        parent: Box<Meta>,
+        file: FileId,
+    },
     StoppingMerge,
     Committing,
     Closing,
@@ -269,7 +272,10 @@ impl Service {
                 self.merge_start(caller, &leaf, &parent, bounds)
             }
             Request::MergeStop if engine.merge_status().0 == tapdisk_control::MergePhase::None => {
-                Ok(vec![answer(caller, Ok(Reply::Done))])
+                // One that was stopped, and whose parent could not be settled.
+                let frozen = engine.has_frozen() && self.second_is_parent();
+                let done = || vec![answer(caller, Ok(Reply::Done))];
+                Ok(if frozen { self.fold_parent(Some(caller)) } else { done() })
             }
             Request::MergeStop => Ok(self.command(caller, Doing::StoppingMerge, Command::MergeStop)),
             Request::MergeCommit { leaf, parent, aside } => {
@@ -285,6 +291,12 @@ impl Service {
         let stills =
             |doing: &Doing| matches!(doing, Doing::Closing | Doing::SettlingAll | Doing::Growing(..));
         self.lease.is_some() || self.operations.values().any(|operation| stills(&operation.doing))
+    }
+
+    /// Whether the second image is what the leaf stands on.
+    fn second_is_parent(&self) -> bool {
+        let parent = self.leaf.as_ref().and_then(|(_, meta)| meta.parent.as_ref());
+        self.second.as_ref().zip(parent).is_some_and(|(second, parent)| second.uuid() == parent.uuid)
     }
 
     fn leaf_checked(&self, leaf: &ImageRef) -> Result<&(VolumeName, Meta), Refusal> {
@@ -357,18 +369,25 @@ impl Service {
         }
         let (name, footer, bytes) = (volume_name(&parent.volume)?, parent.footer, meta.virtual_bytes());
         let opener = self.opener.clone();
-        let job = move || match opener.image(&name) {
-            Err(error) => JobResult::Failed(error.to_string()),
-            Ok(open) if open.meta.uuid() != footer => {
-                JobResult::Failed(format!("{name} is another image by now"))
-            }
-            Ok(open) if open.meta.virtual_bytes() < bytes => {
-                JobResult::Failed(format!("{name} is smaller than the leaf and must be grown first"))
-            }
-            Ok(open) => match opener.below(&name, &open.meta, Vec::new()) {
+        let job = move || {
+            let open = match opener.image(&name) {
+                Ok(open) => open,
+                Err(error) => return JobResult::Failed(error.to_string()),
+            };
+            let below = if open.meta.uuid() != footer {
+                Err(format!("{name} is another image by now"))
+            } else if open.meta.virtual_bytes() < bytes {
+                Err(format!("{name} is smaller than the leaf and must be grown first"))
+            } else {
+                opener.below(&name, &open.meta, Vec::new()).map_err(|error| error.to_string())
+            };
+            match below {
                 Ok(lower) => JobResult::Parent(Box::new(open), Box::new(lower)),
-                Err(error) => JobResult::Failed(error.to_string()),
-            },
+                Err(why) => {
+                    opener.files.close(open.image.file);
+                    JobResult::Failed(why)
+                }
+            }
         };
         Ok(self.job(caller, Doing::OpeningParent { bounds }, job))
     }
