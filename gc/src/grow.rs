@@ -42,10 +42,8 @@ impl Job<'_> {
     /// [`Stop::Unfinished`] if one cannot be told.
     pub(crate) fn tell_readers<'i>(&self, images: impl IntoIterator<Item = &'i ImageRef>) -> Result<()> {
         let images: Vec<&ImageRef> = images.into_iter().collect();
-        let readers = {
-            let _lock = self.lock()?;
-            survey::leases(self.repo)?
-        };
+        let unknown = |stop: Stop| Stop::Unfinished(format!("readers must drop the map they have: {stop}"));
+        let readers = self.leases().map_err(unknown)?;
         let on = |r: &&sm::lease::Lease| {
             let mut chain = r.chain.iter();
             chain.any(|link| images.iter().any(|image| image.footer == link.footer))
@@ -60,5 +58,10 @@ impl Job<'_> {
             return Err(Stop::Unfinished(format!("{} must drop the map it has: {why}", reader.vdi)));
         }
         Ok(())
+    }
+
+    fn leases(&self) -> Result<Vec<sm::lease::Lease>> {
+        let _lock = self.lock()?;
+        Ok(survey::leases(self.repo)?)
     }
 }
