@@ -150,6 +150,9 @@ impl Live<'_> {
             MergePhase::None | MergePhase::Failed => {}
         }
         if self.job.resumed {
+            // One that failed while nobody watched still stands there, with
+            // the parent unsettled.
+            self.stop()?;
             // As for an inner merge: see `Job::copy`.
             self.job.tell_readers([&self.intent.parent])?;
         }
@@ -277,6 +280,8 @@ impl LeafMerger for Live<'_> {
             let aside = Some(swap.aside.as_str().to_owned());
             self.call(Request::MergeCommit { leaf, parent, aside })?;
         }
+        // Its tapdisk goes on though it could not sync them.
+        io("take the leaf's name", self.job.repo.volumes.sync("leaf merge: live, name"))?;
         if let (Some(before), Ok(Reply::Stats(stats))) = (self.parent_before, self.call(Request::Stats)) {
             let gained = (stats.leaf_blocks * BLOCK_BYTES).saturating_sub(before);
             // The room was paid for window by window as the leaf shrank.
@@ -312,9 +317,10 @@ impl LeafMerger for Offline<'_> {
         let free = io("free space", repo.volumes.space())?.free;
         let (windows, _) = leaf_slice(free, gained * BLOCK_BYTES);
         let mut copying = Copying::new(watch, windows, sources, parent, emptied, &|| Ok(()));
-        let ran = copying.run();
-        copying.settle()?;
-        ran
+        // Writers that failed are not to be trusted with settling: on an error
+        // the images are opened anew ([`Self::stop`]).
+        copying.run()?;
+        copying.settle()
     }
 
     fn stop(&mut self) -> Result<()> {
