@@ -70,10 +70,9 @@ impl Job<'_> {
             if matches!(intent.state, JobState::Relinking { .. }) {
                 draining.extend(self.relink(intent)?);
             }
-            if intent.state == JobState::Refreshing {
-                self.refresh(intent, std::mem::take(&mut draining))?;
-            }
-            if self.delete(intent)? {
+            let moved = intent.state != JobState::Refreshing
+                || self.refresh(intent, std::mem::take(&mut draining))?;
+            if moved && self.delete(intent)? {
                 return Ok(());
             }
             draining = self.record_children(intent)?;
@@ -233,17 +232,23 @@ impl Job<'_> {
     }
 
     /// Step 7: every reader drops the map in which N was, one after the
-    /// other; what cannot be told to is waited for.
-    fn refresh(&self, intent: &mut InnerIntent, draining: Vec<Draining>) -> Result<()> {
+    /// other; what cannot be told to is waited for. False, its state as
+    /// before, if something stands on N that is to be moved first.
+    fn refresh(&self, intent: &mut InnerIntent, draining: Vec<Draining>) -> Result<bool> {
         for reader in draining {
             self.drained(reader)?;
         }
         let begun = self.watch.now();
         loop {
-            let readers = {
+            let (readers, late) = {
                 let _lock = self.lock()?;
-                survey::leases(self.repo)?
+                let readers = survey::leases(self.repo)?;
+                (readers.clone(), late_child(&survey::survey(self.repo, &readers)?, intent)?)
             };
+            // It reads what was merged until it is moved, too.
+            if late {
+                return Ok(false);
+            }
             let on = |r: &&sm::lease::Lease| intent.nodes.iter().any(|node| names(&r.chain, node));
             let Some(reader) = readers.iter().find(on) else {
                 break;
@@ -259,7 +264,8 @@ impl Job<'_> {
             self.watch.sleep(limits::LEAVE_POLL)?;
         }
         intent.state = JobState::Deleting;
-        self.put(&Intent::Inner(intent.clone()), "inner: record delete")
+        self.put(&Intent::Inner(intent.clone()), "inner: record delete")?;
+        Ok(true)
     }
 
     /// Has a reader drop its map for a new one. False if it is just starting,
@@ -295,16 +301,16 @@ impl Job<'_> {
     }
 
     /// Steps 8 and 9. False, with nothing done, if something stands on a node
-    /// after all: a snapshot that was made while nobody worked on this job.
+    /// after all: see [`late_child`].
     fn delete(&self, intent: &mut InnerIntent) -> Result<bool> {
         {
             let _lock = self.lock()?;
             let forest = survey::survey(self.repo, &survey::leases(self.repo)?)?;
+            if late_child(&forest, intent)? {
+                return Ok(false);
+            }
             let nodes: Vec<Uuid> = intent.nodes.iter().filter_map(|n| node_uuid(&forest, n)).collect();
             for uuid in &nodes {
-                if forest.children(*uuid).any(|child| !nodes.contains(&child.uuid)) {
-                    return Ok(false);
-                }
                 if let Some(lease) = forest.leases_on(*uuid).next() {
                     return Err(Stop::Later(format!("{} still reads {uuid}", lease.vdi)));
                 }
@@ -372,8 +378,25 @@ fn begin_refresh(vdi: Uuid, mut tap: Box<dyn sm::host::Tap>, order: Request) -> 
     Ok(Draining { vdi, tap, call: answer.id, last: answer.last })
 }
 
+/// Whether something stands on a merged node that was not moved: a snapshot that
+/// was made while nobody worked on this job.
+fn late_child(forest: &Forest, intent: &InnerIntent) -> Result<bool> {
+    parents_known(forest)?;
+    let nodes: Vec<Uuid> = intent.nodes.iter().filter_map(|node| node_uuid(forest, node)).collect();
+    Ok(nodes.iter().any(|node| forest.children(*node).any(|child| !nodes.contains(&child.uuid))))
+}
+
+/// Invariant 11.
+fn parents_known(forest: &Forest) -> Result<()> {
+    match forest.unknown_parents() {
+        Some((node, why)) => Err(Stop::Later(format!("{} cannot be read: {why}", node.uuid))),
+        None => Ok(()),
+    }
+}
+
 /// Everything that stands on the topmost node, prepared images included.
 fn movable_children(forest: &Forest, intent: &InnerIntent) -> Result<Vec<ImageRef>> {
+    parents_known(forest)?;
     let top = intent.nodes.first().and_then(|node| node_uuid(forest, node));
     let Some(top) = top else {
         return Err(Stop::Later("the merged node is gone".into()));
