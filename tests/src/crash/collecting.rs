@@ -28,7 +28,7 @@ pub(super) const ALL: [Scenario; 8] = [
 
 /// Free bytes at which a merge goes in slices: the collector's reserve and
 /// one block, where two are gained.
-const SHORT_OF_SPACE: u64 = (64 << 20) + (2 << 20);
+pub const SHORT_OF_SPACE: u64 = (64 << 20) + (2 << 20);
 
 /// Two disks; all of one goes, several generations of hidden nodes with it,
 /// while the other is written.
@@ -128,9 +128,13 @@ fn two_snapshots(play: &mut Play) -> usize {
 /// room for more, while a snapshot of them is read.
 fn slices(play: &mut Play) {
     play.attach();
-    play.traffic(4);
+    let guest = play.guest.clone();
+    let write = |block| guest.iter().for_each(|guest| locked(guest).write_block(block));
+    // The parent has one block and gains the others.
+    write(0);
     let first = play.snapshot();
-    play.traffic(25);
+    (1..BLOCKS).for_each(write);
+    play.traffic(20);
     let second = play.snapshot();
     play.traffic(25);
     let third = play.snapshot();
