@@ -6,6 +6,7 @@
 //!        |
 //!      round:  recover -> glance -> plan -> delete garbage
 //!                                       \-> one thread per merge chosen
+//!                                        \-> give back space nobody wrote
 //!        |
 //!   sleeping until the next of the three
 //! ```

@@ -120,6 +120,8 @@ pub struct Forest {
     pub alarms: Vec<(Uuid, String)>,
     /// Bytes a new file may take.
     pub free_bytes: u64,
+    /// Bytes of the whole repository.
+    pub total_bytes: u64,
 }
 
 impl Forest {
@@ -158,6 +160,7 @@ impl Forest {
             claims: self.claims.clone(),
             alarms: self.alarms.clone(),
             free_bytes: self.free_bytes,
+            total_bytes: self.total_bytes,
             ..Self::new(nodes)
         }
     }

@@ -7,6 +7,7 @@
 //! | [`candidates`], [`plan`], [`reason`] | what to do next and why the rest waits (pure) |
 //! | [`job`] | a merge's record: how it begins, how it is carried on |
 //! | [`run`], [`leaf`], [`garbage`] | inner coalesce, leaf coalesce, deletion |
+//! | [`unwritten`] | space that nobody wrote, given back |
 //! | [`collector`], [`progress`], [`retry`] | the thread that keeps one SR collected |
 //! | [`receipt`](mod@receipt) | what disks read before and after a merge, compared |
 //! | [`cost`], [`offline`], [`report`] | what a merge costs; predictions |
@@ -46,6 +47,7 @@ pub mod run;
 pub mod service;
 mod sources;
 pub mod survey;
+pub mod unwritten;
 pub mod watch;
 
 pub use daemon::run;

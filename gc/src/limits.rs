@@ -50,6 +50,15 @@ pub const ROOMY_SLICE_BYTES_MAX: u64 = 256 << 20;
 /// Blocks the parent gains in such a slice.
 pub const ROOMY_SLICE_GAINED_MAX: u32 = 128;
 const _: () = assert!(ROOMY_SLICE_GAINED_MAX <= tapdisk_control::MERGE_EXTRA_BLOCKS_MAX);
+/// Space that blocks took and nobody wrote is given back once less than this
+/// part of a repository is free: before disks in use take no more of it.
+pub const SHORT_SHARE: u64 = vhd::limits::PLENTY_SHARE / 2;
+/// Bytes of an image looked at for that before anything else is.
+pub const GIVE_BACK_BYTES: u64 = 64 << 20;
+/// Time after which it lets go of the SR lock, and for which it then does.
+pub const GIVE_BACK_LOCKED: Duration = Duration::from_millis(50);
+/// Time spent on it before the next look at the repository.
+pub const GIVE_BACK_TIME: Duration = Duration::from_secs(1);
 /// Free space the collector leaves to the guests, unless a merge needs none.
 pub const RESERVE_BYTES: u64 = 64 << 20;
 /// Chains at least this near their limit are shortened before others.

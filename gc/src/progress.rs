@@ -22,6 +22,7 @@ use crate::reason::Reason;
 use crate::receipt::{Alarm, Found, Receipt, Verdict};
 use crate::report::Report;
 use crate::retry::Retries;
+use crate::unwritten;
 use crate::watch::Event;
 
 use self::doing::wall_ms;
@@ -111,6 +112,8 @@ pub struct State {
     pub totals: Report,
     /// Work that ended, newest last; at most [`limits::DONE_KEPT`].
     pub done: VecDeque<Done>,
+    /// Space that nobody wrote, given back.
+    pub unwritten: unwritten::Progress,
     /// The last failure of a round as a whole.
     pub round_error: Option<LookFailed>,
     /// Root of each node's tree, as of the last round.
@@ -151,6 +154,7 @@ impl State {
             focus: BTreeMap::new(),
             totals: Report::default(),
             done: VecDeque::new(),
+            unwritten: unwritten::Progress::default(),
             round_error: None,
             roots: BTreeMap::new(),
             active: BTreeSet::new(),

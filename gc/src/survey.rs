@@ -25,7 +25,8 @@ pub fn survey(repo: &Repo, readers: &[Reader]) -> sm::Result<Forest> {
     let footers: BTreeMap<Uuid, Uuid> =
         forest.nodes().filter(|node| !node.footer.is_nil()).map(|node| (node.footer, node.uuid)).collect();
     forest.leases = readers.iter().map(|reader| lease(&footers, reader)).collect();
-    forest.free_bytes = repo.volumes.space().map_err(|e| sm::Error::io("free space", e))?.free;
+    let space = repo.volumes.space().map_err(|e| sm::Error::io("free space", e))?;
+    (forest.free_bytes, forest.total_bytes) = (space.free, space.total);
     Ok(forest)
 }
 

@@ -62,6 +62,9 @@ fn repositories(page: &mut Page, collectors: &[(String, Arc<Collector>)]) {
         let name = format!("coppice_gc_{name}_total");
         per_sr(&name, help, Kind::Counter, &|c| of(&c.state().so_far()));
     }
+    let given_back = "Bytes given back that blocks took and nobody wrote.";
+    let bytes = |c: &Collector| c.state().unwritten.bytes;
+    per_sr("coppice_gc_unwritten_bytes_total", given_back, Kind::Counter, &bytes);
     receipts::metrics(&mut per_sr);
 }
 

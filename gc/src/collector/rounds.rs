@@ -18,6 +18,7 @@ use crate::plan::{Choice, Merge, Settings, View, plan};
 use crate::progress::{Doing, Kind, State};
 use crate::reason::Reason;
 use crate::survey;
+use crate::unwritten;
 
 /// Why no merge may begin at all, if so.
 fn hold_of(state: &State, now: Duration) -> Option<Reason> {
@@ -123,10 +124,34 @@ impl Collector {
                 }
             }
         }
+        if !held && !self.state().paused {
+            self.give_back(&forest);
+        }
         let deleted = planned.choices.iter().any(|choice| matches!(choice, Choice::Delete { .. }))
             && !self.state().paused;
         self.state().planned(&forest, planned.waits, active, deleted);
         Ok(())
+    }
+
+    /// Gives back what nobody wrote, where space is short, for a moment; the
+    /// next round goes on.
+    fn give_back(&self, forest: &Forest) {
+        let until = self.now() + limits::GIVE_BACK_TIME;
+        while self.now() < until && !self.state().closing {
+            let Some((node, from)) = self.state().unwritten.next(forest) else { return };
+            let unlock = self.now() + limits::GIVE_BACK_LOCKED;
+            let go_on = || self.now() < unlock;
+            let (bytes, next) = unwritten::give_back(&self.repo, node, from, &go_on).unwrap_or_else(|stop| {
+                tracing::info!(sr = %self.repo.uuid, vdi = %node, error = %stop, "nothing given back");
+                (0, None)
+            });
+            if bytes > 0 {
+                tracing::info!(sr = %self.repo.uuid, vdi = %node, bytes, "space that nobody wrote: given back");
+            }
+            self.state().unwritten.went_on(node, bytes, next);
+            std::thread::sleep(limits::GIVE_BACK_LOCKED);
+        }
+        self.state().dirty = true;
     }
 
     /// Adds claims for merges whose record does not stand while they read disks

@@ -102,6 +102,12 @@ pub fn read_batmap(volume: &dyn Volume, meta: &Meta) -> Option<Vec<u8>> {
     Some(map)
 }
 
+/// Whether those bits say that the image has all of a block.
+pub(crate) fn is_whole(bits: Option<&[u8]>, block: u32) -> bool {
+    let byte = bits.and_then(|bits| bits.get(block as usize / 8));
+    byte.is_some_and(|byte| byte & (0x80 >> (block % 8)) != 0)
+}
+
 /// What can be told of an image's BATmap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BatmapState {

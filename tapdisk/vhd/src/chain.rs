@@ -25,7 +25,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use crate::bat::{BAT_FREE, read_bat};
-use crate::batmap::read_batmap;
+use crate::batmap::{is_whole, read_batmap};
 use crate::bitmap::SectorBitmap;
 use crate::error::{Error, Result};
 use crate::footer::DiskType;
@@ -223,7 +223,8 @@ impl Chain {
                 map.push_top(level.node, all);
             } else {
                 let entries = (0..).map(BlockNo).zip(bat).filter(|(_, entry)| *entry != BAT_FREE);
-                let place = |(block, slot)| (block, Slot(slot), is_whole(whole.as_deref(), block));
+                let place =
+                    |(block, slot): (BlockNo, u32)| (block, Slot(slot), is_whole(whole.as_deref(), block.0));
                 map.push_top(level.node, entries.map(place));
             }
         }
@@ -332,12 +333,6 @@ impl Chain {
         }
         Ok(())
     }
-}
-
-fn is_whole(batmap: Option<&[u8]>, block: BlockNo) -> bool {
-    batmap
-        .and_then(|bits| bits.get(block.index() / 8))
-        .is_some_and(|byte| byte & (0x80 >> (block.0 % 8)) != 0)
 }
 
 type Opened = (Arc<dyn Volume>, Option<Meta>);

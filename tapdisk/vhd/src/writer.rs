@@ -9,7 +9,7 @@ mod copying;
 use std::sync::Arc;
 
 use crate::bat::{BAT_FREE, Layout, read_bat};
-use crate::batmap::{batmap_has_bits, read_batmap, write_batmap};
+use crate::batmap::{batmap_has_bits, is_whole, read_batmap, write_batmap};
 use crate::bitmap::SectorBitmap;
 use crate::check::overlap;
 use crate::error::{Error, Result};
@@ -135,10 +135,7 @@ fn prepare(volume: &dyn Volume, meta: &Meta) -> Result<RwImage> {
     if batmap_has_bits(volume, meta) {
         write_batmap(volume, meta, &[])?;
     }
-    let is_whole = |block: BlockNo| {
-        let byte = whole.as_deref().and_then(|bits| bits.get(block.index() / 8));
-        byte.is_some_and(|byte| byte & (0x80 >> (block.0 % 8)) != 0)
-    };
+    let is_whole = |block: BlockNo| is_whole(whole.as_deref(), block.0);
     Ok(RwImage::new(layout.clone(), bat, is_whole, slots))
 }
 

@@ -14,7 +14,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use coppice::client::Daemon;
-use nix::fcntl::{FallocateFlags, fallocate};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use serde_json::Value;
@@ -26,7 +25,7 @@ use vhd::units::Slot;
 
 use crate::support::guest::Guest;
 use crate::support::host::{Attached, Host};
-use crate::support::small_fs::Mounted;
+use crate::support::small_fs::{Mounted, free_bytes, leave_free};
 
 /// Longest chain by default.
 const LEVELS: u64 = 30;
@@ -113,20 +112,6 @@ fn bytes_of_hidden(host: &Host, vdi: &str, folder: &Path) -> u64 {
         }
     }
     has.values().flat_map(|bitmap| bitmap.present().map(|run| run.bytes())).sum()
-}
-
-fn free_bytes(folder: &Path) -> u64 {
-    let found = nix::sys::statvfs::statvfs(folder).unwrap();
-    found.blocks_available() * found.fragment_size()
-}
-
-/// Takes room, as a file of that name, until just `left` bytes are free.
-fn leave_free(folder: &Path, name: &str, left: u64) {
-    let taken = free_bytes(folder).checked_sub(left).expect("the file system is too small for this test");
-    let file = std::fs::File::create(folder.join(name)).unwrap();
-    fallocate(&file, FallocateFlags::empty(), 0, i64::try_from(taken).unwrap()).unwrap();
-    let free = free_bytes(folder);
-    assert!(free.abs_diff(left) < MIB, "{free} bytes are free instead of {left}");
 }
 
 fn number(of: &Value, name: &str) -> u64 {

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use crate::support::host::{Attached, Host, wait_until};
 use crate::support::programs::{have, output, run};
-use crate::support::small_fs::Mounted;
+use crate::support::small_fs::{Mounted, leave_free};
 
 fn create(path: &Path) -> [&str; 7] {
     ["sr", "create", "store", "--type", "file", "--path", path.to_str().unwrap()]
@@ -112,6 +112,49 @@ fn a_trim_makes_room_on_a_full_folder_though_nothing_else_does() {
     let again = io(&["write -P 3 32M 2M", "flush", "read -P 3 32M 2M", "read -P 1 0 2M", "read -P 0 2M 6M"]);
     let said = String::from_utf8_lossy(&again.stdout).into_owned();
     assert!(again.status.success() && !said.contains("failed"), "{said}");
+    host.ok(&["vdi", "detach", "d"]);
+}
+
+#[test]
+fn what_nobody_wrote_is_given_back_when_space_runs_short() {
+    const BLOCKS: u64 = 40;
+    if !have("qemu-io") {
+        return;
+    }
+    let host = Host::new();
+    let Some(small) = Mounted::ext4(&host, 256) else { return };
+    host.ok(&create(&small.folder));
+    let at = host.attach(&host.disk("store", "d", "128MiB"));
+    let io = |what: &dyn Fn(u64) -> Vec<String>| {
+        let mut command = Command::new("qemu-io");
+        command.args(["-f", "raw", "-t", "none"]);
+        for what in (0..BLOCKS).flat_map(what) {
+            command.args(["-c", &what]);
+        }
+        let said = output(command.arg(&at.uri));
+        let text = String::from_utf8_lossy(&said.stdout).into_owned();
+        assert!(said.status.success() && !text.contains("failed"), "{text}");
+    };
+    io(&|n| vec![format!("write -P {} {}k 4k", n + 1, 2048 * n + 64)]);
+    host.ok(&["vdi", "snapshot", "d", "--name", "s"]);
+    let taken = || -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        let images = std::fs::read_dir(&small.folder).unwrap().map(|file| file.unwrap());
+        let images = images.filter(|file| file.file_name().to_string_lossy().ends_with(".vhd"));
+        images.map(|file| file.metadata().unwrap().blocks() * 512).sum()
+    };
+    assert!(taken() >= BLOCKS * (2 << 20), "{} bytes are taken: whole blocks are not", taken());
+    leave_free(&small.folder, "filler", 40 << 20);
+    host.ok(&["gc", "run", "store"]);
+    wait_until("space that nobody wrote to be given back", || taken() < 4 << 20);
+    io(&|n| {
+        let (block, written) = (2048 * n, 2048 * n + 64);
+        vec![
+            format!("read -P 0 {block}k 64k"),
+            format!("read -P {} {written}k 4k", n + 1),
+            format!("read -P 0 {}k 1980k", written + 4),
+        ]
+    });
     host.ok(&["vdi", "detach", "d"]);
 }
 

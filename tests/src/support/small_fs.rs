@@ -1,7 +1,9 @@
 //! A file system of a size one likes, for tests of what happens when it is full.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::host::Host;
 use super::programs::{am_root, have, output, run, skipped};
@@ -59,4 +61,19 @@ impl Drop for Mounted {
         // Lazily: a tapdisk of a failed test may still hold it.
         let _ = Command::new("umount").arg("-l").arg(&self.folder).status();
     }
+}
+
+/// Bytes a new file may take there.
+pub fn free_bytes(folder: &Path) -> u64 {
+    let found = nix::sys::statvfs::statvfs(folder).unwrap();
+    found.blocks_available() * found.fragment_size()
+}
+
+/// Takes room, as a file of that name, until just `left` bytes are free.
+pub fn leave_free(folder: &Path, name: &str, left: u64) {
+    let taken = free_bytes(folder).checked_sub(left).expect("the file system is too small for this test");
+    let file = std::fs::File::create(folder.join(name)).unwrap();
+    fallocate(&file, FallocateFlags::empty(), 0, i64::try_from(taken).unwrap()).unwrap();
+    let free = free_bytes(folder);
+    assert!(free.abs_diff(left) < 1 << 20, "{free} bytes are free instead of {left}");
 }

@@ -119,6 +119,13 @@ pub trait Volume: Send + Sync + Debug {
     fn zero_keeping_space(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
         self.zero(offset, len_bytes)
     }
+    /// Gives back the space of what was never written of a range, as
+    /// [`Volume::extend_with_room`] takes it: it reads as zeros before and after.
+    /// A backend that cannot tell does nothing.
+    fn give_back_unwritten(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
+        let _ = (offset, len_bytes);
+        Ok(())
+    }
     /// Copies a range from another volume of the same backend, sharing
     /// extents where it can.
     fn copy_from(

@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise};
 use nix::sys::statfs::fstatfs;
 use nix::sys::statvfs::fstatvfs;
+use nix::unistd::{Whence, lseek};
 
 use super::super::{Access, CopyKind, CopyRange, Volume, Why};
 use super::features::is_network;
@@ -257,6 +258,32 @@ impl Volume for PosixVolume {
 
     fn zero_keeping_space(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
         self.zero_by(FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len_bytes)
+    }
+
+    // Unwritten extents count as holes where they are looked for; holes proper
+    // are punched for nothing. The file's position is used by nobody else.
+    fn give_back_unwritten(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
+        let end = offset_of(offset.saturating_add(len_bytes).min(self.len()?))?;
+        let way = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let mut at = offset_of(offset)?;
+        while !self.device && at < end {
+            let hole = lseek(&self.file, at, Whence::SeekHole)?.min(end);
+            let data = match lseek(&self.file, hole, Whence::SeekData) {
+                Ok(data) => data.min(end),
+                // No more of it.
+                Err(Errno::ENXIO) => end,
+                Err(errno) => return Err(errno.into()),
+            };
+            if hole < data {
+                match fallocate(&self.file, way, hole, data - hole) {
+                    Ok(()) => {}
+                    Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => return Ok(()),
+                    Err(errno) => return Err(errno.into()),
+                }
+            }
+            at = data;
+        }
+        Ok(())
     }
 
     fn copy_from(
