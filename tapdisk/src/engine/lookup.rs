@@ -10,8 +10,9 @@ use super::command::{CommandError, CommandReply, Token};
 use super::piece::Active;
 use super::{Engine, Request, RequestId, RequestKind};
 
-/// Ids from here on are lookups; guests' are counted from 0.
-const FIRST_LOOKUP: u64 = 1 << 63;
+/// Ids from here on are lookups; guests' are counted from 0, parts of their
+/// unaligned requests from 2^63.
+const FIRST_LOOKUP: u64 = 1 << 62;
 
 impl Engine {
     pub(super) fn look_up(&mut self, token: Token, offset: u64, len: u32) {

@@ -177,7 +177,8 @@ impl Engine {
         if !lower.resolving.contains_key(&block) {
             self.resolve_block(block);
         }
-        None
+        // Known at once where no bitmap was to be read.
+        self.lower.owners.get(block).map(|owners| Below::Owners(owners.clone()))
     }
 
     /// The cache of owners, in figures.

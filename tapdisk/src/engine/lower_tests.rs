@@ -3,6 +3,7 @@ use vhd::storage::{Access, Fs, PosixFs, VolumeName};
 use vhd::units::{BLOCK_BYTES, SectorRun};
 
 use super::*;
+use crate::engine::{Command, Output, Request, RequestId, RequestKind, Token};
 
 /// A level and, by block, where it has it and whether it is whole.
 type Level<'a> = (u128, &'a [(u32, u32, bool)]);
@@ -88,8 +89,48 @@ fn the_topmost_level_has_depth_one() {
     let lower = lower(&[(1, &[(0, 7, true)]), (2, &[(1, 7, true)]), (3, &[(2, 7, true)])]);
     let mut engine = Engine::new(8 * BLOCK_BYTES, None, lower);
     let len = u32::try_from(4 * BLOCK_BYTES).unwrap();
-    let (id, kind) = (crate::engine::RequestId(1), crate::engine::RequestKind::BlockStatus);
-    engine.submit(0, crate::engine::Request { id, kind, offset: 0, len });
-    let Some(crate::engine::Output::Extents(_, extents)) = engine.next_output() else { panic!("no answer") };
+    let (id, kind) = (RequestId(1), RequestKind::BlockStatus);
+    engine.submit(0, Request { id, kind, offset: 0, len });
+    let Some(Output::Extents(_, extents)) = engine.next_output() else { panic!("no answer") };
     assert_eq!(extents.iter().map(|extent| extent.depth).collect::<Vec<_>>(), [3, 2, 1, 0]);
+}
+
+#[test]
+fn the_end_of_a_raw_disk_within_a_block_is_read_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("x"), b"").unwrap();
+    let node = Node {
+        name: VolumeName::vhd(Uuid::nil()),
+        uuid: Uuid::nil(),
+        virtual_bytes: BLOCK_BYTES + 512,
+        hidden: true,
+        storage: Storage::Flat,
+        volume: PosixFs::new(folder.path().to_path_buf()).open("x", Access::Read).unwrap(),
+    };
+    let blocks = [0, 1].map(|block| (BlockNo(block), Slot(0), true));
+    let mut map = ChainMap::default();
+    map.push_top(node, blocks);
+    let mut engine = Engine::new(BLOCK_BYTES + 512, None, Lower::new(map, vec![FileId(0)]));
+    let (id, kind) = (RequestId(1), RequestKind::BlockStatus);
+    engine.submit(0, Request { id, kind, offset: BLOCK_BYTES, len: 512 });
+    assert!(matches!(engine.next_output(), Some(Output::Extents(..))), "nobody answers");
+}
+
+/// Parts of unaligned requests have ids of their own, from 2^63 on.
+#[test]
+fn a_lookup_takes_no_other_requests_id() {
+    let mut engine = Engine::new(8 * BLOCK_BYTES, None, lower(&[(1, &[(0, 7, false)])]));
+    let (id, kind) = (RequestId(1 << 63 | 1), RequestKind::BlockStatus);
+    engine.submit(0, Request { id, kind, offset: 0, len: 512 });
+    engine.command(0, Token(1), Command::Lookup { offset: 0, len: 512 });
+    let mut answers = (0, 0);
+    while let Some(output) = engine.next_output() {
+        match output {
+            Output::Start(op, Op::ReadMeta { .. }) => engine.complete(0, op, Completion::Bytes(vec![0; 512])),
+            Output::Done(..) => answers.0 += 1,
+            Output::Answer(..) => answers.1 += 1,
+            _ => {}
+        }
+    }
+    assert_eq!(answers, (1, 1), "requests and lookups answered");
 }
