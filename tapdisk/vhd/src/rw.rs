@@ -239,6 +239,8 @@ impl RwImage {
         if self.unwritten.remove(&block) {
             self.dirty_entries.insert(block);
             self.dirty_bitmaps.insert(block);
+        } else if self.clean.get(block).is_some_and(|bitmap| bitmap.has_all(run)) {
+            return;
         }
         if matches!(presence, Presence::Partial(_)) {
             let bitmap = match self.pinned.get_mut(&block) {

@@ -145,3 +145,20 @@ fn a_block_whose_bitmap_is_there_needs_only_its_entry() {
         assert!(!image.is_dirty());
     }
 }
+
+#[test]
+fn writing_again_what_is_there_keeps_no_bitmap_from_being_forgotten() {
+    let mut image = image(4);
+    let block = BlockNo(1);
+    let slot = image.allocate(block, false).unwrap();
+    image.written(block, slot, RUN);
+    let captured = image.capture();
+    image.bat_written(&captured);
+    image.durable(captured);
+    assert!(image.pinned.is_empty() && image.bitmap(block).is_some());
+    image.written(block, slot, RUN);
+    assert!(image.pinned.is_empty(), "its bitmap is held for nothing");
+    assert!(!image.is_dirty());
+    image.written(block, slot, SectorRun { first: 2000, count: 1 });
+    assert!(image.is_dirty() && image.bitmap(block).is_some_and(|bitmap| bitmap.has_all(RUN)));
+}
