@@ -207,7 +207,8 @@ impl Engine {
     /// Which of L's freed slots are zeroed now, one operation at a time. Giving
     /// space back keeps everybody from reading L meanwhile, the longer the more
     /// scattered a block was; and once L is empty it goes as a whole. So without
-    /// guests just those go for which P took room, and others where many wait.
+    /// guests just those go for which P took room, and others where many wait. What
+    /// L gave up before the merge goes at once: L's write-back may wait for the room.
     pub(super) fn zero_in_merge(&mut self) -> VecDeque<Vec<Slot>> {
         let about = self.guests_about();
         let Merge { phase, owed, .. } = &self.merge;
@@ -216,6 +217,9 @@ impl Engine {
             return VecDeque::new();
         }
         let took_room = |slots: &Vec<Slot>| slots.iter().any(|slot| owed.get(slot) == Some(&true));
+        if matches!(phase, Phase::Starting) {
+            return std::mem::take(&mut leaf.to_zero);
+        }
         let at = match leaf.to_zero.iter().position(took_room) {
             Some(at) => at,
             None if about || owed.len() > POSTPONED_SLOTS_MAX => 0,

@@ -113,7 +113,8 @@ impl Engine {
             return;
         }
         let active = Active { kind: request.kind, left: 1, error: None, extents: Vec::new() };
-        self.active.insert(request.id, active);
+        let same = self.active.insert(request.id, active);
+        debug_assert!(same.is_none(), "two requests have one id");
         match request.kind {
             RequestKind::Read => self.cut(request, Action::Read),
             RequestKind::Write { .. } => self.cut(request, Action::Write),
@@ -413,6 +414,10 @@ impl Engine {
             self.stack[index].unrecorded.push(part);
             self.load_bitmap(index, part.block, part.slot);
         } else if !self.record_part(index, part) {
+            if self.stack[index].poisoned {
+                // Nothing is written back any more that would make room.
+                return self.part_landed(part, Err(libc::EIO));
+            }
             self.stack[index].unrecorded.push(part);
             self.start_writeback(index);
         }

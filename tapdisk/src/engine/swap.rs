@@ -146,6 +146,10 @@ impl Engine {
         }
         let Some(Swapping { token, leaf, asked, .. }) = self.state.take_swap() else { return };
         let NewLeaf { image, name, .. } = leaf;
+        if let Some(former) = self.stack.first_mut() {
+            // Settling it cuts off what no write completed in.
+            former.rw.drop_unwritten();
+        }
         self.stack.insert(0, Image { name, ..image });
         self.second = Second::Frozen;
         self.names_owed = true;
