@@ -162,12 +162,18 @@ impl Collector {
                     }
                 }
             }
+            let nothing_to_do = matches!(outcome, Ok(false));
             let errors = outcome.err().map(|stop| stop.to_string()).into_iter();
             let errors: Vec<String> = errors.chain(alarm.map(|alarm| alarm.text)).collect();
             let error = (!errors.is_empty()).then(|| errors.join("; "));
-            let done = state.end(key, error, receipt);
             state.dirty = true;
-            done
+            if nothing_to_do {
+                // Not a job: nobody is to take it for one that was done.
+                state.running.remove(&key);
+                None
+            } else {
+                state.end(key, error, receipt)
+            }
         };
         self.keep(done);
         self.changed.notify_all();

@@ -263,6 +263,8 @@ fn a_collector_that_died_in_between_raises_no_alarm() {
     let mut scene = Scene::new(false);
     scene.begin();
     scene.until_copying();
+    // Written once the merge is under way, before its first step.
+    wait_until("the receipt to be open", || !opened(&scene.host).is_empty());
     scene.host.kill(Daemon::Gcd);
     // Nobody remembers what was read; the history says that somebody did.
     let left_open = opened(&scene.host);
