@@ -196,11 +196,22 @@ impl Clients {
                     handed_over = true;
                     submit(id, request);
                 };
-                while let Some(request) = client.connection.next_request() {
-                    hand_over(request);
+                // Refusals are sent at once. What leaves makes room, perhaps for a
+                // request that is here and that no poll would tell of any more;
+                // what does not leave is polled for.
+                loop {
+                    while let Some(request) = client.connection.next_request() {
+                        hand_over(request);
+                    }
+                    client.read_pending(&mut hand_over);
+                    if !client.connection.has_output() {
+                        break;
+                    }
+                    client.write(id);
+                    if client.connection.has_output() {
+                        break;
+                    }
                 }
-                client.read_pending(&mut hand_over);
-                client.write(id); // refusals
             }
             if client.connection.is_over() {
                 client.hang_up(id);
